@@ -1,0 +1,1 @@
+"""What each step cost: accuracy, fidelity, latency, and the report."""

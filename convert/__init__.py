@@ -1,0 +1,1 @@
+"""Merged weights to what a laptop loads: GGUF, quantisation, and the proof that they agree."""

@@ -1,0 +1,281 @@
+"""Artefact folders: what flows between stages, complete or not there.
+
+Every artefact folder holds `manifest.json`: kind, versions, resolved config, seed, inputs, files with their
+sha256, metrics. A stage writes into a temporary sibling (`.NAME.partial`), the manifest last, syncs, then
+renames; so a manifest means complete. Stages dispatch on `kind`, never on a folder's name.
+
+    with artifact.create(out, kind="gguf", config=config, inputs=[merged]) as draft:
+        (draft.path / "model.gguf").write_bytes(...)
+        draft.metrics["mean_kld"] = 1e-7
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ldrt_edge import __version__
+from ldrt_edge.errors import ArtifactError
+
+SCHEMA = "ldrt-edge/manifest/1"
+MANIFEST = "manifest.json"
+_SETTINGS = ".settings.json"
+_LIBRARIES = (
+    "torch", "transformers", "peft", "accelerate", "tokenizers", "gguf", "llama-cpp-python", "mlx", "mlx-vlm",
+    "numpy", "pillow", "pydicom",
+)
+_MANIFEST_LIMIT_BYTES = 64 << 20
+
+Kind = Literal["base", "dataset", "adapter", "merged", "gguf", "mlx", "report"]
+Json = Any
+"""A JSON value; the one place where structure is not typed, because it is a file's."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artefact; `path` is relative, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """An artefact that a stage read: its kind and the sha256 of its manifest."""
+
+    kind: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says. `config` is the stage's resolved configuration."""
+
+    kind: str
+    config: Mapping[str, Json]
+    seed: int | None
+    inputs: tuple[Input, ...]
+    files: tuple[FileEntry, ...]
+    metrics: Mapping[str, Json]
+    version: str
+    libraries: Mapping[str, str]
+    git_commit: str | None
+    schema: str = SCHEMA
+    sha256: str = field(default="", compare=False)
+    """Of the manifest file itself: the artefact's identity."""
+
+
+@dataclass
+class Draft:
+    """An artefact being written: fill `path`, then `metrics`. `complete` is True when it was there already."""
+
+    path: Path
+    metrics: dict[str, Json] = field(default_factory=dict)
+    complete: bool = False
+
+
+@contextmanager
+def create(
+    out: Path,
+    kind: Kind,
+    config: Mapping[str, Json],
+    inputs: Sequence[Path | Input] = (),
+    seed: int | None = None,
+    resumable: bool = False,
+) -> Iterator[Draft]:
+    """Write an artefact folder so that it exists whole under `out`, or not at all.
+
+    The same stage with the same config and inputs finds a finished folder again: then `draft.complete` is True and
+    the block should do nothing. A partial folder left by a killed run is reused when `resumable` and its settings are
+    the same, otherwise replaced.
+
+    Raises:
+        ArtifactError: `out` holds something else, an input is no artefact, or the disk is full.
+    """
+    out = Path(os.path.abspath(out))
+    described = [i if isinstance(i, Input) else identity(i) for i in inputs]
+    settings = {
+        "kind": kind, "config": config, "seed": seed, "inputs": [asdict(i) for i in described], "version": __version__,
+    }
+    settings_text = json.dumps(settings, sort_keys=True, indent=1)
+    if out.exists():
+        yield _reopen(out, settings)
+        return
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists() and not (resumable and _read_text(partial / _SETTINGS) == settings_text):
+        shutil.rmtree(partial)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / _SETTINGS).write_text(settings_text)
+        draft = Draft(partial)
+        yield draft
+        (partial / _SETTINGS).unlink()
+        manifest = _describe(partial, kind, config, seed, tuple(described), draft.metrics)
+        _write_synced(partial / MANIFEST, _dump(manifest))
+        _sync_folder(partial)
+        partial.rename(out)
+        _sync_folder(out.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ArtifactError(f"disk full while writing {out}: free some space and run the same command again") from error
+        if isinstance(error, PermissionError):
+            raise ArtifactError(f"cannot write {out}: {error.strerror}") from error
+        raise
+
+
+def read(folder: Path, *kinds: Kind) -> Manifest:
+    """Read an artefact's manifest and check that it is of one of `kinds` (any, if none is named).
+
+    Raises:
+        ArtifactError: no manifest, not ours, or of another kind.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: no {MANIFEST}, so not a finished artefact of ldrt-edge")
+    if path.stat().st_size > _MANIFEST_LIMIT_BYTES:
+        raise ArtifactError(f"{path}: larger than {_MANIFEST_LIMIT_BYTES >> 20} MiB, refused")
+    raw = path.read_bytes()
+    try:
+        data = json.loads(raw)
+        manifest = Manifest(
+            kind=str(data["kind"]), config=dict(data["config"]), seed=data["seed"],
+            inputs=tuple(Input(**i) for i in data["inputs"]), files=tuple(FileEntry(**f) for f in data["files"]),
+            metrics=dict(data["metrics"]), version=data["version"], libraries=dict(data["libraries"]),
+            git_commit=data["git_commit"], schema=data["schema"], sha256=hashlib.sha256(raw).hexdigest(),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not a manifest that this version reads ({error!r})") from error
+    if manifest.schema != SCHEMA:
+        raise ArtifactError(f"{path}: schema {manifest.schema}, this version reads {SCHEMA}")
+    if kinds and manifest.kind not in kinds:
+        raise ArtifactError(f"{folder} holds a {manifest.kind} artefact, wanted: {' or '.join(kinds)}")
+    return manifest
+
+
+def identity(folder: Path) -> Input:
+    """The artefact in `folder` as an input of another one."""
+    manifest = read(folder)
+    return Input(manifest.kind, manifest.sha256)
+
+
+def verify(folder: Path, *kinds: Kind, quick: bool = False) -> Manifest:
+    """Check every file against the manifest: sizes, and sha256 unless `quick`.
+
+    Raises:
+        ArtifactError: a file is missing, changed, or its path leaves the folder.
+    """
+    manifest = read(folder, *kinds)
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ArtifactError(f"{folder}: the manifest names a file outside the folder: {entry.path}")
+        if not path.is_file():
+            raise ArtifactError(f"{folder}: {entry.path} is missing")
+        if path.stat().st_size != entry.bytes:
+            raise ArtifactError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry.bytes}")
+        if not quick and file_sha256(path) != entry.sha256:
+            raise ArtifactError(f"{path}: changed since it was written (sha256 differs from the manifest)")
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _reopen(out: Path, settings: Mapping[str, Json]) -> Draft:
+    manifest = read(out) if (out / MANIFEST).is_file() else None
+    if manifest is None:
+        raise ArtifactError(f"{out} exists and is not an artefact of ldrt-edge: choose another --out")
+    same = {
+        "kind": manifest.kind, "config": manifest.config, "seed": manifest.seed,
+        "inputs": [asdict(i) for i in manifest.inputs], "version": manifest.version,
+    }
+    if json.dumps(same, sort_keys=True) != json.dumps(settings, sort_keys=True):
+        raise ArtifactError(f"{out} exists, made with other settings or inputs: choose another --out, or remove it")
+    verify(out, quick=True)
+    return Draft(out, dict(manifest.metrics), complete=True)
+
+
+def _describe(
+    folder: Path, kind: str, config: Mapping[str, Json], seed: int | None, inputs: tuple[Input, ...],
+    metrics: Mapping[str, Json],
+) -> Manifest:
+    files = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        files.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)))
+    return Manifest(
+        kind=kind, config=config, seed=seed, inputs=inputs, files=tuple(files), metrics=metrics,
+        version=__version__, libraries=library_versions(), git_commit=git_commit(),
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that results depend on."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this code runs from, with `-dirty` if changed; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()
+
+
+def _dump(manifest: Manifest) -> str:
+    data = asdict(manifest)
+    del data["sha256"]
+    return json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # Windows has no directory handles to sync
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

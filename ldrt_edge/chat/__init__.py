@@ -1,0 +1,1 @@
+"""Chat over any model folder: the session engine and the terminal."""

@@ -1,0 +1,63 @@
+"""The errors a user can cause and mend; everything else is our bug and keeps its traceback.
+
+LdrtError
+├── ConfigError        an option, a recipe or a combination of them
+├── DataError          a dataset, a picture, a question
+├── ArtifactError      a model folder, a manifest, a checkpoint
+├── MissingExtraError  a package that this command needs is not installed
+└── RuntimeLoadError   a runtime could not load or run a model
+
+Each carries one line that says what, where and what to do next. Only the CLI and the server translate them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+
+class LdrtError(Exception):
+    """Base of all errors that are shown to the user as one line."""
+
+
+class ConfigError(LdrtError):
+    """An option, a recipe or a combination of them is wrong."""
+
+
+class DataError(LdrtError):
+    """A dataset, a picture or a question is wrong."""
+
+
+class ArtifactError(LdrtError):
+    """A model folder, a manifest or a checkpoint is wrong, incomplete or of another kind."""
+
+
+class MissingExtraError(LdrtError):
+    """A package that this command needs is not installed."""
+
+
+class RuntimeLoadError(LdrtError):
+    """A runtime could not load or run a model."""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`, or say in one sentence which extra brings it.
+
+    Raises:
+        MissingExtraError: `module` is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        wanted = f"ldrt-edge[{extra}]" if extra else "ldrt-edge"
+        raise MissingExtraError(
+            f"this command needs {module.partition('.')[0]}: pip install '{wanted}' ({error})"
+        ) from error
+
+
+def all_problems(problems: Sequence[str], what: str, limit: int = 8) -> str:
+    """Join the problems of one input into one line, the first `limit` of them in full."""
+    shown = "; ".join(problems[:limit])
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return f"{what}: {shown}{more}"

@@ -1,0 +1,1 @@
+"""Runtimes: one protocol (`base`), one loaded model each."""
