@@ -103,7 +103,7 @@ def create(
     Raises:
         ArtifactError: `out` holds something else, an input is no artefact, or the disk is full.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(out).absolute()
     described = [i if isinstance(i, Input) else identity(i) for i in inputs]
     settings = {
         "kind": kind, "config": config, "seed": seed, "inputs": [asdict(i) for i in described], "version": __version__,
@@ -129,7 +129,7 @@ def create(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(partial, ignore_errors=True)
-            raise ArtifactError(f"disk full while writing {out}: free some space and run the same command again") from error
+            raise ArtifactError(f"disk full while writing {out}: free space, then run the same command again") from error
         if isinstance(error, PermissionError):
             raise ArtifactError(f"cannot write {out}: {error.strerror}") from error
         raise

@@ -207,18 +207,17 @@ def generate_tokens(
     """
     rng = np.random.default_rng(sampling.seed)
     started = time.perf_counter()
-    logits = prefill()
-    for count in range(min(sampling.max_tokens, room)):
-        if count:
-            before = time.perf_counter()
-            logits = step(token.id)
-            timings.decode_ms += (time.perf_counter() - before) * 1e3
-            timings.decode_tokens += 1
-        token = sample(logits, sampling, rng)
-        if not count:
-            timings.ttft_ms = (time.perf_counter() - started) * 1e3
+    token = sample(prefill(), sampling, rng)
+    timings.ttft_ms = (time.perf_counter() - started) * 1e3
+    for _ in range(min(sampling.max_tokens, room) - 1):
         if token.id in prompt.stop_ids:
             return
+        yield token
+        before = time.perf_counter()
+        token = sample(step(token.id), sampling, rng)
+        timings.decode_ms += (time.perf_counter() - before) * 1e3
+        timings.decode_tokens += 1
+    if token.id not in prompt.stop_ids:
         yield token
 
 
