@@ -1,7 +1,46 @@
-# Two commands: `make demo` and `make test`. Each installs what it needs into .venv first.
+# `make demo` and `make test` are all you need; each installs into .venv first when there is none.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := train,starter,dev
+STAMP := $(VENV)/.installed
+SOURCES := ldrt_edge train convert bench
 
-.PHONY: install demo test test-slow lint bench clean
+.PHONY: install demo test test-slow lint links bench clean
+
+demo: install
+	$(BIN)/ldrt-edge demo runs/demo
+
+test: install lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+bench: install
+	$(BIN)/python -m ldrt_edge.bench.peers runs/demo/gguf-q4 --merged runs/demo/merged
+
+lint: install links
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v c++ >/dev/null || { echo "make: no C++ compiler (c++): llama-cpp-python is built from source; install g++ or clang" >&2; exit 1; }
+	@command -v cmake >/dev/null || { echo "make: no cmake: llama-cpp-python is built from source; install cmake" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: Python 3.11 or newer is needed (PYTHON=python3.11 make ...)" >&2; exit 1; }
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch (CPU build)..."
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@echo "Installing the rest; llama-cpp-python builds from source, about 5 minutes on 2 cores..."
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,starter,dev]'
+	touch $(STAMP)
+
+# Type checkers do not follow the editable install's hook: give them the four folders as one package.
+links:
+	rm -rf .links && mkdir -p .links/ldrt_edge
+	for entry in ldrt_edge/*; do ln -sfn ../../$$entry .links/$$entry; done
+	for room in train convert bench; do ln -sfn ../../$$room .links/ldrt_edge/$$room; done
+
+clean:
+	rm -rf $(VENV) .links build *.egg-info

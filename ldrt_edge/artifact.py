@@ -129,7 +129,7 @@ def create(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(partial, ignore_errors=True)
-            raise ArtifactError(f"disk full while writing {out}: free space, then run the same command again") from error
+            raise ArtifactError(f"disk full while writing {out}: free some space, then run this again") from error
         if isinstance(error, PermissionError):
             raise ArtifactError(f"cannot write {out}: {error.strerror}") from error
         raise

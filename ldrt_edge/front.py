@@ -158,10 +158,10 @@ class Front:
         return self._apply_template(messages, add_generation_prompt=True)
 
     def _apply_template(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        turns = [
-            {"role": m.role, "content": [{"type": "image"}] * len(m.images) + [{"type": "text", "text": m.text.strip()}]}
-            for m in messages
-        ]
+        turns = []
+        for message in messages:
+            parts = [{"type": "image"} for _ in message.images] + [{"type": "text", "text": message.text.strip()}]
+            turns.append({"role": message.role, "content": parts})
         try:
             return self._template.render(
                 messages=turns, add_generation_prompt=add_generation_prompt, **self.config.special_tokens
@@ -178,7 +178,7 @@ class Front:
     def _refuse_control_tokens(self, text: str) -> None:
         found = [token for token in self._control_tokens if token in text]
         if found:
-            raise DataError(f"the text contains {found[0]!r}, which is a control token of the model: write it otherwise")
+            raise DataError(f"the text contains {found[0]!r}, which is a control token of the model: rephrase it")
 
     @cached_property
     def _control_tokens(self) -> list[str]:

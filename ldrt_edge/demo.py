@@ -1,0 +1,66 @@
+"""The story of the product, runnable: from a base model to an answer, on the embedded defaults.
+
+Nothing but calls to the stages. Each finds its finished artefact again, so a demo that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldrt_edge import artifact, console
+from ldrt_edge.dataset import Dataset
+
+IMAGES = 1000
+QUESTIONS = 240
+
+
+def demo(folder: Path) -> Path:
+    """Run the line in `folder`; returns the report's folder."""
+    from ldrt_edge.bench.report import bench
+    from ldrt_edge.chat.terminal import ask_once
+    from ldrt_edge.convert.gguf import convert
+    from ldrt_edge.convert.quantize import quantize
+    from ldrt_edge.runtimes.base import Sampling
+    from ldrt_edge.train.base import resolve_base
+    from ldrt_edge.train.data.phantom import phantom
+    from ldrt_edge.train.lora import train
+    from ldrt_edge.train.merge import merge
+    from ldrt_edge.train.recipe import load_recipe
+    from ldrt_edge.train.starter import assemble
+
+    console.say("1/8  A base: the starter, a real LLaVA of 162 M parameters")
+    base = resolve_base(str(assemble(folder / "starter")))
+
+    console.say("2/8  Data: phantom treatment plans with exactly known answers")
+    data = phantom(folder / "phantom", images=IMAGES, seed=0)
+
+    console.say("3/8  Training: projector, then LoRA on the language model")
+    adapter = train(base, [data], folder / "adapter", load_recipe("starter"))
+
+    console.say("4/8  Merging, and the proof that nothing got lost")
+    merged = merge(base, adapter, folder / "merged")
+
+    console.say("5/8  Converting to GGUF, held against the merged model")
+    convert(merged, folder / "gguf-f16", "gguf", "f16")
+
+    console.say("6/8  Quantising to 4 bits")
+    edge = quantize(merged, folder / "gguf-q4", "Q4_K_M")
+
+    console.say("7/8  Measuring what that cost")
+    report = bench(edge, data, folder / "report", reference=merged, limit=QUESTIONS)
+
+    console.say("8/8  An answer about a picture it has not seen")
+    test = Dataset(data)
+    row = next(row for row in test.rows("test") if row.language == "en" and row.task == "beam count")
+    picture = test.image_path(row)
+    answer = ask_once(edge, row.question, picture, None, 0, Sampling(max_tokens=32), None)
+    console.say(f"     {picture}\n     Q: {row.question}\n     A: {answer.answer}   (right: {row.answer})")
+    _summary(report)
+    return report
+
+
+def _summary(report: Path) -> None:
+    metrics = artifact.read(report).metrics
+    for name, value in metrics.items():
+        console.say(f"     {name}: {value}")
+    console.say(f"     Read {report / 'report.html'}; ask more with: ldrt-edge chat {report.parent / 'gguf-q4'}")

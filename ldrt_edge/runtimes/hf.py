@@ -1,0 +1,205 @@
+"""The reference runtime: the merged model in transformers, fp32 on the CPU or bf16 on a GPU.
+
+What llama.cpp and MLX give is held against what this gives. It uses transformers' own modules (vision tower,
+projector, language model) and the product's front end for everything around them; tests hold it against the stock
+model's forward on pixel values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ldrt_edge.errors import RuntimeLoadError, require
+from ldrt_edge.front import Front
+from ldrt_edge.runtimes.base import (
+    FloatArray,
+    FrontImage,
+    PrefixCache,
+    Prompt,
+    Sampling,
+    Timings,
+    Token,
+    check_room,
+    generate_tokens,
+    keys_of,
+    pack,
+    remaining,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+_IMAGES_KEPT = 8
+
+
+class HfRuntime:
+    """A base or merged model in transformers.
+
+    Args:
+        folder: artefact folder with `front.json`.
+        threads: CPU threads; None leaves torch's choice.
+        dtype: of the weights, by torch's name.
+        device: "cpu", "cuda", …; None takes the GPU if there is one.
+        adapter: a PEFT adapter folder to put on the model, unmerged; its front end is used.
+
+    Raises:
+        MissingExtraError: torch or transformers is not installed.
+        RuntimeLoadError: the folder does not load.
+    """
+
+    name: Literal["hf"] = "hf"
+
+    def __init__(
+        self,
+        folder: Path,
+        threads: int | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        adapter: Path | None = None,
+    ) -> None:
+        self._torch = require("torch", "train")
+        if threads:
+            self._torch.set_num_threads(threads)
+        started = time.perf_counter()
+        self.front = Front.load(adapter or folder)
+        self._device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
+        self.model = load_model(folder, dtype)
+        if adapter is not None:
+            peft = require("peft", "train")
+            self.model = peft.PeftModel.from_pretrained(self.model, adapter).get_base_model()
+        self.model.eval().to(self._device)
+        self.load_ms = (time.perf_counter() - started) * 1e3
+        self.context_length = self.front.config.context_length
+        self.vocab_size = int(self.model.config.text_config.vocab_size)
+        self.timings = Timings()
+        self._embeddings: OrderedDict[str, FloatArray] = OrderedDict()
+        self._prefix = PrefixCache()
+        self._cache: Any = None
+
+    def encode(self, image: FrontImage) -> FloatArray:
+        """Image embeddings, packed: (image_tokens, hidden) float32."""
+        kept = self._embeddings.get(image.sha256)
+        if kept is not None:
+            self._embeddings.move_to_end(image.sha256)
+            return kept
+        torch = self._torch
+        with torch.inference_mode():
+            pixels = normalise(torch.from_numpy(image.tiles), self.front, self._device).to(self.model.dtype)
+            features = self.model.model.multi_modal_projector(tower_features(self.model, pixels))
+        newline = getattr(self.model.model, "image_newline", None)
+        packed = pack(
+            features.flatten(0, 1).float().cpu().numpy(),
+            image.layout,
+            newline.detach().float().cpu().numpy() if newline is not None else None,
+        )
+        self._embeddings[image.sha256] = packed
+        if len(self._embeddings) > _IMAGES_KEPT:
+            self._embeddings.popitem(last=False)
+        return packed
+
+    def score(self, prompt: Prompt, answer: Sequence[int]) -> FloatArray:
+        """Logits that predict each answer token, teacher-forced: (len(answer), vocab) float32."""
+        check_room(prompt, len(answer), self.context_length)
+        self.timings = Timings()
+        return self._prefill(prompt, answer[:-1], last=len(answer))
+
+    def generate(self, prompt: Prompt, sampling: Sampling) -> Iterator[Token]:
+        """Tokens one by one, until a stop id (not yielded), `max_tokens` or the end of the context."""
+        room = check_room(prompt, 1, self.context_length)
+        self.timings = Timings()
+        prefill = partial(self._first_logits, prompt)
+        yield from generate_tokens(prefill, self._step, prompt, sampling, room, self.timings)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._cache = None
+        del self.model
+
+    def _first_logits(self, prompt: Prompt) -> FloatArray:
+        return np.asarray(self._prefill(prompt, (), last=1)[0])
+
+    def _prefill(self, prompt: Prompt, extra: Sequence[int], last: int) -> FloatArray:
+        """Run what the cache does not hold; logits of the `last` positions."""
+        from transformers import DynamicCache
+
+        wanted = keys_of(prompt, extra)
+        held = self._prefix.shared(prompt, extra, last)
+        before = time.perf_counter()
+        embeddings = [
+            self.encode(part) if isinstance(part, FrontImage) else self._embed(part)
+            for part in remaining(prompt, extra, held)
+        ]
+        encoded = time.perf_counter()
+        if held and self._cache is not None:
+            self._cache.crop(held)
+        else:
+            self._cache = DynamicCache(config=self.model.config.text_config)
+        self._prefix.keys = []
+        logits = self._forward(np.concatenate(embeddings), last)
+        self._prefix.keys = wanted
+        self.timings.image_encode_ms = (encoded - before) * 1e3
+        self.timings.prefill_ms = (time.perf_counter() - encoded) * 1e3
+        self.timings.prefill_tokens = len(wanted) - held
+        self.timings.reused_tokens = held
+        return logits
+
+    def _step(self, token: int) -> FloatArray:
+        logits = self._forward(self._embed((token,)), last=1)
+        self._prefix.keys.append(token)
+        return np.asarray(logits[0])
+
+    def _embed(self, ids: Sequence[int]) -> FloatArray:
+        with self._torch.inference_mode():
+            table = self.model.get_input_embeddings()
+            return np.asarray(table(self._torch.tensor(ids, device=self._device)).float().cpu().numpy())
+
+    def _forward(self, embeddings: FloatArray, last: int) -> FloatArray:
+        torch = self._torch
+        with torch.inference_mode():
+            hidden = self.model.model.language_model(
+                inputs_embeds=torch.from_numpy(embeddings)[None].to(self._device, self.model.dtype),
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
+            return np.asarray(self.model.lm_head(hidden[0, -last:]).float().cpu().numpy())
+
+
+def load_model(folder: Path, dtype: str) -> Any:
+    """The transformers model of a LLaVA or LLaVA-NeXT folder, from safetensors only.
+
+    Raises:
+        RuntimeLoadError: transformers refuses the folder.
+    """
+    torch = require("torch", "train")
+    transformers = require("transformers", "train")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RuntimeLoadError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+
+
+def normalise(tiles: torch.Tensor, front: Front, device: str | torch.device) -> torch.Tensor:
+    """(n, size, size, 3) uint8 tiles to (n, 3, size, size) float32 pixel values in the tower's mean and deviation."""
+    pixels = tiles.to(device).float() / 255
+    mean, std = pixels.new_tensor(front.config.image_mean), pixels.new_tensor(front.config.image_std)
+    return ((pixels - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+def tower_features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Patch features of the frozen tower, before the projector: (n, 3, size, size) → (n, patches, width).
+
+    Source: `LlavaModel.get_image_features` in transformers, feature strategy "default" (no class token).
+    """
+    hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    features: torch.Tensor = hidden[model.config.vision_feature_layer][:, 1:]
+    return features

@@ -1,0 +1,130 @@
+"""Artefact folders: whole under their name, or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldrt_edge import artifact
+from ldrt_edge.errors import ArtifactError
+
+
+def write(out: Path, text: str = "hello", config: dict[str, object] | None = None) -> artifact.Manifest:
+    with artifact.create(out, "report", config or {"a": 1}, seed=3) as draft:
+        if not draft.complete:
+            (draft.path / "file.txt").write_text(text)
+            draft.metrics["length"] = len(text)
+    return artifact.read(out)
+
+
+def test_a_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "out")
+    assert [entry.path for entry in manifest.files] == ["file.txt"]
+    assert manifest.files[0].sha256 == artifact.file_sha256(tmp_path / "out" / "file.txt")
+    assert manifest.metrics == {"length": 5} and manifest.seed == 3 and manifest.kind == "report"
+    assert manifest.libraries["numpy"] and not (tmp_path / ".out.partial").exists()
+    artifact.verify(tmp_path / "out", "report")
+
+
+def test_the_same_stage_again_does_nothing_and_another_one_is_refused(tmp_path: Path) -> None:
+    first = write(tmp_path / "out")
+    assert write(tmp_path / "out", text="other").sha256 == first.sha256
+    with pytest.raises(ArtifactError, match="other settings"):
+        write(tmp_path / "out", config={"a": 2})
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="not an artefact"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failing_stage_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), artifact.create(tmp_path / "out", "report", {}) as draft:
+        (draft.path / "half").write_text("half")
+        raise ValueError
+    assert not (tmp_path / "out").exists()
+    write(tmp_path / "out")
+    assert [f.path for f in artifact.read(tmp_path / "out").files] == ["file.txt"]
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_kill_9_then_the_same_command(tmp_path: Path, resumable: bool) -> None:
+    script = f"""
+from pathlib import Path
+from ldrt_edge import artifact
+with artifact.create(Path({str(tmp_path)!r}) / "out", "report", {{}}, resumable={resumable}) as draft:
+    count = len(list(draft.path.glob("part-*")))
+    (draft.path / f"part-{{count}}").write_text("x")
+    if count == 0:
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    if resumable:
+        subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+        assert [f.path for f in artifact.read(tmp_path / "out").files] == ["part-0", "part-1"]
+    else:
+        again = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert again.stdout is not None and again.stdout.readline() == b"ready\n"  # began from nothing
+        again.kill()
+        again.wait()
+
+
+@pytest.mark.parametrize("change", ["flip", "truncate", "remove", "escape"])
+def test_changed_files_are_refused(tmp_path: Path, change: str) -> None:
+    out = tmp_path / "out"
+    write(out)
+    path = out / "file.txt"
+    if change == "flip":
+        path.write_text("hellO")
+    elif change == "truncate":
+        path.write_text("hell")
+    elif change == "remove":
+        path.unlink()
+    else:
+        (tmp_path / "secret").write_text("hello")
+        data = json.loads((out / "manifest.json").read_text())
+        data["files"][0]["path"] = "../secret"
+        (out / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(ArtifactError):
+        artifact.verify(out)
+
+
+def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no such folder"):
+        artifact.read(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match="not a finished artefact"):
+        artifact.read(tmp_path)
+    write(tmp_path / "out")
+    with pytest.raises(ArtifactError, match="holds a report artefact, wanted: gguf"):
+        artifact.read(tmp_path / "out", "gguf")
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="not a manifest"):
+        artifact.read(tmp_path / "out")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root on Linux")
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let us mount a small disk")
+    try:
+        with pytest.raises(ArtifactError, match="disk full"), artifact.create(disk / "out", "report", {}) as draft:
+            (draft.path / "big").write_bytes(b"0" * (1 << 20))
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)

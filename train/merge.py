@@ -1,0 +1,145 @@
+"""`ldrt-edge merge`: base and adapter in, a complete Hugging Face folder out, with proof that it is the same model.
+
+Tensors stream from the base's safetensors to the merged folder's, each LoRA product added on the way, in the base's
+own layout and dtype. Then the merged model's logits are held against those of base plus adapter in PEFT, before the
+folder gets its final name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ldrt_edge.convert.parity import probes
+from ldrt_edge.convert.weights import Weights, canonical
+from ldrt_edge.train.base import Base
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ldrt_edge import artifact, console
+from ldrt_edge.errors import ArtifactError, all_problems
+from ldrt_edge.front import Front
+from ldrt_edge.runtimes.base import FloatArray, log_softmax
+from ldrt_edge.runtimes.hf import HfRuntime
+
+_PREFIX = "base_model.model."
+_BIG_PARAMETERS = 2_000_000_000
+_TOLERANCE = {"F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
+"""Largest logit difference, relative to the logits' own scale: rounding of the stored weights, and no more."""
+
+
+def merge(base: Base, adapter: Path, out: Path) -> Path:
+    """Merge an adapter into its base; returns `out`, an artefact of kind "merged".
+
+    Raises:
+        ArtifactError: the adapter belongs to another base, changes nothing somewhere, or the logits disagree.
+    """
+    trained_on = artifact.verify(adapter, "adapter").inputs[0]
+    if trained_on != base.identity:
+        raise ArtifactError(
+            f"{adapter} was trained on another base ({trained_on.manifest_sha256[:12]}…) than {base.folder} "
+            f"({base.identity.manifest_sha256[:12]}…): pass the base it was trained on"
+        )
+    with artifact.create(out, "merged", {}, [base.identity, adapter]) as draft:
+        if not draft.complete:
+            _copy_other_files(base.folder, draft.path)
+            draft.metrics.update(_merge_weights(base.folder, adapter, draft.path))
+            Front.load(adapter).save(draft.path)
+            draft.metrics.update(_prove(base, adapter, draft.path))
+    return out
+
+
+def _merge_weights(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+    """Write every weight file of the base with the adapter's changes added.
+
+    Raises:
+        ArtifactError: adapter tensors that fit no weight, or that change nothing.
+    """
+    state = load_file(adapter / "adapter_model.safetensors")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    scale = settings["lora_alpha"] / settings["r"]
+    used: set[str] = set()
+    idle: list[str] = []
+    weights = Weights(base)
+    paths = sorted({entry.path for entry in weights.entries.values()})
+    for path in console.track(paths, "merge"):
+        merged: dict[str, torch.Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensor = file.get_tensor(key)
+                change = _change(canonical(key), tensor, state, scale, used)
+                if change is not None:
+                    if not torch.count_nonzero(change):
+                        idle.append(key)
+                    tensor = (tensor.float() + change).to(tensor.dtype)
+                merged[key] = tensor
+        save_file(merged, out / path.name, metadata={"format": "pt"})
+    unused = sorted(set(state) - used)
+    if unused:
+        raise ArtifactError(all_problems(unused, f"{adapter}: adapter tensors that fit no weight of the base"))
+    if idle:
+        raise ArtifactError(all_problems(idle, f"{adapter}: adapter tensors that change nothing (trained at all?)"))
+    return {"changed_tensors": len(used), "dtypes": sorted(weights.dtypes())}
+
+
+def _change(
+    name: str, tensor: torch.Tensor, state: dict[str, torch.Tensor], scale: float, used: set[str]
+) -> torch.Tensor | None:
+    """What the adapter adds to one weight, in float32; None if it has nothing for it."""
+    module = f"{_PREFIX}model.{name}"
+    if module in state:  # a module saved whole: the projector
+        used.add(module)
+        return state[module].float() - tensor.float()
+    stem = module.removesuffix(".weight")
+    low, high = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+    if low not in state:
+        return None
+    used.update((low, high))
+    return (state[high].float() @ state[low].float()) * scale
+
+
+def _copy_other_files(base: Path, out: Path) -> None:
+    """Everything of the base that is neither weights nor manifest: configs, tokenizer.model, templates, licences."""
+    left = {artifact.MANIFEST, "front.json"}
+    for path in sorted(base.rglob("*")):
+        name = path.relative_to(base)
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth") and str(name) not in left:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, out / name)
+
+
+def _prove(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
+    """Logits of base plus adapter against those of the merged weights, on pictures and questions.
+
+    Raises:
+        ArtifactError: they differ by more than the rounding of the stored dtype.
+    """
+    weights = Weights(merged)
+    big = sum(entry.count for entry in weights.entries.values()) > _BIG_PARAMETERS
+    dtype = "bfloat16" if big else "float32"
+    tolerance = max(_TOLERANCE.get(name, 0.0) for name in (*weights.dtypes(), "BF16" if big else "F32"))
+    expected = _logits(base.folder, dtype, adapter)
+    found = _logits(merged, dtype, None)
+    difference = float(np.abs(expected - found).max())
+    scale = float(np.abs(expected).max())
+    agreement = float((expected.argmax(-1) == found.argmax(-1)).mean())
+    if not difference <= tolerance * scale:
+        raise ArtifactError(
+            f"merged and adapter logits differ by {difference:.3g} on a scale of {scale:.3g} "
+            f"(allowed {tolerance:g} of it), top-1 {agreement:.1%}"
+        )
+    probabilities = log_softmax(expected)
+    kld = float((np.exp(probabilities) * (probabilities - log_softmax(found))).sum(-1).mean())
+    return {"max_abs_logit_diff": difference, "mean_kld": kld, "top1_agreement": agreement}
+
+
+def _logits(folder: Path, dtype: str, adapter: Path | None) -> FloatArray:
+    runtime = HfRuntime(folder, dtype=dtype, adapter=adapter)
+    try:
+        return np.concatenate([runtime.score(prompt, answer) for prompt, answer in probes(runtime.front, 4)])
+    finally:
+        runtime.close()

@@ -1,0 +1,146 @@
+"""The model that is trained: a stock LLaVA with a PEFT adapter, fed packed rows, its loss on answers only.
+
+`PackedLlava` adds no weights. It runs transformers' own tower, projector and language model, packs image features by
+the front end's table, masks branches from each other, and computes logits only where an answer token is predicted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from ldrt_edge.train.collate import IGNORED, visible
+from ldrt_edge.train.features import compute_features
+from ldrt_edge.train.recipe import Recipe
+from torch import nn
+from torch.nn import functional
+
+from ldrt_edge.front import Front
+from ldrt_edge.runtimes.hf import load_model
+
+_LIVE_DEVIATION = 1e-4
+"""Feature channels that vary less carry nothing (a tower may have constant ones); they are switched off."""
+
+
+class PackedLlava(nn.Module):
+    """A PEFT-wrapped LLaVA over packed rows; see `train.collate` for the layout of a batch."""
+
+    def __init__(self, peft_model: Any, front: Front) -> None:
+        super().__init__()
+        self.peft = peft_model
+        self.front = front
+        width = self.llava.config.vision_config.hidden_size
+        self.register_buffer("feature_mean", torch.zeros(width))
+        self.register_buffer("feature_scale", torch.ones(width))
+
+    @property
+    def llava(self) -> Any:
+        """The transformers model inside."""
+        return self.peft.get_base_model()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        segments: torch.Tensor,
+        labels: torch.Tensor,
+        layout: torch.Tensor,
+        features: torch.Tensor | None = None,
+        tiles: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Cross-entropy over answer tokens; and the logits at those, (answer_tokens, vocab), in eval mode.
+
+        Shapes: ids, positions, segments, labels (batch, length); layout (image_tokens of all rows, k); features
+        (patches of all rows, width) or tiles (n, size, size, 3) uint8.
+        """
+        if features is None:
+            assert tiles is not None
+            features = compute_features(self.llava, self.front, tiles).flatten(0, 1)
+        embeddings = self._embed(input_ids, features, layout)
+        hidden = self.llava.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=visible(segments),
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        wanted = labels != IGNORED
+        logits = self.llava.lm_head(hidden[wanted]).float()
+        loss = functional.cross_entropy(logits, labels[wanted], reduction="sum")
+        loss = loss / (num_items_in_batch if num_items_in_batch is not None else wanted.sum())
+        return {"loss": loss} if self.training else {"loss": loss, "logits": logits.detach()}
+
+    def standardise(self, mean: torch.Tensor, deviation: torch.Tensor) -> None:
+        """Rewrite the projector for features of zero mean and unit deviation: the same function of raw features."""
+        live = deviation > _LIVE_DEVIATION
+        self.feature_mean.copy_(mean)
+        self.feature_scale.copy_(torch.where(live, 1 / deviation.clamp(min=_LIVE_DEVIATION), 0))
+        linear: Any = self._projector().linear_1
+        with torch.no_grad():
+            linear.bias += linear.weight @ mean.to(linear.weight)
+            linear.weight *= torch.where(live, deviation, 0).to(linear.weight)
+
+    def folded_projector(self) -> dict[str, torch.Tensor]:
+        """The trained projector as stock LLaVA weights on raw features: `linear_1.weight`, … in float32."""
+        state = {name: tensor.detach().float() for name, tensor in self._projector().state_dict().items()}
+        weight = state["linear_1.weight"] * self.feature_scale
+        return {
+            **state,
+            "linear_1.weight": weight,
+            "linear_1.bias": state["linear_1.bias"] - weight @ self.feature_mean,
+        }
+
+    def trainable(self, lora: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Switch on what a stage trains; returns (projector, LoRA) parameters, the latter empty when `lora` is off."""
+        projector = list(self._projector().parameters())
+        adapter = [p for name, p in self.peft.named_parameters() if "lora_" in name]
+        for parameter in projector:
+            parameter.requires_grad_(True)
+        for parameter in adapter:
+            parameter.requires_grad_(lora)
+        return projector, adapter if lora else []
+
+    def _embed(self, ids: torch.Tensor, features: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
+        llava = self.llava
+        projector = next(self._projector().parameters())
+        standard = (features.to(self.feature_mean) - self.feature_mean) * self.feature_scale
+        projected = llava.model.multi_modal_projector(standard.to(projector.dtype))
+        newline = getattr(llava.model, "image_newline", None)
+        if newline is not None:
+            projected = torch.cat([projected, newline[None].to(projected)])
+        images = projected[layout].mean(1)
+        embeddings = llava.get_input_embeddings()(ids)
+        place = (ids == self.front.config.image_token_id)[..., None]
+        return embeddings.masked_scatter(place, images.to(embeddings))
+
+    def _projector(self) -> nn.Module:
+        module: nn.Module = self.llava.model.multi_modal_projector.modules_to_save["default"]
+        return module
+
+
+def build(base: Path, front: Front, recipe: Recipe, device: str, bf16: bool) -> PackedLlava:
+    """Load a base and put the recipe's adapter on it; LoRA and projector train in float32.
+
+    Raises:
+        RuntimeLoadError: the base does not load.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    llava = load_model(base, "float32")
+    if bf16:
+        llava.model.language_model.to(torch.bfloat16)
+        llava.lm_head.to(torch.bfloat16)
+    names = "|".join(recipe.lora.target_modules)
+    config = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=rf".*language_model.*\.({names})",
+        modules_to_save=["multi_modal_projector"],
+    )
+    peft_model = get_peft_model(llava, config)
+    if recipe.gradient_checkpointing:
+        llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    return PackedLlava(peft_model, front).to(device)

@@ -1,0 +1,149 @@
+"""Recipes: everything that decides a training run, as one typed object, from YAML and `--set`.
+
+    recipe = load_recipe("starter", overrides=["lora.rank=32"])
+
+A default lives here once; the YAML files in `recipes/` say only what differs, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass
+
+from ldrt_edge.errors import ConfigError, all_problems
+
+_STRICT = ConfigDict(extra="forbid")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Lora:
+    """LoRA on the language model. Source: Hu et al., arXiv 2106.09685; the paper used rank 128, alpha 256."""
+
+    rank: PositiveInt = 128
+    alpha: PositiveInt = 256
+    dropout: NonNegativeFloat = 0.05
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = LINEARS
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Align:
+    """Stage one: the projector alone. Learning rate as LLaVA's own alignment; 0 epochs skips the stage."""
+
+    epochs: NonNegativeFloat = 0.0
+    learning_rate: PositiveFloat = 1e-3
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Instruct:
+    """Stage two: LoRA and projector together. Learning rates as LLaVA-1.5's own LoRA recipe."""
+
+    epochs: NonNegativeFloat = 1.0
+    learning_rate: PositiveFloat = 2e-4
+    projector_learning_rate: PositiveFloat = 2e-5
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Recipe:
+    """A training run.
+
+    rows_per_step: packed rows (one image, up to `questions_per_row` questions) in one forward of one device.
+    accumulate: forwards per optimizer step.
+    precision: "auto" is bf16 on CUDA and on CPUs with native bf16, else fp32.
+    cache_features: run the frozen tower once per image and keep its features on disk.
+    standardise_features: train the projector on features of zero mean and unit deviation (the same function, better
+        conditioned; folded back into the stock weights on save). For projectors that start from random weights.
+    vision_tokens: pool the image tokens after the projector to this many.
+    length_bucket: sequences are padded to a multiple of this, so that kernels compiled per shape are reused.
+    """
+
+    align: Align = field(default_factory=Align)
+    instruct: Instruct = field(default_factory=Instruct)
+    lora: Lora = field(default_factory=Lora)
+    seed: int = 0
+    questions_per_row: PositiveInt = 6
+    max_tokens: PositiveInt = 2048
+    rows_per_step: PositiveInt = 4
+    accumulate: PositiveInt = 1
+    warmup: NonNegativeFloat = 0.03
+    min_learning_rate_ratio: float = 0.0
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    validation_images: NonNegativeInt = 32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    gradient_checkpointing: bool = False
+    cache_features: bool = False
+    standardise_features: bool = False
+    vision_tokens: PositiveInt | None = None
+    length_bucket: PositiveInt = 32
+    save_steps: PositiveInt = 200
+    eval_steps: PositiveInt = 200
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A named recipe, or a YAML file, with `key=value` overrides (dotted keys, YAML values).
+
+    Raises:
+        ConfigError: no such recipe, unknown keys or values of the wrong type; all of them at once.
+    """
+    data = _read(source)
+    for override in overrides:
+        _override(data, override)
+    try:
+        return TypeAdapter(Recipe).validate_python(data)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise ConfigError(all_problems(problems, f"recipe {source}")) from error
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with the package."""
+    folder = resources.files("ldrt_edge.train") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise ConfigError(f"{source}: no such recipe file")
+        text = source.read_text(encoding="utf-8")
+    elif source in recipe_names():
+        text = (resources.files("ldrt_edge.train") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"no recipe {source!r}; there are: {', '.join(recipe_names())}")
+    try:
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}: a recipe is a mapping of settings")
+    return data
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: wants key=value")
+    *groups, last = key.strip().split(".")
+    for group in groups:
+        data = data.setdefault(group, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override}: {group} holds a value, not a group of settings")
+    data[last] = yaml.safe_load(value)
