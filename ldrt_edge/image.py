@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldrt_edge.errors import DataError
 
@@ -36,10 +36,12 @@ MIN_SIDE = 8
 READABLE = "PNG, JPEG, TIFF and DICOM"
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _TIFF_PHOTOMETRIC = 262  # TIFF 6.0, section 4; 0 is WhiteIsZero
+_PALETTES = tuple(f"{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue"))
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 
 Mapping = Literal["window", "lookup table", "full range", "as stored"]
 Window = tuple[float, float]
+Values = NDArray[Any]  # of any numeric dtype: a file decides
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _read_pillow(data: bytes, window: Window | None, frame: int) -> Picture:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except Image.DecompressionBombError:
             raise DataError(f"more pixels than the limit of {MAX_PIXELS // 10**6} megapixels: scale it down") from None
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise DataError(f"not a picture that can be read ({READABLE} are), or its beginning is damaged") from None
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     _check_size(*image.size)
@@ -153,7 +155,7 @@ def _looks_like_dicom(data: bytes) -> bool:
 
 
 def _read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
-    from pydicom import pixels
+    from pydicom.pixels.utils import pixel_array
 
     header = _dicom_header(data)
     modality = _modality(header)
@@ -170,7 +172,7 @@ def _read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
     _check_size(columns, rows)
     _check_frame(frame, frames)
     with _decoding(f"{named} whose pixels cannot be decoded ({syntax.name}): damaged, truncated or not supported"):
-        stored = pixels.pixel_array(header, index=frame)
+        stored = pixel_array(header, index=frame)
         display = _with_frame_groups(header, frame)
         if photometric == "PALETTE COLOR":
             stored = _through_palette(stored, header)
@@ -236,20 +238,22 @@ def _with_frame_groups(header: Dataset, frame: int) -> Dataset:
             for item in (group.get(sequence) or [])[:1]
         ]
         for source in [group, *nested]:
-            flat.update({name: source[name] for name in names if name in source})
+            for name in names:
+                if name in source:
+                    flat.add(source[name])
     return flat
 
 
 def _dicom_grey(
-    stored: NDArray[np.generic], display: Dataset, window: Window | None, small_bits: int | None
+    stored: Values, display: Dataset, window: Window | None, small_bits: int | None
 ) -> tuple[NDArray[np.uint8], Window | None, Mapping]:
     """Stored values to 8 bits: modality LUT, then the window given, the header's LUT or window, or the full range.
 
     small_bits: bits stored, if unsigned and at most 8. Source: DICOM PS3.3 C.11.1 and C.11.2.
     """
-    from pydicom import pixels
+    from pydicom.pixels import processing
 
-    values = pixels.apply_modality_lut(stored, display)
+    values = processing.apply_modality_lut(stored, display)
     if "DoseGridScaling" in display:  # PS3.3 C.8.8.3: stored value to dose
         values = stored * float(display.DoseGridScaling)
     if window is None and display.get("VOILUTSequence"):
@@ -265,26 +269,30 @@ def _dicom_grey(
 
 def _header_window(display: Dataset) -> Window | None:
     """The header's first window, if it has a usable one."""
-    if not display.get("WindowCenter") and display.get("WindowCenter") != 0 or not display.get("WindowWidth"):
+    values = [display.get(name) for name in ("WindowCenter", "WindowWidth")]
+    if any(value in (None, "") for value in values):
         return None
-    firsts = [float(np.atleast_1d(display[name].value)[0]) for name in ("WindowCenter", "WindowWidth")]
-    return (firsts[0], firsts[1]) if firsts[1] >= 1 and np.isfinite(firsts).all() else None
+    center, width = (float(np.atleast_1d(value)[0]) for value in values)
+    return (center, width) if width >= 1 and math.isfinite(center) and math.isfinite(width) else None
 
 
-def _through_voi_lut(values: NDArray[np.generic], display: Dataset) -> NDArray[np.uint8]:
-    from pydicom import pixels
+def _through_voi_lut(values: Values, display: Dataset) -> NDArray[np.uint8]:
+    from pydicom.pixels import processing
 
     entries, first, depth = (int(n) for n in display.VOILUTSequence[0].LUTDescriptor)
     # a lookup wants integers, and pydicom's wraps round for values beyond the table's reach
     inside = np.clip(np.rint(values), first, first + (entries or 2**16) - 1).astype(np.int64)
-    return _as_uint8(pixels.apply_voi(inside, display) / (2.0**depth - 1) * 255)
+    return _as_uint8(processing.apply_voi(inside, display) / (2.0**depth - 1) * 255)
 
 
-def _through_palette(stored: NDArray[np.generic], header: Dataset) -> NDArray[np.generic]:
-    from pydicom import pixels
+def _through_palette(stored: Values, header: Dataset) -> Values:
+    from pydicom.pixels import processing
 
     entries, _, depth = (int(n) for n in header.RedPaletteColorLookupTableDescriptor)
-    coloured = np.asarray(pixels.apply_color_lut(stored, header))
+    if depth == 16 and not header.original_encoding[1]:  # pydicom reads the tables as if they were little-endian
+        for element in [e for e in header if e.keyword in _PALETTES]:
+            element.value = np.frombuffer(element.value, ">u2").astype("<u2").tobytes()
+    coloured = np.asarray(processing.apply_color_lut(stored, header))
     if coloured.dtype == np.uint8 and not 0 < entries <= 256:
         raise DataError("a palette of more than 256 entries of 8 bits, which is not supported: convert it to RGB")
     if depth == 8 and coloured.dtype == np.uint16:  # 8-bit entries in 16-bit words
@@ -293,7 +301,7 @@ def _through_palette(stored: NDArray[np.generic], header: Dataset) -> NDArray[np
 
 
 def _grey_to_uint8(
-    values: NDArray[np.generic], window: Window | None, stored_max: float | None, function: str = "LINEAR",
+    values: Values, window: Window | None, stored_max: float | None, function: str = "LINEAR",
     visible: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.uint8], Mapping]:
     """Grey values to 8 bits: by a window, unchanged out of `stored_max`, or stretched over the `visible` values."""
@@ -308,16 +316,17 @@ def _grey_to_uint8(
     return _as_uint8((np.clip(numbers, low, high) - low) / (high - low or 1.0) * 255), "full range"
 
 
-def _windowed(values: NDArray[np.generic], window: Window, function: str) -> NDArray[np.float64]:
+def _windowed(values: Values, window: Window, function: str) -> NDArray[np.float64]:
     """Apply a window: 0 to 255. pydicom scales to the range that a header's bit depth names, so it gets one of 8."""
-    from pydicom import Dataset, pixels
+    from pydicom import Dataset
+    from pydicom.pixels import processing
 
     asked = Dataset()
     asked.PhotometricInterpretation, asked.BitsStored, asked.PixelRepresentation = "MONOCHROME2", 8, 0
     asked.VOILUTFunction = function
     # DS elements hold at most 16 characters
     asked.WindowCenter, asked.WindowWidth = f"{window[0]:.8g}", f"{window[1]:.8g}"
-    return np.asarray(pixels.apply_windowing(np.nan_to_num(values.astype(np.float64)), asked))
+    return np.asarray(processing.apply_windowing(np.nan_to_num(values.astype(np.float64)), asked))
 
 
 def _modality(header: Dataset) -> str | None:
@@ -327,15 +336,15 @@ def _modality(header: Dataset) -> str | None:
 
 
 def _picture(
-    rgb: NDArray[np.generic], modality: str | None, window: Window | None, frame: int, frames: int, mapping: Mapping
+    rgb: Values, modality: str | None, window: Window | None, frame: int, frames: int, mapping: Mapping
 ) -> Picture:
     return Picture(_as_uint8(rgb), Origin("DICOM", modality, window, frame, frames, mapping))
 
 
-def _as_uint8(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _as_uint8(values: Values) -> NDArray[np.uint8]:
     if values.dtype == np.uint8:
-        return np.ascontiguousarray(values).view(np.uint8)
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        return np.ascontiguousarray(values, dtype=np.uint8)
+    return np.asarray(np.clip(np.rint(values), 0, 255), dtype=np.uint8)
 
 
 def _grey_to_rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
