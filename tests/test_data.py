@@ -1,0 +1,151 @@
+"""The data room: phantoms whose answers hold, imports that name every problem, volumes with exact answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ldrt_edge.train.data.phantom import phantom
+from ldrt_edge.train.data.phantom_text import LANGUAGES, QUESTIONS, TERMS
+from PIL import Image
+
+from ldrt_edge import artifact
+from ldrt_edge.dataset import Dataset, Row
+from ldrt_edge.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return Dataset(phantom(tmp_path_factory.mktemp("phantom") / "data", images=150, seed=11))
+
+
+def _by_image(data: Dataset) -> dict[str, list[Row]]:
+    images: dict[str, list[Row]] = defaultdict(list)
+    for row in data:
+        images[row.image].append(row)
+    return images
+
+
+def _answers(rows: list[Row]) -> dict[str, str]:
+    """Task to answer, as language-neutral terms."""
+    neutral = {(language, form): name for name, forms in TERMS.items() for language, form in forms.items()}
+    return {row.task: neutral.get((row.language, row.answer), row.answer) for row in rows}  # type: ignore[call-overload]
+
+
+def test_phantom_is_a_dataset_of_small_pngs_in_six_languages(drawn: Dataset) -> None:
+    images = _by_image(drawn)
+    assert len(images) == 150
+    assert all(5 <= len(rows) <= 8 for rows in images.values())
+    assert {row.language for row in drawn} == set(LANGUAGES)
+    assert len({row.task for row in drawn}) >= 10
+    assert {row.source for row in drawn} == {"phantom (synthetic)"} and {row.licence for row in drawn} == {"CC0-1.0"}
+    with Image.open(drawn.image_path(drawn[0])) as picture:
+        assert (picture.format, picture.size, picture.mode) == ("PNG", (224, 224), "RGB")
+
+
+def test_phantom_splits_by_image(drawn: Dataset) -> None:
+    splits = {image: {row.split for row in rows} for image, rows in _by_image(drawn).items()}
+    assert all(len(found) == 1 for found in splits.values())
+    assert sum(found == {"test"} for found in splits.values()) == 30
+    for kind in ("dose map", "DVH", "table"):
+        assert {row.split for row in drawn if row.kind == kind} == {"train", "test"}
+
+
+def test_phantom_closed_answers_are_balanced_in_each_split(drawn: Dataset) -> None:
+    yes, no = (set(TERMS[word].values()) for word in ("yes", "no"))
+    counts: dict[tuple[str, str], Counter[bool]] = defaultdict(Counter)
+    for row in drawn:
+        if row.answer_type == "closed":
+            assert row.answer in yes | no
+            counts[row.task, row.split][row.answer in yes and row.answer not in no] += 1
+    assert len({task for task, _ in counts}) == 6
+    for key, count in counts.items():
+        assert abs(count[True] - count[False]) <= 1, key
+
+
+def test_phantom_blind_prior_is_what_majority_guessing_scores(drawn: Dataset) -> None:
+    train: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    for row in drawn.rows("train"):
+        train[row.task, row.language][row.answer] += 1
+    tests = drawn.rows("test")
+    best = {key: max(counts, key=lambda answer: (counts[answer], answer)) for key, counts in train.items()}
+    lowered = sum(row.answer.lower() == best[row.task, row.language].lower() for row in tests) / len(tests)
+    assert drawn.manifest.metrics["blind_prior"] == pytest.approx(lowered, abs=0.02)
+    assert 0.2 < lowered < 0.45
+
+
+def test_phantom_asks_what_cannot_be_told(drawn: Dataset) -> None:
+    unknown = set(TERMS["unknown"].values())
+    tasks = Counter(row.task for row in drawn if row.answer in unknown)
+    assert set(tasks) == {"prescribed dose", "scale maximum", "sessions per week"}
+    for rows in _by_image(drawn).values():
+        answers = _answers(rows)
+        if "scale maximum" in answers:
+            assert (answers["scale maximum"] == "unknown") == (answers["colour bar"] == "no")
+
+
+def test_phantom_pictures_show_what_the_answers_say(drawn: Dataset) -> None:
+    """Read back from the pixels: target side, colour wash, curves of each colour."""
+    from ldrt_edge.train.data.phantom_charts import COLOURS
+
+    for image, rows in _by_image(drawn).items():
+        answers = _answers(rows)
+        rgb = np.asarray(Image.open(drawn.folder / image), np.int16)
+        if rows[0].kind == "dose map":
+            columns = np.flatnonzero((np.abs(rgb - (255, 0, 255)).sum(2) < 60).any(axis=0))
+            middle = columns.mean() / 224
+            side = "left" if middle < 0.35 else "right" if middle > 0.6 else "centre"
+            assert side == answers["target side"]
+            tinted = (rgb.max(2) - rgb.min(2))[:192, :192] > 25
+            areas = np.lib.stride_tricks.sliding_window_view(tinted, (6, 6)).all(axis=(2, 3))  # thicker than any line
+            assert (areas.mean() > 0.02) == (answers["colour wash"] == "yes")
+            assert (rgb[40:150, 200:214].std() > 20) == (answers["colour bar"] == "yes")
+        if rows[0].kind == "DVH":
+            found = [name for name, colour in COLOURS.items() if (np.abs(rgb - colour).sum(2) < 40).sum() > 40]
+            assert str(len(found)) == answers["curve count"]
+            assert {answers["highest curve"], answers["lowest curve"]} <= set(found)
+
+
+def test_phantom_schedules_add_up_and_stay_in_the_low_dose_range(drawn: Dataset) -> None:
+    for rows in _by_image(drawn).values():
+        if rows[0].kind != "table":
+            continue
+        answers = _answers(rows)
+        per_fraction, total = float(answers["dose per fraction"]), float(answers["total dose"])
+        assert 0.5 <= per_fraction <= 1.0 and 3 <= total <= 6
+        assert int(answers["fraction count"]) * per_fraction == total
+
+
+def test_phantom_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
+    def digest(folder: Path) -> str:
+        files = {entry.path: entry.sha256 for entry in artifact.verify(folder, "dataset").files}
+        return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+    first, again, other = (
+        digest(phantom(tmp_path / name, images=12, seed=seed)) for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    )
+    assert first == again != other
+
+
+def test_phantom_in_one_language_only(tmp_path: Path) -> None:
+    data = Dataset(phantom(tmp_path / "de", images=10, seed=1, languages=("de",)))
+    assert {row.language for row in data} == {"de"}
+
+
+def test_phantom_names_all_wrong_options_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"images 0.*test-fraction 2.*languages en,xx"):
+        phantom(tmp_path / "x", images=0, seed=1, test_fraction=2, languages=("en", "xx"))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_question_and_term_exists_in_every_language() -> None:
+    for task, wordings in QUESTIONS.items():
+        assert set(wordings) == set(LANGUAGES), task
+        assert all(2 <= len(forms) <= 3 and len(set(forms)) == len(forms) for forms in wordings.values()), task
+        every = [form.lower() for forms in wordings.values() for form in forms]
+        assert len({("{a}" in form, "{b}" in form) for form in every}) == 1, f"{task}: a wording forgets its terms"
+    assert all(set(forms) == set(LANGUAGES) for forms in TERMS.values())

@@ -1,0 +1,63 @@
+"""What every phantom picture is made of: a canvas, big type, and the facts that are known about it.
+
+Pictures are drawn on a canvas of 448 × 448 and brought down once, so that lines are smooth; type and lines are sized to
+survive at 224 pixels, which is 16 × 16 patches of the starter's vision tower.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFont
+
+CANVAS = 448
+PlateKind = Literal["dose map", "DVH", "table"]
+Colour = tuple[int, int, int]
+Field = NDArray[np.float32]
+"""One float32 value for each pixel of a square grid, (rows, columns)."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A question kind and its exact answer: a number as digits, or a term that `phantom_text` translates.
+
+    `words` are terms that the question names ("the {a} curve").
+    """
+
+    task: str
+    answer: str
+    words: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plate:
+    """One drawn picture (RGB, CANVAS × CANVAS) and what can be asked about it."""
+
+    image: Image.Image
+    facts: tuple[Fact, ...]
+
+
+def deal(values: Sequence[T], count: int, rng: random.Random) -> list[T]:
+    """`count` values in random order, each of `values` equally often (to within one), so that priors are balanced."""
+    whole, rest = divmod(count, len(values))
+    dealt = [*values] * whole + rng.sample(list(values), rest)
+    rng.shuffle(dealt)
+    return dealt
+
+
+def yes(truth: bool) -> str:
+    """The term for a closed answer."""
+    return "yes" if truth else "no"
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's built-in scalable face: the same everywhere, no font file to find."""
+    return ImageFont.load_default(size)
