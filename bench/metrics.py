@@ -28,11 +28,9 @@ from collections import Counter
 from ldrt_edge.dataset import Row
 
 _YES = {"yes", "yeah", "yep", "true", "ja", "jawohl", "sí", "si", "oui", "sim", "是", "是的", "有", "对", "會", "会"}
-_NO = {"no", "nope", "false", "nein", "non", "não", "nao", "否", "不", "不是", "没有", "沒有", "没", "不会", "不對", "不对"}
-_NUMBER_WORDS = {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+_NO = {"no", "nope", "false", "nein", "non", "não", "nao", "否", "不", "不是", "没有", "沒有", "没", "不会", "不會", "不对"}
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_DIGITS)}
 _ARTICLES = {"a", "an", "the"}
 _NUMBER = re.compile(r"(?<![\w.,])([-−+])?(\d+(?:[.,]\d+)*)(?![.,]?\d)(?=([^\W\d_])?)")
 _TIMES = re.compile(r"(?<=\d)\s*[x×]\s*(?=\d)")
@@ -93,7 +91,8 @@ def _leading_polarity(normalised: str) -> str:
 def _number(found: re.Match[str], language: str) -> str:
     sign, digits, letter = found.groups()
     groups = re.split(r"([.,])", digits)
-    if language in ("en", "zh") and all(len(g) == 3 for s, g in zip(groups[1::2], groups[2::2], strict=True) if s == ","):
+    behind_commas = [group for mark, group in zip(groups[1::2], groups[2::2], strict=True) if mark == ","]
+    if language in ("en", "zh") and all(len(group) == 3 for group in behind_commas):
         digits = digits.replace(",", "")
     if len(re.findall(r"[.,]", digits)) > 1:
         return digits  # a date, a version: not a number

@@ -79,7 +79,7 @@ def paired_difference(
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} values against {len(second)}: a paired difference wants pairs")
-    sums, counts = _by_cluster(np.subtract(first, second).tolist(), clusters)
+    sums, counts = _by_cluster((np.asarray(first, float) - np.asarray(second, float)).tolist(), clusters)
     value, low, high = _interval(sums, counts, seed)
     if high - low < _FLAT:
         bound = _wilson(0.0, len(sums))[1]
@@ -93,7 +93,8 @@ def _by_cluster(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[
         raise ValueError(f"{len(values)} values with {len(clusters)} cluster labels")
     number: dict[Hashable, int] = {}
     labels = np.array([number.setdefault(label, len(number)) for label in clusters])
-    return np.bincount(labels, weights=np.asarray(values, float)), np.bincount(labels).astype(float)
+    sums = np.bincount(labels, weights=np.asarray(values, float))
+    return sums.astype(np.float64), np.bincount(labels).astype(np.float64)
 
 
 def _interval(sums: FloatVector, counts: FloatVector, seed: int) -> tuple[float, float, float]:

@@ -1,0 +1,298 @@
+"""Ask a model every question of a test set, with the right picture and with a wrong one, beside its reference model.
+
+The answers are greedy. One teacher-forced pass over the reference answer tells whether the greedy answer equals it
+(then its argmax is that answer, token for token); only where it does not, the model generates. The same pass gives the
+logits for fidelity, which are reduced to one divergence a token before the next row, so nothing large is kept.
+
+**The blind control.** A model can score well without looking: "yes" is often right. So each question is asked once
+more with a picture that does not belong to it, and the rate with the right picture counts only by what it gains over
+that. There are two controls, each a seeded derangement (every picture is used once, none stays in its place, and where
+possible none is replaced by one of its own group):
+
+- `blind`: a wrong picture of the same kind (dose map for dose map, chest for chest). It takes away what this picture
+  says and leaves what its kind says. Kinds of one picture take theirs from the other control.
+- `blind_any`: any other picture. Against `blind`, it tells how much is known from the kind of picture alone.
+
+A wrong picture may by chance have the same answer, so even a model that sees everything scores above zero.
+
+Rows are asked picture by picture, so that the runtime's prefix cache holds the picture for all its questions. With a
+journal, each picture's answers are on disk before the next one is asked, and a killed run continues there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ldrt_edge import console
+from ldrt_edge.bench.fidelity import compare_logits
+from ldrt_edge.bench.metrics import correct, normalise, token_f1
+from ldrt_edge.dataset import Dataset, Row
+from ldrt_edge.errors import DataError
+from ldrt_edge.front import Front, conversation
+from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.base import FloatArray, FrontImage, Runtime, Sampling
+
+_LEAST_TOKENS, _EXTRA_TOKENS = 24, 16
+
+Flip = Literal["worse", "better", "other"]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded runtime with the front end of the same artefact."""
+
+    runtime: Runtime
+    front: Front
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one question, seeing the picture with this sha256 (of the dataset's file)."""
+
+    text: str
+    correct: bool
+    token_f1: float
+    image_sha256: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with all that was answered to it; a line of `samples.jsonl`.
+
+    flip: the subject's answer differs from the reference model's: from right to wrong ("worse"), from wrong to right
+        ("better"), or neither ("other"); None where they agree or there is no reference model.
+    kld, top1: per token of the reference answer, given the right picture: Kullback-Leibler divergence of the subject
+        from the reference model in nats, and whether both rank the same token first.
+    """
+
+    id: str
+    image_sha256: str
+    group: str
+    kind: str
+    language: str
+    task: str
+    answer_type: str
+    question: str
+    answer: str
+    subject: Answer
+    blind: Answer | None
+    blind_any: Answer | None
+    reference: Answer | None
+    flip: Flip | None
+    kld: tuple[float, ...] | None
+    top1: tuple[bool, ...] | None
+
+
+@dataclass(frozen=True)
+class Controls:
+    """For each picture (its path in the dataset) the wrong one that is shown instead."""
+
+    same_kind: Mapping[str, str]
+    any_kind: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reply:
+    """A greedy answer, and the logits (tokens, vocab) that the model gave on the reference answer's tokens."""
+
+    text: str
+    target: tuple[int, ...]
+    logits: FloatArray
+
+
+def answer_rows(
+    subject: Model,
+    dataset: Dataset,
+    rows: Sequence[Row],
+    controls: Controls | None = None,
+    reference: Model | None = None,
+    journal: Path | None = None,
+) -> list[Sample]:
+    """Ask `subject` (and `reference`) every row's last question; samples in the order of their pictures.
+
+    Raises:
+        DataError: a picture cannot be read, or a question is longer than the context.
+    """
+    by_image = group_by_image(rows)
+    first = {image: members[0] for image, members in by_image.items()}
+    done = _read_journal(journal, by_image) if journal else {}
+    samples = [sample for image in by_image for sample in done.get(image, ())]
+    waiting = {image: members for image, members in by_image.items() if image not in done}
+    right = sum(sample.subject.correct for sample in samples)
+    with console.bar("asking", sum(map(len, waiting.values()))) as shown:
+        for image, members in waiting.items():
+            wrong = controls.same_kind[image] if controls else None
+            other = controls.any_kind[image] if controls else None
+            replies = _ask(subject, dataset, members, first[image])
+            blind = _answers(subject, dataset, members, first[wrong]) if wrong else [None] * len(members)
+            if other == wrong:
+                blind_any = blind
+            else:
+                blind_any = _answers(subject, dataset, members, first[other]) if other else [None] * len(members)
+            expected = _ask(reference, dataset, members, first[image]) if reference else [None] * len(members)
+            new = [_sample(*column) for column in zip(members, replies, blind, blind_any, expected, strict=True)]
+            if journal:
+                _append(journal, new)
+            samples.extend(new)
+            right += sum(sample.subject.correct for sample in new)
+            shown.advance(len(new), f"{right / len(samples):.0%} right")
+    return samples
+
+
+def choose_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """Whole pictures in a seeded order, turn about by kind, until `limit` rows are reached (at least two pictures)."""
+    by_image = group_by_image(rows)
+    if limit is None or limit >= len(rows):
+        return [row for members in by_image.values() for row in members]
+    rng = np.random.default_rng(seed)
+    kinds: dict[str, list[str]] = {}
+    for image in sorted(by_image):
+        kinds.setdefault(by_image[image][0].kind, []).append(image)
+    shuffled = {kind: [str(image) for image in rng.permutation(images)] for kind, images in kinds.items()}
+    turns = sorted((turn, kind, image) for kind, images in shuffled.items() for turn, image in enumerate(images))
+    chosen: list[Row] = []
+    for count, (_, _, image) in enumerate(turns):
+        if len(chosen) >= limit and count >= 2:
+            break
+        chosen.extend(by_image[image])
+    return chosen
+
+
+def draw_controls(rows: Sequence[Row], seed: int) -> Controls:
+    """Draw both blind controls over the pictures of `rows`.
+
+    Raises:
+        DataError: there is only one picture.
+    """
+    first = {image: members[0] for image, members in group_by_image(rows).items()}
+    if len(first) < 2:
+        raise DataError("the blind control needs at least two pictures: give a larger dataset or a higher --limit")
+    any_kind = _derange(list(first.values()), seed)
+    same_kind = dict(any_kind)
+    for kind in sorted({row.kind for row in first.values()}):
+        members = [row for row in first.values() if row.kind == kind]
+        if len(members) > 1:
+            same_kind.update(_derange(members, seed))
+    return Controls(same_kind, any_kind)
+
+
+def group_by_image(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by their picture, in the order of first appearance."""
+    by_image: dict[str, list[Row]] = {}
+    for row in rows:
+        by_image.setdefault(row.image, []).append(row)
+    return by_image
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Samples of a `samples.jsonl`, up to the first line that a killed run left unfinished."""
+    samples = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
+        samples.append(_parse(json.loads(line)))
+    return samples
+
+
+def _derange(members: Sequence[Row], seed: int) -> dict[str, str]:
+    """Another picture for each: shuffled group by group, then shifted by the largest group."""
+    rng = np.random.default_rng(seed)
+    by_group: dict[str, list[str]] = {}
+    for row in sorted(members, key=lambda row: row.image):
+        by_group.setdefault(row.group, []).append(row.image)
+    groups = [by_group[name] for name in rng.permutation(sorted(by_group))]
+    order = [str(image) for group in groups for image in rng.permutation(group)]
+    shift = max(map(len, groups))
+    if shift == len(order):
+        shift = 1  # all of one group: another picture of it must do
+    return {image: order[(place + shift) % len(order)] for place, image in enumerate(order)}
+
+
+def _ask(model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row) -> list[_Reply]:
+    """Greedy replies to the last question of each row, with the picture of the row `shown`."""
+    image = model.front.image(read_image(dataset.image_path(shown)).rgb)
+    return [_reply(model, row, image) for row in rows]
+
+
+def _answers(model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row) -> list[Answer | None]:
+    replies = _ask(model, dataset, rows, shown)
+    return [_judge(row, reply.text, shown) for row, reply in zip(rows, replies, strict=True)]
+
+
+def _reply(model: Model, row: Row, image: FrontImage) -> _Reply:
+    try:
+        messages = conversation(row.turns[:-1], image)
+        prompt = model.front.prompt(messages)
+        target = model.front.answer_ids(messages, row.answer)
+        logits = model.runtime.score(prompt, target)
+        if (logits.argmax(axis=1) == target).all():
+            return _Reply(model.front.decode(target).strip(), target, logits)
+        sampling = Sampling(max_tokens=max(_LEAST_TOKENS, len(target) + _EXTRA_TOKENS))
+        given = [token.id for token in model.runtime.generate(prompt, sampling)]
+    except DataError as error:
+        raise DataError(f"row {row.id}: {error}") from error
+    return _Reply(model.front.decode(given).strip(), target, logits)
+
+
+def _judge(row: Row, text: str, shown: Row) -> Answer:
+    return Answer(text, correct(row, text), token_f1(row, text), shown.image_sha256)
+
+
+def _sample(row: Row, reply: _Reply, blind: Answer | None, blind_any: Answer | None, expected: _Reply | None) -> Sample:
+    subject = _judge(row, reply.text, row)
+    reference = _judge(row, expected.text, row) if expected else None
+    kld = top1 = None
+    if expected and expected.target == reply.target:
+        kld, top1 = compare_logits(expected.logits, reply.logits)
+    return Sample(
+        id=row.id, image_sha256=row.image_sha256, group=row.group, kind=row.kind, language=row.language, task=row.task,
+        answer_type=row.answer_type, question=row.question, answer=row.answer, subject=subject, blind=blind,
+        blind_any=blind_any, reference=reference, flip=_flip(row, subject, reference), kld=kld, top1=top1,
+    )
+
+
+def _flip(row: Row, subject: Answer, reference: Answer | None) -> Flip | None:
+    if reference is None or normalise(subject.text, row.language) == normalise(reference.text, row.language):
+        return None
+    if subject.correct == reference.correct:
+        return "other"
+    return "better" if subject.correct else "worse"
+
+
+def _read_journal(path: Path, by_image: Mapping[str, Sequence[Row]]) -> dict[str, list[Sample]]:
+    """Pictures whose questions were all answered by an earlier run; the journal is cut back to these."""
+    if not path.is_file():
+        return {}
+    answered = {sample.id: sample for sample in read_samples(path)}
+    done = {
+        image: [answered[row.id] for row in members]
+        for image, members in by_image.items()
+        if all(row.id in answered for row in members)
+    }
+    kept = path.with_suffix(".kept")
+    kept.unlink(missing_ok=True)
+    _append(kept, [sample for samples in done.values() for sample in samples])
+    kept.replace(path)
+    return done
+
+
+def _append(path: Path, samples: Sequence[Sample]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _parse(data: dict[str, Any]) -> Sample:
+    for name in ("subject", "blind", "blind_any", "reference"):
+        data[name] = Answer(**data[name]) if data[name] else None
+    for name in ("kld", "top1"):
+        data[name] = tuple(data[name]) if data[name] is not None else None
+    return Sample(**data)
