@@ -146,7 +146,7 @@ def _cached_starter() -> Path:
 
 def _from_hub(repository: str, revision: str | None) -> Base:
     hub = require("huggingface_hub", "train")
-    errors = hub.errors
+    errors = require("huggingface_hub.errors", "train")
     absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
     unreachable = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)
     spec = repository + (f"@{revision}" if revision else "")
