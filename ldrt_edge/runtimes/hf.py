@@ -138,7 +138,7 @@ class HfRuntime:
         ]
         encoded = time.perf_counter()
         if held and self._cache is not None:
-            self._cache.crop(held)
+            self._cache.crop(held - self._cache.get_seq_length())
         else:
             self._cache = DynamicCache(config=self.model.config.text_config)
         self._prefix.keys = []
