@@ -1,0 +1,202 @@
+"""DICOM files to RGB: the grey pipeline, palettes and colour spaces of the standard, through pydicom.
+
+Stored values go through the modality transformation (to HU, to dose), then the window or lookup table for display,
+per frame where an enhanced object says so. `ldrt_edge.image` is the door; nothing here passes on patient data.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldrt_edge import image
+from ldrt_edge.dicom_frame import decode_apart
+from ldrt_edge.errors import DataError
+from ldrt_edge.image import Mapping, Origin, Picture, Values, Window, decoding
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_MODALITIES = r"[A-Z]{2}|SEG|ECG|OCT|OPT|IVUS|RT(DOSE|IMAGE|PLAN|STRUCT|RECORD)"  # PS3.3 C.7.3.1.1.1
+_PALETTES = tuple(f"{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue"))
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+
+
+def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
+    """Read one frame of a DICOM file. See `ldrt_edge.image.read_image`.
+
+    Raises:
+        DataError: damaged, without a picture, too large, or in a syntax that no installed decoder reads.
+    """
+    header = _read_header(data)
+    with decoding("a damaged DICOM file"):
+        modality = _modality(header)
+    named = f"a DICOM {modality} object" if modality else "a DICOM object"
+    if not any(element in header for element in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise DataError(f"{named} without a picture: choose a file that holds an image or a dose grid")
+    with decoding(f"{named} whose header is damaged"):
+        frames = max(int(header.get("NumberOfFrames") or 1), 1)
+        rows, columns = int(header.Rows), int(header.Columns)
+        photometric = str(header.PhotometricInterpretation)
+        bits_stored = int(header.get("BitsStored", header.BitsAllocated))
+        signed = int(header.get("PixelRepresentation", 0)) == 1
+        syntax = header.file_meta.TransferSyntaxUID
+    image.check_size(columns, rows)
+    image.check_frame(frame, frames)
+    with decoding(f"{named} whose pixels cannot be decoded ({syntax.name}): damaged, truncated or not supported"):
+        stored = _decode(data, header, frame)
+        display = _display_settings(header, frame)
+        if photometric == "PALETTE COLOR":
+            stored = _through_palette(stored, header)
+            bits_stored = 8 * stored.dtype.itemsize
+        used, mapping = None, "as stored"  # type: tuple[Window | None, Mapping]
+        if stored.ndim == 3:
+            image.refuse_window(window)
+            rgb = image.as_uint8(stored if bits_stored == 8 else stored / (2.0**bits_stored - 1) * 255)[..., :3]
+        else:
+            small_bits = bits_stored if bits_stored <= 8 and not signed else None
+            grey, used, mapping = _grey(stored, display, window, small_bits)
+            rgb = image.grey_to_rgb(255 - grey if photometric == "MONOCHROME1" else grey)
+    return Picture(np.ascontiguousarray(rgb), Origin("DICOM", modality, used, frame, frames, mapping))
+
+
+def _read_header(data: bytes) -> Dataset:
+    """Parse a DICOM file, with a transfer syntax even where an early file has none."""
+    from pydicom import dcmread, uid
+
+    _refuse_inflating(data)
+    with decoding("a damaged DICOM file"):
+        header = dcmread(io.BytesIO(data), force=True)
+        if "TransferSyntaxUID" not in header.file_meta:
+            implicit, little = header.original_encoding
+            explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+            header.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+        return header
+
+
+def _refuse_inflating(data: bytes) -> None:
+    """Refuse a deflated file that would grow beyond the limit: pydicom inflates without one."""
+    from pydicom.filereader import read_dataset
+
+    if data[128:132] != b"DICM":
+        return
+    stream = io.BytesIO(data)
+    stream.seek(132)
+    with decoding("a damaged DICOM file"):
+        meta = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
+        if meta.get("TransferSyntaxUID") == _DEFLATED:
+            limit = image.MAX_BYTES
+            inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[stream.tell() :], limit + 1)
+            if len(inflated) > limit:
+                raise DataError(f"inflates to more than the limit of {limit >> 20} MiB")
+
+
+def _decode(data: bytes, header: Dataset, frame: int) -> Values:
+    """One frame as stored, colours as RGB. GDCM comes last and in a process of its own: see `dicom_frame`."""
+    from pydicom.pixels.decoders.base import get_decoder
+    from pydicom.pixels.utils import pixel_array
+
+    decoder = get_decoder(header.file_meta.TransferSyntaxUID)
+    if decoder.is_native:
+        return pixel_array(header, index=frame)
+    for plugin in decoder.available_plugins:
+        if plugin == "gdcm":
+            continue
+        try:
+            return pixel_array(header, index=frame, decoding_plugin=plugin)
+        except Exception:  # each plug-in reads only a part of the standard: the next may do
+            continue
+    return decode_apart(data, frame)
+
+
+def _display_settings(header: Dataset, frame: int) -> Dataset:
+    """The grey transformation of one frame as a flat dataset: enhanced objects nest it in functional groups.
+
+    Source: DICOM PS3.3 C.7.6.16.2.9 (pixel value transformation) and C.7.6.16.2.10 (frame VOI LUT).
+    """
+    from pydicom import Dataset
+
+    flat = Dataset()
+    flat.file_meta = header.file_meta
+    shared = header.get("SharedFunctionalGroupsSequence") or []
+    per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
+    names = (
+        "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
+        "VOILUTFunction", "PixelPaddingValue", "DoseGridScaling",
+    )
+    for group in (header, *shared[:1], *per_frame[frame : frame + 1]):
+        nested = [
+            item for sequence in ("PixelValueTransformationSequence", "FrameVOILUTSequence")
+            for item in (group.get(sequence) or [])[:1]
+        ]
+        for source in (group, *nested):
+            for name in names:
+                if name in source:
+                    flat.add(source[name])
+    return flat
+
+
+def _grey(
+    stored: Values, display: Dataset, window: Window | None, small_bits: int | None
+) -> tuple[NDArray[np.uint8], Window | None, Mapping]:
+    """Stored values to 8 bits: modality LUT, then the window given, the header's LUT or window, or the full range.
+
+    small_bits: bits stored, if unsigned and at most 8. Source: DICOM PS3.3 C.11.1 and C.11.2.
+    """
+    from pydicom.pixels import processing
+
+    values: Values = processing.apply_modality_lut(stored, display)
+    if "DoseGridScaling" in display:  # PS3.3 C.8.8.3: stored value to dose
+        values = stored * float(display.DoseGridScaling)
+    if window is None and display.get("VOILUTSequence"):
+        return _through_voi_lut(values, display), None, "lookup table"
+    used = window or _header_window(display)
+    function = str(display.get("VOILUTFunction", "LINEAR")).upper() if window is None else "LINEAR"
+    visible = stored != int(display.PixelPaddingValue) if "PixelPaddingValue" in display else None
+    scaled = "ModalityLUTSequence" in display or "RescaleSlope" in display or "DoseGridScaling" in display
+    stored_max = 2.0**small_bits - 1 if small_bits and not scaled else None
+    grey, mapping = image.grey_to_uint8(values, used, stored_max, function, visible)
+    return grey, used, mapping
+
+
+def _header_window(display: Dataset) -> Window | None:
+    """The header's first window, if it has a usable one."""
+    values = [display.get(name) for name in ("WindowCenter", "WindowWidth")]
+    if any(value in (None, "") for value in values):
+        return None
+    center, width = (float(np.atleast_1d(value)[0]) for value in values)
+    return (center, width) if width >= 1 and math.isfinite(center) and math.isfinite(width) else None
+
+
+def _through_voi_lut(values: Values, display: Dataset) -> NDArray[np.uint8]:
+    from pydicom.pixels import processing
+
+    entries, first, depth = (int(n) for n in display.VOILUTSequence[0].LUTDescriptor)
+    # a lookup wants integers, and pydicom's wraps round for values beyond the table's reach
+    inside = np.clip(np.rint(values), first, first + (entries or 2**16) - 1).astype(np.int64)
+    return image.as_uint8(processing.apply_voi(inside, display) / (2.0**depth - 1) * 255)
+
+
+def _through_palette(stored: Values, header: Dataset) -> Values:
+    from pydicom.pixels import processing
+
+    entries, _, depth = (int(n) for n in header.RedPaletteColorLookupTableDescriptor)
+    if depth == 16 and not header.original_encoding[1]:  # pydicom reads the tables as if they were little-endian
+        for element in [e for e in header if e.keyword in _PALETTES]:
+            element.value = np.frombuffer(element.value, ">u2").astype("<u2").tobytes()
+    coloured = np.asarray(processing.apply_color_lut(stored, header))
+    if coloured.dtype == np.uint8 and not 0 < entries <= 256:  # pydicom looks them up modulo 256
+        raise DataError("a palette of more than 256 entries of 8 bits, which is not supported: convert it to RGB")
+    return coloured.astype(np.uint8) if depth == 8 else coloured  # 8-bit entries may come in 16-bit words
+
+
+def _modality(header: Dataset) -> str | None:
+    """The modality, if it is a code of DICOM's: a header's free text is not passed on."""
+    value = str(header.get("Modality") or "")
+    return value if re.fullmatch(_MODALITIES, value) else None
