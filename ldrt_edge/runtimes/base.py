@@ -268,7 +268,7 @@ def remaining(prompt: Prompt, extra: Sequence[int], start: int) -> list[tuple[in
     position = 0
     for part in [*prompt.segments(), tuple(extra)]:
         length = part.token_count if isinstance(part, FrontImage) else len(part)
-        if position + length > start:
+        if length and position + length > start:
             parts.append(part if isinstance(part, FrontImage) else part[max(start - position, 0) :])
         position += length
     return parts
