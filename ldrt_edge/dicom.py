@@ -63,7 +63,8 @@ def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
             small_bits = bits_stored if bits_stored <= 8 and not signed else None
             grey, used, mapping = _grey(stored, display, window, small_bits)
             rgb = image.grey_to_rgb(255 - grey if photometric == "MONOCHROME1" else grey)
-    return Picture(np.ascontiguousarray(rgb), Origin("DICOM", modality, used, frame, frames, mapping))
+    origin = Origin("DICOM", modality, used, frame, frames, mapping, image.sha256(data))
+    return Picture(np.ascontiguousarray(rgb), origin)
 
 
 def _read_header(data: bytes) -> Dataset:

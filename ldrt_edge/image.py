@@ -10,6 +10,7 @@ the smallest to the largest value of the frame. 16-bit colour keeps its high byt
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import warnings
@@ -42,6 +43,7 @@ class Origin:
 
     modality: DICOM's code ("CT", "RTDOSE"), None for other formats. window: (center, width) if one was applied, in
     the picture's own values (HU for CT). frame counts from 0, of `frames`. mapping: how values became 8 bits.
+    sha256: of the file's bytes.
     """
 
     format: str
@@ -50,6 +52,7 @@ class Origin:
     frame: int
     frames: int
     mapping: Mapping
+    sha256: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +142,7 @@ def _read_pillow(data: bytes, window: Window | None, frame: int) -> Picture:
         with decoding(f"a {kind} file in colours that cannot be converted ({upright.mode}): save it as RGB"):
             rgb = np.array(_colour_to_rgb(upright))
     applied = window if mapping == "window" else None
-    return Picture(rgb, Origin(kind, None, applied, frame, frames, mapping))
+    return Picture(rgb, Origin(kind, None, applied, frame, frames, mapping, sha256(data)))
 
 
 def _colour_to_rgb(image: Image.Image) -> Image.Image:
@@ -177,6 +180,11 @@ def _windowed(values: Values, window: Window, function: str) -> NDArray[np.float
     # DS elements hold at most 16 characters
     asked.WindowCenter, asked.WindowWidth = f"{window[0]:.8g}", f"{window[1]:.8g}"
     return np.asarray(processing.apply_windowing(np.nan_to_num(values.astype(np.float64)), asked))
+
+
+def sha256(data: bytes) -> str:
+    """As hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def as_uint8(values: Values) -> NDArray[np.uint8]:

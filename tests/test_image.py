@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import re
@@ -352,7 +353,8 @@ def test_pages_of_a_tiff() -> None:
 def test_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
     path = tmp_path / "film.dcm"
     path.write_bytes(encoded(Image.fromarray(ramp()), "PNG"))
-    assert read_image(path).origin.format == "PNG"
+    origin = read_image(path).origin
+    assert origin.format == "PNG" and origin.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
