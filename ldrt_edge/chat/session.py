@@ -1,0 +1,203 @@
+"""A conversation about pictures: what was asked, shown and answered, and the next answer as it is written.
+
+Terminal and server both talk through `Session`; it holds everything in memory and writes nothing unless told to.
+The runtimes keep what they have read so far, so a second question about a picture starts at once.
+
+    session = Session(runtime, front)
+    session.attach(read_image(path))
+    for piece in session.ask("How many beams are used?"):
+        print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ldrt_edge import __version__
+from ldrt_edge.artifact import Input
+from ldrt_edge.errors import DataError
+from ldrt_edge.front import Front, Message
+from ldrt_edge.image import Origin, Picture
+from ldrt_edge.runtimes.base import FrontImage, Runtime, Sampling, Timings
+
+SCHEMA = "ldrt-edge/transcript/1"
+NOTICE = "For research use only, not for diagnosis."
+
+Finish = Literal["end", "length", "stopped"]
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A picture in the conversation: what the model sees, and where it came from (no file name)."""
+
+    image: FrontImage
+    origin: Origin
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """A question, the picture shown with it, and its answer, whole, cut off by length, or stopped by the user."""
+
+    question: str
+    shown: Shown | None
+    answer: str
+    finish: Finish
+    tokens: int
+    timings: Timings
+
+    @property
+    def messages(self) -> tuple[Message, Message]:
+        """As the front end takes them."""
+        return _user_message(self.question, self.shown), Message("assistant", self.answer)
+
+
+class Session:
+    """One conversation with one loaded model.
+
+    Args:
+        runtime: the loaded model.
+        front: its front end.
+        sampling: how answers are drawn.
+        model: the artefact's identity, for the transcript.
+    """
+
+    def __init__(
+        self, runtime: Runtime, front: Front, sampling: Sampling | None = None, model: Input | None = None
+    ) -> None:
+        self.runtime, self.front, self.model = runtime, front, model
+        self.sampling = sampling or Sampling()
+        self.exchanges: list[Exchange] = []
+        self._waiting: Shown | None = None
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Answer a question, piece by piece; the pieces joined are the answer.
+
+        What was written when the iterator is closed, or interrupted, stays in the conversation. When it raises, the
+        conversation is as before, and the picture still waits for its question.
+
+        Raises:
+            DataError: nothing was asked, the text holds a control token, or the conversation outgrew the context.
+        """
+        if not text.strip():
+            raise DataError("nothing was asked")
+        shown = self._waiting
+        history = [message for exchange in self.exchanges for message in exchange.messages]
+        prompt = self.front.prompt([*history, _user_message(text, shown)])
+        written = TextStream(self.front.decode)
+        try:
+            for token in self.runtime.generate(prompt, self.sampling):
+                if piece := written.add(token.id):
+                    yield piece
+            if rest := written.finish():
+                yield rest
+        except (GeneratorExit, KeyboardInterrupt):
+            self._keep(text, shown, written, "stopped")
+            raise
+        limit = min(self.sampling.max_tokens, self.runtime.context_length - len(prompt.ids))
+        self._keep(text, shown, written, "end" if len(written.ids) < limit else "length")
+
+    def attach(self, picture: Picture) -> FrontImage:
+        """Show a picture with the next question; encodes it now, so that the answer starts sooner."""
+        image = self.front.image(picture.rgb)
+        self.runtime.encode(image)
+        self._waiting = Shown(image, picture.origin)
+        return image
+
+    def reset(self) -> None:
+        """Forget the conversation and its pictures."""
+        self.exchanges.clear()
+        self._waiting = None
+
+    def transcript(self) -> dict[str, object]:
+        """The conversation as JSON; pictures by their file's sha256, size and window, never by name."""
+        return {
+            "schema": SCHEMA,
+            "notice": NOTICE,
+            "version": __version__,
+            "runtime": self.runtime.name,
+            "model": asdict(self.model) if self.model else None,
+            "sampling": asdict(self.sampling),
+            "turns": [
+                {
+                    "question": exchange.question,
+                    "image": _describe(exchange.shown) if exchange.shown else None,
+                    "answer": exchange.answer,
+                    "finish": exchange.finish,
+                    "tokens": exchange.tokens,
+                }
+                for exchange in self.exchanges
+            ],
+        }
+
+    def save(self, path: Path) -> None:
+        """Write the transcript to a new file that only its owner can read.
+
+        Raises:
+            DataError: the file exists, or cannot be written.
+        """
+        text = json.dumps(self.transcript(), ensure_ascii=False, indent=1) + "\n"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(text)
+        except FileExistsError as error:
+            raise DataError(f"{path} exists: choose another name") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+    def _keep(self, question: str, shown: Shown | None, written: TextStream, finish: Finish) -> None:
+        if written.text and self._can_go_on_after(written.text):
+            timings = replace(self.runtime.timings)
+            self.exchanges.append(Exchange(question, shown, written.text, finish, len(written.ids), timings))
+            self._waiting = None
+
+    def _can_go_on_after(self, answer: str) -> bool:
+        """False for an answer that spells a control token: it would be refused in every later prompt."""
+        try:
+            self.front.render([Message("user", "?"), Message("assistant", answer), Message("user", "?")])
+        except DataError:
+            return False
+        return True
+
+
+class TextStream:
+    """Tokens to text as they come: never half a character, and joined exactly the answer.
+
+    A character may need several tokens, and decoders treat the first token and spaces specially; so all ids are
+    decoded anew each time and only what can no longer change is given out.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self.ids: list[int] = []
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        """What the next token adds for certain: bytes of an unfinished character and closing spaces wait."""
+        self.ids.append(token)
+        return self._advance(self._decode(self.ids).rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """What still waited when the last token came."""
+        return self._advance(self._decode(self.ids))
+
+    def _advance(self, decoded: str) -> str:
+        known = decoded.strip()
+        if not known.startswith(self.text):
+            return ""
+        piece, self.text = known[len(self.text) :], known
+        return piece
+
+
+def _user_message(text: str, shown: Shown | None) -> Message:
+    return Message("user", text, (shown.image,) if shown else ())
+
+
+def _describe(shown: Shown) -> dict[str, object]:
+    height, width = shown.image.size
+    return {"width": width, "height": height, "seen_sha256": shown.image.sha256, **asdict(shown.origin)}
