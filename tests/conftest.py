@@ -1,0 +1,46 @@
+"""Models that tests share: tiny random ones of the real architectures, and the starter, each made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from ldrt_edge.errors import MissingExtraError
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes a tiny checkpoint, once for each choice: `tiny("llava15", "llama", hidden=256, layout="hub") -> folder`.
+
+    Tests must not write into the folder: it is shared.
+    """
+    import tiny as builders
+
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(
+        family: str, text: str, *, layout: Literal["transformers5", "hub"] = "transformers5", **options: Any
+    ) -> Path:
+        key = (family, text, layout, *sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("tiny") / f"{family}-{text}"
+            if layout == "hub":
+                made[key] = builders.to_hub_layout(make(family, text, **options), folder)
+            else:
+                made[key] = builders.build(folder, family, text, **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The starter base artefact; tests must not write into it."""
+    from ldrt_edge.train.starter import assemble
+
+    try:
+        return assemble(tmp_path_factory.mktemp("base") / "starter")
+    except MissingExtraError as error:
+        pytest.skip(str(error))
