@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ldrt_edge.train.data.phantom import phantom
-from ldrt_edge.train.data.phantom_text import LANGUAGES, QUESTIONS, TERMS
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldrt_edge import artifact
 from ldrt_edge.dataset import Dataset, Row
-from ldrt_edge.errors import ConfigError
+from ldrt_edge.errors import ConfigError, DataError
+from ldrt_edge.train.data.imports import import_llava, import_vqa_rad
+from ldrt_edge.train.data.phantom import phantom
+from ldrt_edge.train.data.phantom_text import LANGUAGES, QUESTIONS, TERMS
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +150,134 @@ def test_every_question_and_term_exists_in_every_language() -> None:
         every = [form.lower() for forms in wordings.values() for form in forms]
         assert len({("{a}" in form, "{b}" in form) for form in every}) == 1, f"{task}: a wording forgets its terms"
     assert all(set(forms) == set(LANGUAGES) for forms in TERMS.values())
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def _grey_square(path: Path, level: int, size: int = 24) -> Path:
+    Image.fromarray(np.full((size, size), level, np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def public_form(tmp_path: Path) -> Path:
+    """VQA-RAD as it is published: one JSON list and a folder of images; three pictures of each of three organs."""
+    folder = tmp_path / "VQA_RAD"
+    (folder / "VQA_RAD Image Folder").mkdir(parents=True)
+    rows = []
+    for number in range(9):
+        _grey_square(folder / "VQA_RAD Image Folder" / f"synpic{number}.png", 20 * number + 10)
+        for extra, (question, answer, answer_type, question_type) in enumerate([
+            ("Is this an axial image? ", "Yes", "CLOSED ", "PLANE"), ("How many lesions?", 2, "OPEN", "COUNT, PRES"),
+            ("Is a mass seen?", "no", "CLOSED", "PRSE"),
+        ]):
+            rows.append({
+                "qid": str(number * 10 + extra), "image_name": f"synpic{number}.png", "question": question,
+                "answer": answer, "answer_type": answer_type, "question_type": question_type,
+                "image_organ": ("HEAD", "CHEST", "ABD")[number % 3], "phrase_type": "freeform",
+            })
+    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_vqa_rad_public_json(public_form: Path, tmp_path: Path) -> None:
+    data = Dataset(import_vqa_rad(public_form, tmp_path / "rad", test_fraction=1 / 3))
+    rows = list(data)
+    assert len(rows) == 27
+    first = next(row for row in rows if row.id == "vqa-rad-0")
+    assert (first.question, first.answer, first.answer_type) == ("Is this an axial image?", "yes", "closed")
+    assert Counter(row.task for row in rows) == {"plane": 9, "count": 9, "presence": 9}
+    assert {row.answer for row in rows if row.task == "count"} == {"2"}
+    tests = {row.group: row.kind for row in rows if row.split == "test"}
+    assert Counter(tests.values()) == {"HEAD": 1, "CHEST": 1, "ABD": 1}, "stratified by organ"
+    assert not {row.group for row in rows if row.split == "train"} & set(tests)
+
+
+def test_imports_leave_no_file_name_behind(public_form: Path, tmp_path: Path) -> None:
+    out = import_vqa_rad(public_form, tmp_path / "rad")
+    stored = [path.name for path in (out / "images").iterdir()]
+    assert stored and not any("synpic" in name for name in stored)
+    assert "synpic" not in (out / "rows.jsonl").read_text() + (out / "manifest.json").read_text()
+
+
+def test_vqa_rad_from_the_shared_form(tmp_path: Path) -> None:
+    if not (SHARED / "vqa-rad" / "qa.jsonl").is_file():
+        pytest.skip("needs shared/data/vqa-rad")
+    data = Dataset(import_vqa_rad(SHARED / "vqa-rad", tmp_path / "rad"))
+    assert (len(data), data.manifest.metrics["images"], data.manifest.metrics["bad_rows"]) == (1806, 251, 0)
+    row = data[0]
+    original = (SHARED / "vqa-rad" / "images" / "synpic100132.jpg").read_bytes()
+    assert data.image_path(row).read_bytes() == original, "a plain JPEG stays as it is"
+    assert {row.kind for row in data} == {"HEAD", "CHEST", "ABD"}
+
+
+def _llava_row(number: int, image: str | None, *said: tuple[str, str]) -> dict[str, object]:
+    row: dict[str, object] = {
+        "id": f"x{number}", "conversations": [{"from": speaker, "value": value} for speaker, value in said]
+    }
+    return row | ({"image": image} if image else {})
+
+
+def test_llava_conversations(tmp_path: Path) -> None:
+    _grey_square(tmp_path / "a.png", 40)
+    rows = [
+        _llava_row(1, "a.png", ("human", "<image>\nWhat is it?"), ("gpt", "A square."), ("human", "Is it grey?"),
+                   ("gpt", "Yes")),
+        _llava_row(2, None, ("human", "Hello"), ("gpt", "Hello.")),
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    data = Dataset(import_llava(tmp_path / "llava.json", tmp_path / "out", licence="CC-BY-4.0"))
+    (row,) = list(data)
+    assert [turn.text for turn in row.turns] == ["What is it?", "A square.", "Is it grey?", "Yes"]
+    assert (row.answer_type, row.licence) == ("closed", "CC-BY-4.0")
+    assert data.manifest.metrics["without_image"] == 1
+
+
+def test_all_problems_of_an_import_are_told_at_once_and_can_be_skipped(tmp_path: Path) -> None:
+    _grey_square(tmp_path / "good.png", 40)
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a jpeg")
+    _grey_square(tmp_path / "tiny.png", 40, size=1)
+    ask = (("human", "Q"), ("gpt", "A"))
+    rows = [
+        _llava_row(1, "good.png", *ask), _llava_row(2, "missing.png", *ask), _llava_row(3, "broken.jpg", *ask),
+        _llava_row(4, "../../etc/passwd", *ask), _llava_row(5, "good.png", ("human", "Q"), ("gpt", " ")),
+        _llava_row(6, "good.png", ("gpt", "A"), ("human", "Q")), _llava_row(7, "tiny.png", *ask),
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError) as caught:
+        import_llava(tmp_path / "llava.json", tmp_path / "out")
+    line = str(caught.value)
+    assert "\n" not in line and "6 of 7 rows" in line
+    for part in ("missing.png: no such file", "broken.jpg", "etc/passwd: outside", "row 5", "row 6", "tiny.png"):
+        assert part in line
+    assert not (tmp_path / "out").exists()
+    data = Dataset(import_llava(tmp_path / "llava.json", tmp_path / "out", skip_bad=True))
+    assert (len(data), data.manifest.metrics["bad_rows"]) == (1, 6)
+
+
+def test_pictures_lose_their_metadata_and_odd_modes_become_png(tmp_path: Path) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("PatientName", "DOE^JANE")
+    rng = np.random.default_rng(0)
+    square = Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8))
+    square.save(tmp_path / "named.png", pnginfo=text)
+    square.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(rng.integers(0, 60000, (24, 24), np.uint16)).save(tmp_path / "deep.png")
+    names = ["named.png", "cmyk.jpg", "deep.png"]
+    rows = [_llava_row(i, name, ("human", "Q"), ("gpt", "A")) for i, name in enumerate(names)]
+    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    out = import_llava(tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
+    stored = list((out / "images").iterdir())
+    assert len(stored) == 3
+    for path in stored:
+        assert b"DOE" not in path.read_bytes()
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and picture.mode in ("RGB", "L")
+
+
+def test_equal_ids_of_a_foreign_set_stay_apart(tmp_path: Path) -> None:
+    _grey_square(tmp_path / "a.png", 40)
+    row = _llava_row(1, "a.png", ("human", "Q"), ("gpt", "A"))
+    (tmp_path / "llava.json").write_text(json.dumps([row, row]))
+    assert len({row.id for row in Dataset(import_llava(tmp_path, tmp_path / "out"))}) == 2

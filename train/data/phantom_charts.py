@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Plate, deal, font, yes
 from PIL import Image, ImageDraw
+
+from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Plate, deal, font, yes
 
 COLOURS: dict[str, Colour] = {
     "red": (225, 35, 35), "blue": (40, 110, 255), "green": (30, 175, 60), "orange": (255, 150, 10),

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Field, Plate, deal, font, yes
-from ldrt_edge.train.data.phantom_sites import SITES, Anatomy, Point, Site, draw_site
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+
+from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Field, Plate, deal, font, yes
+from ldrt_edge.train.data.phantom_sites import SITES, Anatomy, Point, Site, draw_site
 
 Side = Literal["left", "right", "centre"]
 _SIDES: dict[Side, tuple[float, float]] = {"left": (86, 116), "centre": (212, 236), "right": (286, 308)}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from ldrt_edge.train.data.phantom_plate import CANVAS, Field
 from PIL import Image, ImageDraw, ImageFilter
+
+from ldrt_edge.train.data.phantom_plate import CANVAS, Field
 
 Site = Literal["knee", "shoulder", "heel", "elbow", "hand", "hip"]
 SITES: tuple[Site, ...] = ("knee", "shoulder", "heel", "elbow", "hand", "hip")

@@ -12,22 +12,23 @@ from ldrt_edge.dataset import Row
 def summary(rows: Sequence[Row]) -> dict[str, Json]:
     """Counts and majority rates, for a dataset's manifest.
 
-    `majority_rate`: for each split and task, the share of its most frequent answer in each language, as answered by
-    someone who knows that split's answers. `blind_prior`: share of test rows that a guesser gets right who knows only
-    the most frequent training answer to each task in each language (test answers where training has none).
+    `majority_rate`: for each split and task, the share of its most frequent answer in each language and answer type,
+    as answered by someone who knows that split's answers. `blind_prior`: share of test rows that a guesser gets right
+    who knows only the most frequent training answer to each of these (the test's own where training has none), and
+    the same among closed questions alone.
     """
-    answers: dict[tuple[str, str, str], Counter[str]] = defaultdict(Counter)
+    answers: dict[tuple[str, str, str, str], Counter[str]] = defaultdict(Counter)
     for row in rows:
-        answers[row.split, row.task, row.language][_plain(row.answer)] += 1
+        answers[row.split, row.task, row.language, row.answer_type][_plain(row.answer)] += 1
     hits, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    guessed = tests = 0
-    for (split, task, language), counts in answers.items():
+    guessed, tests = Counter[str](), Counter[str]()
+    for (split, task, language, answer_type), counts in answers.items():
         hits[split, task] += max(counts.values())
         sizes[split, task] += counts.total()
         if split == "test":
-            known = answers.get(("train", task, language)) or counts
-            guessed += counts[max(known, key=lambda answer: (known[answer], answer))]
-            tests += counts.total()
+            known = answers.get(("train", task, language, answer_type)) or counts
+            guessed[answer_type] += counts[max(known, key=lambda answer: (known[answer], answer))]
+            tests[answer_type] += counts.total()
     majority: dict[str, dict[str, float]] = {"train": {}, "test": {}}
     for split, task in sorted(sizes):
         majority[split][task] = round(hits[split, task] / sizes[split, task], 4)
@@ -39,7 +40,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Json]:
         "rows_by_language": dict(sorted(Counter(row.language for row in rows).items())),
         "rows_by_kind": dict(sorted(Counter(row.kind for row in rows).items())),
         "majority_rate": majority,
-        "blind_prior": round(guessed / tests, 4) if tests else None,
+        "blind_prior": round(guessed.total() / tests.total(), 4) if tests else None,
+        "blind_prior_closed": round(guessed["closed"] / tests["closed"], 4) if tests["closed"] else None,
     }
 
 
