@@ -158,7 +158,7 @@ def _grey(
     if window is None and display.get("VOILUTSequence"):
         return _through_voi_lut(values, display), None, "lookup table"
     used = window or _header_window(display)
-    function = str(display.get("VOILUTFunction", "LINEAR")).upper() if window is None else "LINEAR"
+    function = str(display.get("VOILUTFunction", "LINEAR")).upper() if window is None else image.GIVEN
     visible = stored != int(display.PixelPaddingValue) if "PixelPaddingValue" in display else None
     scaled = "ModalityLUTSequence" in display or "RescaleSlope" in display or "DoseGridScaling" in display
     stored_max = 2.0**small_bits - 1 if small_bits and not scaled else None

@@ -29,6 +29,10 @@ from ldrt_edge.errors import DataError
 MAX_BYTES = 512 << 20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
+GIVEN = "LINEAR_EXACT"
+"""The function of a window that the user gives: center ± width/2. DICOM's LINEAR, which the header's window is by
+default, takes 1 off the width and 0.5 off the center, and so means something for whole numbers only, not for Gy.
+Source: DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3.2."""
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _TIFF_PHOTOMETRIC = 262  # TIFF 6.0, section 4; 0 is WhiteIsZero
 
@@ -93,8 +97,8 @@ def read_image_bytes(
             raise DataError(f"{len(data) >> 20} MiB, the limit is {MAX_BYTES >> 20} MiB")
         if frame < 0:
             raise DataError(f"frame {frame}: frames count from 0")
-        if window is not None and not (math.isfinite(window[0]) and math.isfinite(window[1]) and window[1] >= 1):
-            raise DataError("a window is CENTER,WIDTH with a width of at least 1")
+        if window is not None and not (math.isfinite(window[0]) and math.isfinite(window[1]) and window[1] > 0):
+            raise DataError("a window is CENTER,WIDTH with a width above 0")
         if _looks_like_dicom(data):
             from ldrt_edge.dicom import read_dicom
 
@@ -154,7 +158,7 @@ def _colour_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def grey_to_uint8(
-    values: Values, window: Window | None, stored_max: float | None, function: str = "LINEAR",
+    values: Values, window: Window | None, stored_max: float | None, function: str = GIVEN,
     visible: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.uint8], Mapping]:
     """Grey values to 8 bits: by a window, unchanged out of `stored_max`, or stretched over the `visible` values."""
