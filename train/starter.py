@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gguf
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     CLIPVisionModel,
@@ -33,7 +34,7 @@ from ldrt_edge.errors import ArtifactError, MissingExtraError
 from ldrt_edge.front import Front
 from ldrt_edge.train.starter_language import IMAGE_TOKEN, off_grid, read_gguf, rounding_error
 from ldrt_edge.train.starter_projector import calibration_pictures, initialise
-from ldrt_edge.train.starter_tower import as_clip, cosine, read_dinov2
+from ldrt_edge.train.starter_tower import PATCH_SIZE, as_clip, cosine, read_dinov2
 
 IMAGE_SIZE = 224
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -108,7 +109,7 @@ def assemble(out: Path, seed: int = 0) -> Path:
         draft.metrics.update(_off_grid_measured(language, seed))
 
         say("starter: projector, scaled on drawn pictures")
-        model = _join(tower, language, tokenizer.token_to_id(IMAGE_TOKEN))
+        model = _join(tower, language, tokenizer)
         initialise(model, pixel_values, seed)
         draft.metrics["parameters"] = model.num_parameters()
 
@@ -163,7 +164,7 @@ def _off_grid_measured(language: LlamaForCausalLM, seed: int) -> dict[str, float
         "q4_1_rounding_error_before": error_before,
         "q4_1_rounding_error_after": error_after,
         "q8_0_rounding_error_of_embeddings": rounding_error(
-            language.get_input_embeddings().weight, gguf.GGMLQuantizationType.Q8_0
+            language.model.embed_tokens.weight, gguf.GGMLQuantizationType.Q8_0
         ),
     }
 
@@ -171,15 +172,16 @@ def _off_grid_measured(language: LlamaForCausalLM, seed: int) -> dict[str, float
 def _rounding_error(language: LlamaForCausalLM) -> float:
     """Of all linears of the middle block, the smallest error."""
     block = language.model.layers[len(language.model.layers) // 2]
-    return min(rounding_error(module.weight) for module in block.modules() if isinstance(module, torch.nn.Linear))
+    weights = [value for name, value in block.named_parameters() if name.endswith("_proj.weight")]
+    return min(rounding_error(weight) for weight in weights)
 
 
-def _join(tower: CLIPVisionModel, language: LlamaForCausalLM, image_token_id: int) -> LlavaForConditionalGeneration:
+def _join(tower: CLIPVisionModel, language: LlamaForCausalLM, tokenizer: Tokenizer) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=tower.config,
         text_config=language.config,
-        image_token_index=image_token_id,
-        image_seq_length=(IMAGE_SIZE // tower.config.patch_size) ** 2,
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
@@ -192,7 +194,8 @@ def _join(tower: CLIPVisionModel, language: LlamaForCausalLM, image_token_id: in
     model.model.multi_modal_projector.to_empty(device="cpu")
     model.tie_weights()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    return model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 def _processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
@@ -208,7 +211,7 @@ def _processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     return LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
-        patch_size=14,
+        patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,  # the class token
         image_token=IMAGE_TOKEN,

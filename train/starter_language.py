@@ -8,6 +8,7 @@ function, so that quantising the starter costs what it costs other models.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ldrt_edge.errors import ArtifactError
 
@@ -34,7 +36,7 @@ def read_gguf(path: Path) -> tuple[LlamaForCausalLM, Tokenizer]:
     reader = gguf.GGUFReader(path)
     try:
         return _language_model(reader), _tokenizer(reader)
-    except (AttributeError, KeyError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{path}: not the expected SmolLM2 model ({error})") from error
 
 
@@ -52,8 +54,8 @@ def off_grid(model: LlamaForCausalLM, seed: int) -> None:
     model.model.norm.weight.copy_(model.model.norm.weight[order])
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        _fold(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), order)
-        _fold(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj), order)
+        _fold(layer.input_layernorm.weight, (attention.q_proj, attention.k_proj, attention.v_proj), order)
+        _fold(layer.post_attention_layernorm.weight, (mlp.gate_proj, mlp.up_proj), order)
         _scale_pair(mlp.up_proj, mlp.down_proj, 1, generator)
         _scale_pair(attention.v_proj, attention.o_proj, attention.head_dim, generator)
         for writer in (attention.o_proj, mlp.down_proj):
@@ -67,10 +69,10 @@ def rounding_error(weight: Tensor, kind: gguf.GGMLQuantizationType = gguf.GGMLQu
     return float(np.sqrt(np.mean((exact - rounded) ** 2) / np.mean(exact**2)))
 
 
-def _fold(norm: nn.Module, readers: tuple[nn.Linear, ...], order: Tensor) -> None:
+def _fold(gain: Tensor, readers: tuple[nn.Linear, ...], order: Tensor) -> None:
     for linear in readers:
-        linear.weight.copy_((linear.weight * norm.weight)[:, order])
-    norm.weight.fill_(1.0)
+        linear.weight.copy_((linear.weight * gain)[:, order])
+    gain.fill_(1.0)
 
 
 def _scale_pair(first: nn.Linear, second: nn.Linear, head_dim: int, generator: torch.Generator) -> None:
@@ -84,19 +86,19 @@ def _scale_pair(first: nn.Linear, second: nn.Linear, head_dim: int, generator: t
 
 
 def _language_model(reader: gguf.GGUFReader) -> LlamaForCausalLM:
-    def field(name: str) -> float:
-        return reader.get_field(f"llama.{name}").contents()
+    def number(name: str) -> Any:
+        return _field(reader, f"llama.{name}")
 
     config = LlamaConfig(
-        vocab_size=field("vocab_size"),
-        hidden_size=field("embedding_length"),
-        intermediate_size=field("feed_forward_length"),
-        num_hidden_layers=field("block_count"),
-        num_attention_heads=field("attention.head_count"),
-        num_key_value_heads=field("attention.head_count_kv"),
-        max_position_embeddings=field("context_length"),
-        rms_norm_eps=float(f"{field('attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5 went through float32
-        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
+        vocab_size=number("vocab_size"),
+        hidden_size=number("embedding_length"),
+        intermediate_size=number("feed_forward_length"),
+        num_hidden_layers=number("block_count"),
+        num_attention_heads=number("attention.head_count"),
+        num_key_value_heads=number("attention.head_count_kv"),
+        max_position_embeddings=number("context_length"),
+        rms_norm_eps=float(f"{number('attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5 went through float32
+        rope_parameters={"rope_type": "default", "rope_theta": number("rope.freq_base")},
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -116,8 +118,9 @@ def _language_model(reader: gguf.GGUFReader) -> LlamaForCausalLM:
         weights[name] = _half_rotation(weight, heads) if heads else weight
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are made, not loaded
-    return model.eval()
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # its buffers are computed, not loaded
+    model.requires_grad_(False)
+    return model
 
 
 def _half_rotation(weight: Tensor, heads: int) -> Tensor:
@@ -133,9 +136,9 @@ def _tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
 
     Source: the `smollm` pre-tokenizer in llama.cpp's llama-vocab.cpp.
     """
-    tokens: list[str] = reader.get_field("tokenizer.ggml.tokens").contents()
-    types: list[int] = reader.get_field("tokenizer.ggml.token_type").contents()
-    merges: list[str] = reader.get_field("tokenizer.ggml.merges").contents()
+    tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
+    types: list[int] = _field(reader, "tokenizer.ggml.token_type")
+    merges: list[str] = _field(reader, "tokenizer.ggml.merges")
     tokens[tokens.index(_RESERVED)] = IMAGE_TOKEN
     left_and_right = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, left_and_right))
@@ -146,3 +149,7 @@ def _tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return tokenizer
+
+
+def _field(reader: gguf.GGUFReader, name: str) -> Any:
+    return reader.fields[name].contents()

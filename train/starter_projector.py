@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +35,15 @@ def initialise(model: LlavaForConditionalGeneration, pixel_values: Tensor, seed:
         features = _patch_features(model, pixel_values)
         mean, deviation = features.mean(0), features.std(0)
         live = deviation > _DEAD
-        projector = model.model.multi_modal_projector
+        projector: Any = model.model.multi_modal_projector
         first, second = projector.linear_1, projector.linear_2
         drawn = torch.randn(first.weight.shape, generator=generator) / math.sqrt(int(live.sum()))
         first.weight.copy_(torch.where(live, drawn / deviation.clamp(min=_DEAD), 0.0))
         first.bias.copy_(-first.weight @ mean)
         second.weight.copy_(torch.randn(second.weight.shape, generator=generator))
         second.bias.zero_()
-        second.weight.mul_(model.get_input_embeddings().weight.std() / projector(features).std())
+        # the head's rows are the token embeddings: the two are tied
+        second.weight.mul_(model.lm_head.weight.std() / projector(features).std())
 
 
 def calibration_pictures(count: int, size: int, seed: int) -> Pixels:
@@ -62,7 +64,7 @@ def _patch_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) 
     layer = model.config.vision_feature_layer
     states = [
         model.model.vision_tower(pixel_values=batch, output_hidden_states=True).hidden_states[layer][:, 1:]
-        for batch in pixel_values.split(_BATCH)
+        for batch in torch.split(pixel_values, _BATCH)
     ]
     return torch.cat(states).flatten(0, 1)
 

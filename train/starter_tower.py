@@ -22,7 +22,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 from ldrt_edge.errors import ArtifactError, require
 
 WIDTH = 384
-"""Channels of the ViT-S."""
+PATCH_SIZE = 14
+"""Of the ViT-S/14."""
 _ADDED = 64
 """One more attention head, whose values are zero."""
 _LEVEL = 128.0
@@ -46,26 +47,30 @@ def as_clip(dinov2: Dinov2Model, image_size: int) -> CLIPVisionModel:
     class token and patch order are the same. Position embeddings are interpolated to the new grid as DINOv2 does it.
     """
     source = dinov2.config
-    width, total = source.hidden_size, source.hidden_size + _ADDED
+    total = WIDTH + _ADDED
     config = CLIPVisionConfig(
         hidden_size=total,
-        intermediate_size=source.hidden_size * source.mlp_ratio,
+        intermediate_size=WIDTH * source.mlp_ratio,
         projection_dim=total,
         num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=total // (width // source.num_attention_heads),
+        num_attention_heads=total // (WIDTH // source.num_attention_heads),
         image_size=image_size,
-        patch_size=source.patch_size,
+        patch_size=PATCH_SIZE,
         hidden_act="gelu",
-        layer_norm_eps=source.layer_norm_eps * width / total,
+        layer_norm_eps=source.layer_norm_eps * WIDTH / total,
     )
-    clip = CLIPVisionModel(config).eval()
+    clip = CLIPVisionModel(config)
     weights = {name: torch.zeros_like(value) for name, value in clip.state_dict().items()}
+    given = dinov2.state_dict()
+    tokens = (image_size // PATCH_SIZE) ** 2 + 1
     with torch.no_grad():
-        _embeddings(weights, dinov2, image_size)
-        for index in range(source.num_hidden_layers):
-            _block(weights, dinov2, index)
-        _layer_norm(weights, "post_layernorm", dinov2.layernorm)
+        positions = dinov2.embeddings.interpolate_pos_encoding(torch.zeros(1, tokens, WIDTH), image_size, image_size)[0]
+    _embeddings(weights, given, positions)
+    for index in range(source.num_hidden_layers):
+        _block(weights, given, f"encoder.layers.{index}.", f"encoder.layer.{index}.")
+    _layer_norm(weights, "post_layernorm", given, "layernorm")
     clip.load_state_dict(weights)
+    clip.requires_grad_(False)
     return clip
 
 
@@ -95,15 +100,16 @@ def read_dinov2(path: Path) -> Dinov2Model:
     weights["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # used in pre-training only
     model = Dinov2Model(
         Dinov2Config(
-            hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518, patch_size=14,
-            layer_norm_eps=1e-6,
+            hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518,
+            patch_size=PATCH_SIZE, layer_norm_eps=1e-6,
         )
     )
     try:
         model.load_state_dict({_newer_name(name): value for name, value in weights.items()})
     except RuntimeError as error:
         raise ArtifactError(f"{path}: not the expected ViT-S/14 ({str(error).splitlines()[-1].strip()})") from error
-    return model.eval()
+    model.requires_grad_(False)
+    return model
 
 
 @torch.no_grad()
@@ -115,41 +121,40 @@ def cosine(clip: CLIPVisionModel, dinov2: Dinov2Model, pixel_values: Tensor) -> 
     return float(torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).min())
 
 
-def _embeddings(weights: dict[str, Tensor], dinov2: Dinov2Model, image_size: int) -> None:
-    embeddings, projection = dinov2.embeddings, dinov2.embeddings.patch_embeddings.projection
-    tokens = (image_size // dinov2.config.patch_size) ** 2 + 1
-    positions = embeddings.interpolate_pos_encoding(torch.zeros(1, tokens, WIDTH), image_size, image_size)[0]
-    positions[1:] += projection.bias  # CLIP's patch embedding has none
+Weights = dict[str, Tensor]
+
+
+def _embeddings(weights: Weights, given: Weights, positions: Tensor) -> None:
+    patches = "embeddings.patch_embeddings.projection"
+    positions = positions.clone()
+    positions[1:] += given[f"{patches}.bias"]  # CLIP's patch embedding has none
     level = _LEVEL * (1 - 2 * (torch.arange(_ADDED) % 2))  # +C, -C, …: mean 0
-    weights["embeddings.position_embedding.weight"][:] = torch.cat(
-        [_centred(positions, 1), level.expand(tokens, _ADDED)], dim=1
-    )
-    weights["embeddings.class_embedding"][:WIDTH] = _centred(embeddings.cls_token[0, 0], 0)
-    weights["embeddings.patch_embedding.weight"][:WIDTH] = _centred(projection.weight, 0)
+    weights["embeddings.position_embedding.weight"][:, :WIDTH] = _centred(positions, 1)
+    weights["embeddings.position_embedding.weight"][:, WIDTH:] = level
+    weights["embeddings.class_embedding"][:WIDTH] = _centred(given["embeddings.cls_token"][0, 0], 0)
+    weights["embeddings.patch_embedding.weight"][:WIDTH] = _centred(given[f"{patches}.weight"], 0)
     weights["pre_layrnorm.weight"][:WIDTH] = _LEVEL * (_ADDED / (WIDTH + _ADDED)) ** 0.5
 
 
-def _block(weights: dict[str, Tensor], dinov2: Dinov2Model, index: int) -> None:
-    block, prefix = dinov2.encoder.layer[index], f"encoder.layers.{index}."
-    scale_attention, scale_mlp = block.layer_scale1.lambda1, block.layer_scale2.lambda1
-    _layer_norm(weights, f"{prefix}layer_norm1", block.norm1)
-    _layer_norm(weights, f"{prefix}layer_norm2", block.norm2)
+def _block(weights: Weights, given: Weights, to: str, source: str) -> None:
+    _layer_norm(weights, f"{to}layer_norm1", given, f"{source}norm1")
+    _layer_norm(weights, f"{to}layer_norm2", given, f"{source}norm2")
     for name in ("q_proj", "k_proj", "v_proj"):
-        linear = getattr(block.attention, name)
-        weights[f"{prefix}self_attn.{name}.weight"][:WIDTH, :WIDTH] = linear.weight
-        weights[f"{prefix}self_attn.{name}.bias"][:WIDTH] = linear.bias
-    out = block.attention.o_proj
-    weights[f"{prefix}self_attn.out_proj.weight"][:WIDTH, :WIDTH] = _centred(scale_attention[:, None] * out.weight, 0)
-    weights[f"{prefix}self_attn.out_proj.bias"][:WIDTH] = _centred(scale_attention * out.bias, 0)
-    weights[f"{prefix}mlp.fc1.weight"][:, :WIDTH] = block.mlp.fc1.weight
-    weights[f"{prefix}mlp.fc1.bias"][:] = block.mlp.fc1.bias
-    weights[f"{prefix}mlp.fc2.weight"][:WIDTH] = _centred(scale_mlp[:, None] * block.mlp.fc2.weight, 0)
-    weights[f"{prefix}mlp.fc2.bias"][:WIDTH] = _centred(scale_mlp * block.mlp.fc2.bias, 0)
+        weights[f"{to}self_attn.{name}.weight"][:WIDTH, :WIDTH] = given[f"{source}attention.{name}.weight"]
+        weights[f"{to}self_attn.{name}.bias"][:WIDTH] = given[f"{source}attention.{name}.bias"]
+    weights[f"{to}mlp.fc1.weight"][:, :WIDTH] = given[f"{source}mlp.fc1.weight"]
+    weights[f"{to}mlp.fc1.bias"][:] = given[f"{source}mlp.fc1.bias"]
+    for ours, theirs, scale in (
+        ("self_attn.out_proj", "attention.o_proj", "layer_scale1"), ("mlp.fc2", "mlp.fc2", "layer_scale2"),
+    ):
+        factor, matrix = given[f"{source}{scale}.lambda1"], given[f"{source}{theirs}.weight"]
+        weights[f"{to}{ours}.weight"][:WIDTH, : matrix.shape[1]] = _centred(factor[:, None] * matrix, 0)
+        weights[f"{to}{ours}.bias"][:WIDTH] = _centred(factor * given[f"{source}{theirs}.bias"], 0)
 
 
-def _layer_norm(weights: dict[str, Tensor], name: str, source: torch.nn.LayerNorm) -> None:
-    weights[f"{name}.weight"][:WIDTH] = source.weight * (WIDTH / (WIDTH + _ADDED)) ** 0.5
-    weights[f"{name}.bias"][:WIDTH] = source.bias
+def _layer_norm(weights: Weights, to: str, given: Weights, source: str) -> None:
+    weights[f"{to}.weight"][:WIDTH] = given[f"{source}.weight"] * (WIDTH / (WIDTH + _ADDED)) ** 0.5
+    weights[f"{to}.bias"][:WIDTH] = given[f"{source}.bias"]
 
 
 def _centred(value: Tensor, dim: int) -> Tensor:
