@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from ldrt_edge.image import read_image
-from ldrt_edge.train.collate import Collator, Example, PackedRow, sequences
 from numpy.typing import NDArray
 
 from ldrt_edge import console
 from ldrt_edge.front import Front
+from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.hf import normalise, tower_features
 from ldrt_edge.tiles import packing_layout
+from ldrt_edge.train.collate import Collator, Example, PackedRow, sequences
 
 
 class PackedDataset(torch.utils.data.Dataset[Example]):

@@ -19,11 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ldrt_edge.train.base import Base
-from ldrt_edge.train.collate import pack_rows
-from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
-from ldrt_edge.train.model import PackedLlava, build
-from ldrt_edge.train.recipe import Recipe
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,6 +29,11 @@ from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front
+from ldrt_edge.train.base import Base
+from ldrt_edge.train.collate import pack_rows
+from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
+from ldrt_edge.train.model import PackedLlava, build
+from ldrt_edge.train.recipe import Recipe
 
 METRICS = "metrics.jsonl"
 _TRAINABLE = "trainable.safetensors"
@@ -45,7 +46,7 @@ def train(base: Base, data: Sequence[Path], out: Path, recipe: Recipe, resume: b
         ArtifactError, DataError, ConfigError, RuntimeLoadError: an input does not fit.
     """
     datasets = [Dataset(folder) for folder in data]
-    inputs = [base.identity, *data]
+    inputs: list[artifact.Input | Path] = [base.identity, *data]
     with artifact.create(
         out, "adapter", {"recipe": asdict(recipe)}, inputs, seed=recipe.seed, resumable=resume
     ) as draft:
@@ -174,12 +175,14 @@ def _stage(
         data_collator=collator(model.front, recipe.length_bucket),
         callbacks=[_Progress(stage, folder / METRICS)],
     )
-    trainer.recipe, trainer.lora = recipe, stage == "instruct"
+    trainer.recipe, trainer.packed, trainer.lora = recipe, model, stage == "instruct"
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     last = get_last_checkpoint(str(folder / stage)) if (folder / stage).is_dir() else None
     if last:
         console.say(f"{stage}: going on from step {Path(last).name.rpartition('-')[2]}")
-    trainer.train(resume_from_checkpoint=last)
+    # Under bf16 autocast PEFT's own casts to float32 and back cost a tenth of a step and change nothing.
+    with disable_input_dtype_casting(model.peft, active=bf16):
+        trainer.train(resume_from_checkpoint=last)
     trainer._save(str(done.parent))
 
 
@@ -187,11 +190,12 @@ class _PackedTrainer(Trainer):
     """transformers' Trainer with two learning rates and checkpoints of the trained weights alone."""
 
     recipe: Recipe
+    packed: PackedLlava
     lora: bool
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            projector, adapter = self.model.trainable(self.lora)
+            projector, adapter = self.packed.trainable(self.lora)
             instruct = self.recipe.instruct
             groups: list[dict[str, Any]] = [{"params": projector, "lr": self.recipe.align.learning_rate}]
             if self.lora:
@@ -203,18 +207,17 @@ class _PackedTrainer(Trainer):
         return self.optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        kept = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-        kept |= {name: b.detach().cpu().contiguous() for name, b in model.named_buffers() if name.startswith("feature_")}
+        trained = (pair for pair in self.packed.named_parameters() if pair[1].requires_grad)
+        kept = {name: parameter.detach().cpu().contiguous() for name, parameter in trained}
+        kept |= {"feature_mean": self.packed.feature_mean.cpu(), "feature_scale": self.packed.feature_scale.cpu()}
         partial = folder / f".{_TRAINABLE}"
         save_file(kept, partial)
         partial.rename(folder / _TRAINABLE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = load_file(Path(resume_from_checkpoint) / _TRAINABLE)
-        self.accelerator.unwrap_model(self.model).load_state_dict(state, strict=False)
+        self.packed.load_state_dict(load_file(Path(resume_from_checkpoint) / _TRAINABLE), strict=False)
 
 
 class _Progress(TrainerCallback):
@@ -247,7 +250,8 @@ class _Progress(TrainerCallback):
         if "loss" in logs:
             self._loss = f"loss {logs['loss']:.3f}"
             if not math.isfinite(logs["loss"]):
-                raise DataError(f"{self._stage}: the loss is {logs['loss']} at step {state.global_step}: lower the rate")
+                where = f"{self._stage}, step {state.global_step}"
+                raise DataError(f"{where}: the loss is {logs['loss']}: lower the learning rate")
         if state.is_world_process_zero:
             with self._metrics.open("a") as stream:
                 stream.write(json.dumps({"stage": self._stage, "step": state.global_step, **logs}) + "\n")

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from ldrt_edge.convert.parity import probes
-from ldrt_edge.convert.weights import Weights, canonical
-from ldrt_edge.train.base import Base
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldrt_edge import artifact, console
+from ldrt_edge.convert.parity import probes
+from ldrt_edge.convert.weights import Weights, canonical
 from ldrt_edge.errors import ArtifactError, all_problems
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.base import FloatArray, log_softmax
 from ldrt_edge.runtimes.hf import HfRuntime
+from ldrt_edge.train.base import Base
 
 _PREFIX = "base_model.model."
 _BIG_PARAMETERS = 2_000_000_000

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ldrt_edge.train.collate import IGNORED, visible
-from ldrt_edge.train.features import compute_features
-from ldrt_edge.train.recipe import Recipe
 from torch import nn
 from torch.nn import functional
 
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.hf import load_model
+from ldrt_edge.train.collate import IGNORED, visible
+from ldrt_edge.train.features import compute_features
+from ldrt_edge.train.recipe import Recipe
 
 _LIVE_DEVIATION = 1e-4
 """Feature channels that vary less carry nothing (a tower may have constant ones); they are switched off."""
@@ -25,6 +25,9 @@ _LIVE_DEVIATION = 1e-4
 
 class PackedLlava(nn.Module):
     """A PEFT-wrapped LLaVA over packed rows; see `train.collate` for the layout of a batch."""
+
+    feature_mean: torch.Tensor
+    feature_scale: torch.Tensor
 
     def __init__(self, peft_model: Any, front: Front) -> None:
         super().__init__()
@@ -113,7 +116,8 @@ class PackedLlava(nn.Module):
         images = projected[layout].mean(1)
         embeddings = llava.get_input_embeddings()(ids)
         place = (ids == self.front.config.image_token_id)[..., None]
-        return embeddings.masked_scatter(place, images.to(embeddings))
+        scattered: torch.Tensor = embeddings.masked_scatter(place, images.to(embeddings))
+        return scattered
 
     def _projector(self) -> nn.Module:
         module: nn.Module = self.llava.model.multi_modal_projector.modules_to_save["default"]

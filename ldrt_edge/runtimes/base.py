@@ -118,7 +118,11 @@ class Timings:
 class Runtime(Protocol):
     """A loaded model. `hf` is the reference; `llamacpp` and `mlx` must give its numbers."""
 
-    name: Literal["hf", "llamacpp", "mlx"]
+    @property
+    def name(self) -> Literal["hf", "llamacpp", "mlx"]:
+        """Which runtime this is."""
+        ...
+
     context_length: int
     vocab_size: int
     load_ms: float
