@@ -1,0 +1,117 @@
+"""`ldrt-edge convert --to gguf`: a merged LLaVA folder to the GGUF pair that llama.cpp loads.
+
+Tensors stream from safetensors to GGUF one by one, so that a 7-billion-parameter model needs the memory of its largest
+tensor. The pair is held against the merged model's logits before it gets its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal, get_args
+
+from ldrt_edge import artifact, console
+from ldrt_edge.convert.parity import Fidelity, check
+from ldrt_edge.convert.plan import FilePlan, MmprojType, Source, TextType, mmproj_plan, open_source, text_plan
+from ldrt_edge.errors import ConfigError
+
+_ALIGNMENT = 32
+_LICENCES = "LICENSES"
+
+
+def convert(
+    merged: Path, out: Path, to: Literal["gguf"] = "gguf", type_: TextType = "f16", mmproj_type: MmprojType = "f16"
+) -> Path:
+    """Convert a merged or base folder; returns `out`, an artefact of kind "gguf".
+
+    Raises:
+        ConfigError: an unknown target or type.
+        ArtifactError: the folder cannot become GGUF, or what was written does not compute what the folder does.
+    """
+    check_choice("--to", to, ("gguf",))
+    check_choice("--type", type_, get_args(TextType))
+    check_choice("--mmproj-type", mmproj_type, get_args(MmprojType))
+    config = {"to": to, "type": type_, "mmproj_type": mmproj_type}
+    with artifact.create(out, "gguf", config, [identity(merged)]) as draft:
+        if not draft.complete:
+            source = open_source(merged)
+            write(text_plan(source, type_), draft.path / f"model-{type_.upper()}.gguf", "language model")
+            write(mmproj_plan(source, mmproj_type), draft.path / f"mmproj-{mmproj_type.upper()}.gguf", "vision")
+            finish(source, draft.path)
+            draft.metrics["fidelity"] = measured(check(merged, draft.path, type_, mmproj_type))
+    return out
+
+
+def write_text(folder: Path, out: Path, type_: TextType) -> None:
+    """Write the language model of a Hugging Face LLaVA folder as one GGUF file.
+
+    Raises:
+        ArtifactError: the folder cannot become GGUF.
+    """
+    write(text_plan(open_source(folder), type_), out, "language model")
+
+
+def write_mmproj(folder: Path, out: Path, type_: MmprojType) -> None:
+    """Write vision tower and projector of a Hugging Face LLaVA folder as one mmproj file.
+
+    Raises:
+        ArtifactError: the folder cannot become GGUF.
+    """
+    write(mmproj_plan(open_source(folder), type_), out, "vision")
+
+
+def write(plan: FilePlan, path: Path, label: str) -> None:
+    """Write a planned file, one tensor in memory at a time."""
+    writer = plan.metadata
+    for tensor in plan.tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, "float32", tensor.nbytes, raw_dtype=tensor.type)  # type: ignore[arg-type]
+    writer.write_header_to_file(path)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        stream = writer.fout[0]
+        with console.bar(f"GGUF {label}", plan.nbytes / 1e6) as bar:
+            for tensor in plan.tensors:
+                stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+                stream.write(plan.encoded(tensor).data)  # not numpy's tofile, which hides why a write failed
+                bar.advance(tensor.nbytes / 1e6, "(MB)")
+            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+    finally:
+        writer.close()
+
+
+def finish(source: Source, folder: Path) -> None:
+    """Put the front end and the licences beside the GGUF files."""
+    source.front.save(folder)
+    if (source.folder / _LICENCES).is_dir():
+        shutil.copytree(source.folder / _LICENCES, folder / _LICENCES, dirs_exist_ok=True)
+
+
+def measured(fidelity: Fidelity) -> dict[str, float]:
+    """A fidelity as metrics of a manifest."""
+    return asdict(fidelity)
+
+
+def identity(folder: Path) -> artifact.Input:
+    """A folder as an input: by its manifest, or, if it comes straight from a hub, by the contents of its files.
+
+    Raises:
+        ArtifactError: the folder is an artefact of another kind.
+    """
+    if (folder / artifact.MANIFEST).is_file():
+        manifest = artifact.verify(folder, "base", "merged", quick=True)
+        return artifact.Input(manifest.kind, manifest.sha256)
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".safetensors", ".model", ".jinja"):
+            digest.update(f"{path.name} {artifact.file_sha256(path)}\n".encode())
+    return artifact.Input("huggingface", digest.hexdigest())
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of `choices`, naming them."""
+    if value not in choices:
+        raise ConfigError(f"{option} {value!r}: choose one of {', '.join(choices)}")

@@ -1,0 +1,124 @@
+"""The weights of a Hugging Face LLaVA folder, one tensor at a time, under one set of names.
+
+Hub checkpoints, transformers 4 and transformers 5 name the same tensors differently; here they have the short names
+of transformers 5: `language_model.layers.0.…`, `lm_head.weight`, `vision_tower.encoder.layers.0.…`,
+`multi_modal_projector.linear_1.weight`, `image_newline`. Only safetensors are read: a pickle can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ldrt_edge.errors import ArtifactError, all_problems, require
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_RENAMES = (
+    (r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", ""),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^vision_tower\.vision_model\.", "vision_tower."),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: its file, its name there, its shape and safetensors dtype ("F32", "BF16", …)."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+class Weights:
+    """The tensors of a folder by canonical name; `read` loads one.
+
+    Raises:
+        ArtifactError: no safetensors, a missing or truncated file, or two tensors of one name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.entries: dict[str, Entry] = {}
+        problems = []
+        for path in _files(folder):
+            for name, entry in _entries(path):
+                if name in self.entries:
+                    problems.append(f"{name} is in {self.entries[name].path.name} and again in {path.name}")
+                self.entries[name] = entry
+        if problems:
+            raise ArtifactError(all_problems(problems, f"{folder}: tensors stored twice"))
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """One tensor as float32. The file is opened for it alone, so that no mapped page outlives the call."""
+        entry = self.entries[name]
+        with _open(entry.path) as file:
+            return np.asarray(file.get_tensor(entry.key).float().numpy())
+
+    def dtypes(self) -> set[str]:
+        """The safetensors dtypes that occur."""
+        return {entry.dtype for entry in self.entries.values()}
+
+
+def canonical(name: str) -> str:
+    """A checkpoint's tensor name in transformers 5's short form."""
+    for pattern, replacement in _RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ArtifactError(f"{index}: not an index of safetensors files ({error!r})") from error
+        outside = [str(name) for name in names if Path(str(name)).name != name]
+        if outside:
+            raise ArtifactError(all_problems(outside, f"{index}: names files outside the folder"))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ArtifactError(all_problems(missing, f"{folder}: weight files are missing"))
+        return [folder / name for name in names]
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles:
+        raise ArtifactError(
+            f"{folder}: {pickles[0]} is a pickle checkpoint, which can run code, and is refused: "
+            "save the model as safetensors (save_pretrained) first"
+        )
+    raise ArtifactError(f"{folder}: no {_SINGLE}")
+
+
+def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
+    with _open(path) as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            view = file.get_slice(key)
+            yield canonical(key), Entry(path, key, tuple(view.get_shape()), view.get_dtype())
+
+
+def _open(path: Path) -> Any:
+    require("torch", "train")
+    safetensors = require("safetensors", "train")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ArtifactError(f"{path}: truncated or no safetensors file ({error}): copy it again") from error
