@@ -28,7 +28,7 @@ from collections import Counter
 from ldrt_edge.dataset import Row
 
 _YES = {"yes", "yeah", "yep", "true", "ja", "jawohl", "sí", "si", "oui", "sim", "是", "是的", "有", "对", "會", "会"}
-_NO = {"no", "nope", "false", "nein", "non", "não", "nao", "否", "不", "不是", "没有", "沒有", "没", "不会", "不會", "不对"}
+_NO = {"no", "nope", "false", "nein", "non", "não", "nao", "否", "不", "不是", "没有", "沒有", "不会", "不會", "不对"}
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBER_WORDS = {word: str(value) for value, word in enumerate(_DIGITS)}
 _ARTICLES = {"a", "an", "the"}
@@ -94,8 +94,9 @@ def _number(found: re.Match[str], language: str) -> str:
     behind_commas = [group for mark, group in zip(groups[1::2], groups[2::2], strict=True) if mark == ","]
     if language in ("en", "zh") and all(len(group) == 3 for group in behind_commas):
         digits = digits.replace(",", "")
-    if len(re.findall(r"[.,]", digits)) > 1:
-        return digits  # a date, a version: not a number
+    parts = re.split(r"[.,]", digits)
+    if len(parts) > 2:  # a date, a version: numbers in a row
+        return " ".join(part.lstrip("0") or "0" for part in parts)
     whole, _, fraction = digits.replace(",", ".").partition(".")
     whole, fraction = whole.lstrip("0") or "0", fraction.rstrip("0")
     minus = _MINUS if sign in ("-", "−") and (whole, fraction) != ("0", "") else ""

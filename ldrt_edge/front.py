@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jinja2 import Template, TemplateError, nodes
@@ -67,11 +67,10 @@ class Front:
         """
         data = read_json(folder / FRONT)
         try:
-            pinpoints = data.pop("grid_pinpoints")
-            config = FrontConfig(
-                **{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()},
-                grid_pinpoints=tuple((h, w) for h, w in pinpoints) if pinpoints else None,
-            )
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+            if values["grid_pinpoints"]:
+                values["grid_pinpoints"] = tuple((h, w) for h, w in values["grid_pinpoints"])
+            config = FrontConfig(**values)
         except (TypeError, ValueError, KeyError) as error:
             raise ArtifactError(f"{folder / FRONT}: not a front end that this version reads ({error})") from error
         return cls(config, read_tokenizer(folder / TOKENIZER), folder / TOKENIZER)

@@ -108,7 +108,7 @@ def _fit(processor: dict[str, Any], kind: str) -> Fit:
 def _processor_settings(folder: Path) -> dict[str, Any]:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            data = read_json(folder / name)
+            data: dict[str, Any] = read_json(folder / name)
             data = data.get("image_processor", data)
             if "image_mean" in data:
                 return data

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = {"ldrt_edge": "ldrt_edge", "train": "ldrt_edge.train", "convert": "ldrt_edge.convert", "bench": "ldrt_edge.bench"}
+ROOMS = {
+    "ldrt_edge": "ldrt_edge",
+    "train": "ldrt_edge.train",
+    "convert": "ldrt_edge.convert",
+    "bench": "ldrt_edge.bench",
+}
 
 
 def packages() -> set[str]:

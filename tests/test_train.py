@@ -32,7 +32,7 @@ from ldrt_edge.runtimes.hf import HfRuntime
 
 Tiny = Callable[..., Path]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "yellow": (230, 220, 40)}
-FAST = ["lora.rank=4", "lora.alpha=8", "precision=fp32", "validation_images=2", "rows_per_step=4"]
+FAST = ["lora.rank=4", "lora.alpha=8", "precision=fp32", "validation_images=2", "rows_per_step=4", "vision_tokens=null"]
 
 
 def colour_dataset(out: Path, images: int = 24) -> Path:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -74,7 +74,7 @@ class Session:
         self.exchanges: list[Exchange] = []
         self._waiting: Shown | None = None
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Answer a question, piece by piece; the pieces joined are the answer.
 
         What was written when the iterator is closed, or interrupted, stays in the conversation. When it raises, the

@@ -24,9 +24,10 @@ from ldrt_edge import artifact
 from ldrt_edge.console import track
 from ldrt_edge.dataset import DatasetWriter, Row, Split, Turn, assign_splits
 from ldrt_edge.errors import ConfigError, all_problems
+from ldrt_edge.train.data.balance import deal
 from ldrt_edge.train.data.phantom_charts import draw_dvh, draw_table, dvh_specs, table_specs
 from ldrt_edge.train.data.phantom_dose import dose_map_specs, draw_dose_map
-from ldrt_edge.train.data.phantom_plate import Fact, Plate, PlateKind, deal
+from ldrt_edge.train.data.phantom_plate import Fact, Plate, PlateKind
 from ldrt_edge.train.data.phantom_text import LANGUAGES, QUESTIONS, TERMS, Language
 from ldrt_edge.train.data.summary import summary
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Plate, deal, font, yes
+from ldrt_edge.train.data.balance import deal
+from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Plate, font, yes
 
 COLOURS: dict[str, Colour] = {
     "red": (225, 35, 35), "blue": (40, 110, 255), "green": (30, 175, 60), "orange": (255, 150, 10),

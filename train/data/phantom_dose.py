@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Field, Plate, deal, font, yes
+from ldrt_edge.train.data.balance import deal
+from ldrt_edge.train.data.phantom_plate import CANVAS, Colour, Fact, Field, Plate, font, yes
 from ldrt_edge.train.data.phantom_sites import SITES, Anatomy, Point, Site, draw_site
 
 Side = Literal["left", "right", "centre"]

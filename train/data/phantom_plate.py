@@ -7,10 +7,9 @@ survive at 224 pixels, which is 16 × 16 patches of the starter's vision tower.
 from __future__ import annotations
 
 import functools
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ PlateKind = Literal["dose map", "DVH", "table"]
 Colour = tuple[int, int, int]
 Field = NDArray[np.float32]
 """One float32 value for each pixel of a square grid, (rows, columns)."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,6 @@ class Plate:
 
     image: Image.Image
     facts: tuple[Fact, ...]
-
-
-def deal(values: Sequence[T], count: int, rng: random.Random) -> list[T]:
-    """`count` values in random order, each of `values` equally often (to within one), so that priors are balanced."""
-    whole, rest = divmod(count, len(values))
-    dealt = [*values] * whole + rng.sample(list(values), rest)
-    rng.shuffle(dealt)
-    return dealt
 
 
 def yes(truth: bool) -> str:
