@@ -1,0 +1,418 @@
+"""Bench: the rates, their intervals, the blind control, and a report that says where every figure comes from."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ldrt_edge import artifact
+from ldrt_edge.bench import peers
+from ldrt_edge.bench.fidelity import compare_logits
+from ldrt_edge.bench.latency import measure, peak_rss_bytes
+from ldrt_edge.bench.metrics import correct, normalise, token_f1
+from ldrt_edge.bench.report import bench
+from ldrt_edge.bench.schema import learn_prior
+from ldrt_edge.bench.statistics import paired_difference, rate
+from ldrt_edge.bench.vqa import Model, answer_rows, choose_rows, draw_controls, read_samples
+from ldrt_edge.convert.gguf import convert
+from ldrt_edge.dataset import AnswerType, Dataset, DatasetWriter, Row, Turn
+from ldrt_edge.errors import ArtifactError, ConfigError, DataError, RuntimeLoadError
+from ldrt_edge.front import Front, conversation
+from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.base import load
+from ldrt_edge.runtimes.hf import load_model
+from ldrt_edge.runtimes.hf import normalise as normalise_pixels
+
+Tiny = Callable[..., Path]
+COLOURS = (
+    ("red", "ja", "红", (220, 30, 30)),
+    ("green", "nein", "绿", (30, 200, 40)),
+    ("blue", "nein", "蓝", (40, 50, 230)),
+    ("yellow", "nein", "黄", (230, 220, 40)),
+)
+TASKS = {"colour", "red", "tone"}
+IMAGES, TESTED = 12, 8
+
+
+def row(answer: str, language: str = "en", answer_type: AnswerType = "closed", **changes: str) -> Row:
+    blank = Row("1", "images/1.png", "0", (Turn("user", "?"), Turn("assistant", answer)), language, "t", answer_type,
+                "test", "CC0-1.0", "g", "k", "test")
+    return replace(blank, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("language", "given", "wanted"),
+    [
+        ("en", "0.50", "0.5"),
+        ("en", "The answer: 3.0 Gy.", "answer 3"),
+        ("en", "1.0Gy", "1"),
+        ("en", "3 gym", "3 gym"),
+        ("en", "1,000", "1000"),
+        ("en", "1,5", "1.5"),
+        ("de", "1,0 Gy", "1"),
+        ("de", "1,000", "1"),
+        ("fr", "１,５ ＧＹ", "1.5"),
+        ("de", "6×0,50 Gy", "6 x 0.5"),
+        ("en", "-5", "-5"),
+        ("en", "0.5-1.0 Gy", "0.5 1"),
+        ("en", "12.05.2020", "12 5 2020"),
+        ("en", "An X-ray", "x ray"),
+        ("fr", "a", "a"),
+        ("en", "Three", "3"),
+        ("de", "STRASSE", normalise("Straße", "de")),
+        ("pt-BR", "Não.", "no"),
+        ("es", "¡Sí!", "yes"),
+        ("zh-Hans", "是的。", "yes"),
+        ("zh", "3 Gy的剂量", "3 的剂量"),
+        ("en", " - ", ""),
+    ],
+)
+def test_answers_are_normalised_as_documented(language: str, given: str, wanted: str) -> None:
+    assert normalise(given, language) == wanted
+    assert normalise(wanted, language) == wanted, "normalising twice changes nothing"
+
+
+def test_a_yes_or_no_is_read_from_the_first_word() -> None:
+    assert correct(row("yes"), "Yes, two of them.")
+    assert not correct(row("yes"), "No, not yes.")
+    assert not correct(row("no"), "Cannot be told.")
+    assert not correct(row("no"), "nothing")
+    assert correct(row("没有", "zh"), "没有颜色条。")
+    assert correct(row("是", "zh"), "是的")
+    assert not correct(row("left"), "left or right")
+
+
+def test_token_f1_is_squads() -> None:
+    opened = row("right upper lobe", answer_type="open")
+    assert token_f1(opened, "the right lobe") == pytest.approx(2 * 2 / (3 + 2))
+    assert token_f1(opened, "Right upper lobe.") == 1
+    assert token_f1(opened, "") == 0
+    assert token_f1(row("左膝", "zh"), "右膝") == pytest.approx(0.5)
+
+
+def test_clustered_intervals_hold_what_they_promise() -> None:
+    """Half of the variance between clusters: a clustered interval covers, one over rows does not."""
+    rng = np.random.default_rng(0)
+    truth, repeats, covered, naive = 0.7, 300, 0, 0
+    for repeat in range(repeats):
+        chances = rng.beta(truth, 1 - truth, 40)  # intra-cluster correlation 0.5
+        sizes = rng.integers(2, 9, 40)
+        values = np.concatenate([rng.random(size) < chance for size, chance in zip(sizes, chances, strict=True)])
+        found = rate(values.tolist(), np.repeat(np.arange(40), sizes).tolist(), seed=repeat)
+        covered += found.ci_low <= truth <= found.ci_high
+        naive += abs(values.mean() - truth) <= 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / len(values))
+    assert covered / repeats > 0.9
+    assert naive / repeats < 0.75
+
+
+def test_paired_differences_see_what_unpaired_rates_do_not() -> None:
+    clusters = [i // 4 for i in range(400)]
+    before = [i % 2 for i in range(400)]
+    after = [0 if i % 40 == 1 else value for i, value in enumerate(before)]
+    found = paired_difference(before, after, clusters)
+    assert found.value == pytest.approx(0.025)
+    assert 0 < found.ci_low < found.value < found.ci_high < 0.06
+    assert found == paired_difference(before, after, clusters), "the seed decides"
+
+
+def test_certainty_is_never_claimed() -> None:
+    everything = rate([1.0] * 60, [i // 3 for i in range(60)])
+    assert (everything.value, everything.ci_high) == (1, 1)
+    assert everything.ci_low == pytest.approx(20 / (20 + 1.96**2), abs=1e-3), "Wilson with 20 clusters"
+    assert rate([0.0, 1.0], ["a", "a"]).ci_high > 0.9, "one cluster says little"
+    unchanged = paired_difference([1, 0, 1], [1, 0, 1], "abc")
+    assert unchanged.ci_low < -0.5 and unchanged.ci_high > 0.5
+    with pytest.raises(ValueError, match="0 values"):
+        rate([], [])
+
+
+def test_divergence_of_logits() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 11)).astype(np.float32)
+    kld, top1 = compare_logits(logits, logits + 3)
+    assert max(kld) < 1e-9 and all(top1)
+    kld, top1 = compare_logits(logits, np.concatenate([-logits, np.full((5, 2), 9, np.float32)], axis=1))
+    assert min(kld) > 0 and not any(top1), "a padded vocabulary is compared over what both have"
+
+
+def test_the_prior_is_by_task_and_language() -> None:
+    answers = [("side", "en", "Left"), ("side", "en", "left."), ("side", "en", "right"), ("side", "de", "rechts")]
+    assert learn_prior(answers) == {("side", "en"): "left", ("side", "de"): "rechts"}
+
+
+def test_controls_show_another_picture_of_the_same_kind_and_another_group() -> None:
+    rows = [
+        row("x", image=f"images/{kind}{i}.png", kind=kind, group=f"{kind}{i // 2}")
+        for kind, count in (("chest", 6), ("head", 4), ("knee", 1))
+        for i in range(count)
+    ]
+    groups, kinds = {r.image: r.group for r in rows}, {r.image: r.kind for r in rows}
+    controls = draw_controls(rows, seed=3)
+    for image, wrong in controls.same_kind.items():
+        assert wrong != image and groups[wrong] != groups[image]
+        assert kinds[wrong] == kinds[image] or kinds[image] == "knee"
+    assert sorted(controls.any_kind.values()) == sorted(groups), "every picture is used once"
+    assert all(image != wrong for image, wrong in controls.any_kind.items())
+    assert controls == draw_controls(rows[::-1], seed=3) != draw_controls(rows, seed=4)
+    with pytest.raises(DataError, match="at least two pictures"):
+        draw_controls(rows[:1], 0)
+
+
+def test_a_limit_takes_whole_pictures_of_all_kinds() -> None:
+    rows = [row("x", image=f"{kind}{i}", kind=kind, id=f"{kind}{i}{j}")
+            for kind in ("a", "b") for i in range(9) for j in range(3)]
+    chosen = choose_rows(rows, 12, seed=0)
+    assert len(chosen) == 12 and {r.kind for r in chosen} == {"a", "b"}
+    assert all(sum(r.image == c.image for r in chosen) == 3 for c in chosen)
+    assert len({r.image for r in choose_rows(rows, 1, 0)}) == 2, "the blind control needs two"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain pictures of two kinds, asked for their colour in three languages, once behind another question."""
+    out = tmp_path_factory.mktemp("bench") / "data"
+    with artifact.create(out, "dataset", {}) as draft, DatasetWriter(draft.path) as writer:
+        for i in range(IMAGES):
+            english, german, chinese, colour = COLOURS[i % len(COLOURS)]
+            stream = io.BytesIO()
+            Image.new("RGB", (60 + i, 56), colour).save(stream, "PNG")
+            image, digest = writer.add_image(stream.getvalue(), ".png")
+            for task, language, asked, answer in (
+                ("colour", "en", ("What colour is it?",), english),
+                ("red", "de", ("Ist das ein Plan?", "ja", "Ist er rot?"), german),
+                ("tone", "zh", ("这是什么颜色？",), chinese),
+            ):
+                texts = (*asked, answer)
+                turns = tuple(Turn("assistant" if n % 2 else "user", text) for n, text in enumerate(texts))
+                writer.add(
+                    Row(f"{i}-{task}", image, digest, turns, language, task, "open" if task == "tone" else "closed",
+                        "drawn", "CC0-1.0", digest, f"kind {i // len(COLOURS) % 2}", "test" if i < TESTED else "train")
+                )
+    return out
+
+
+@pytest.fixture(scope="module")
+def merged(tiny: Tiny, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA that learnt all the answers by heart, from the pictures."""
+    folder = tiny("llava15", "smollm2")
+    front, model = Front.from_hf(folder), load_model(folder, "float32").train()
+    dataset = Dataset(data)
+    examples = []
+    for asked in dataset:
+        image = front.image(read_image(dataset.image_path(asked)).rgb)
+        messages = conversation(asked.turns[:-1], image)
+        prompt, answer = list(front.prompt(messages).ids), list(front.answer_ids(messages, asked.answer))
+        pixels = normalise_pixels(torch.from_numpy(image.tiles), front, "cpu")
+        examples.append((torch.tensor([prompt + answer]), torch.tensor([[-100] * len(prompt) + answer]), pixels))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        losses = [
+            model(input_ids=ids, pixel_values=pixels, labels=labels).loss for ids, labels, pixels in examples
+        ]
+        loss = torch.stack(losses).mean()
+        if loss.item() < 0.02:
+            break
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    out = tmp_path_factory.mktemp("bench") / "merged"
+    with artifact.create(out, "merged", {}) as draft:
+        shutil.copytree(folder, draft.path, dirs_exist_ok=True)
+        model.save_pretrained(draft.path)
+        front.save(draft.path)
+    return out
+
+
+def edited(merged: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """The same model with its weights changed by `edit`."""
+    with artifact.create(out, "merged", {}) as draft:
+        shutil.copytree(merged, draft.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        weights = load_file(draft.path / "model.safetensors")
+        edit(weights)
+        save_file(weights, draft.path / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_path: Path) -> None:
+    edge = convert(merged, tmp_path / "edge", type_="f16")
+    out = bench(edge, data, tmp_path / "report", merged, threads=1, runs=2)
+    assert {path.name for path in out.iterdir()} == {"manifest.json", "report.html", "report.json", "samples.jsonl"}
+    report = json.loads((out / "report.json").read_text())
+    assert list(report) == [
+        "schema", "subject", "reference", "dataset", "environment", "vqa", "fidelity", "latency"
+    ]
+    assert report["schema"] == "ldrt-edge/report/1"
+    assert report["subject"]["manifest_sha256"] == artifact.read(edge).sha256
+    assert report["reference"]["manifest_sha256"] == artifact.read(merged).sha256
+    assert report["subject"]["kind"] == "gguf" and len(report["subject"]["weights"]) == 2
+    assert report["environment"]["load_average"] and report["environment"]["libraries"]["llama-cpp-python"]
+
+    vqa, interval = report["vqa"], {"value", "ci_low", "ci_high", "n", "clusters"}
+    for name in ("overall", "blind", "blind_any", "prior", "reference"):
+        assert set(vqa[name]) == {"accuracy", "token_f1"}
+        assert set(vqa[name]["accuracy"]) == interval
+    assert set(vqa["by"]) == {"task", "language", "answer_type", "kind"}
+    assert set(vqa["by"]["task"]) == TASKS and set(vqa["by"]["language"]) == {"en", "de", "zh"}
+    for part in vqa["by"]["task"].values():
+        assert set(part["accuracy"]) == set(part["blind"]["accuracy"]) == interval
+    assert set(vqa["loss"]) == interval and set(vqa["flips"]) >= {"rate", "worse", "better"}
+    assert vqa["overall"]["accuracy"]["n"] == TESTED * len(TASKS)
+    assert vqa["overall"]["accuracy"]["clusters"] == TESTED
+    assert vqa["overall"]["token_f1"]["n"] == TESTED
+    assert vqa["prior_from"] == "training rows"
+
+    assert vqa["reference"]["accuracy"]["value"] == 1, "it learnt them by heart"
+    assert vqa["loss"]["value"] == pytest.approx(1 - vqa["overall"]["accuracy"]["value"])
+    assert set(report["fidelity"]) >= {"mean_kld", "top1_agreement", "tokens"}
+    assert 0 < report["fidelity"]["mean_kld"] < 1e-3 and report["fidelity"]["top1_agreement"] > 0.95
+
+    latency = report["latency"]
+    for name in ("image_encode_ms", "prefill_tok_per_s", "ttft_ms", "decode_tok_per_s", "load_ms"):
+        assert set(latency[name]) == {"median", "p10", "p90", "runs"} and latency[name]["median"] > 0
+    assert latency["ttft_ms"]["runs"] == 2 and latency["threads"] == 1
+    assert latency["model_bytes"] == sum(report["subject"]["weights"].values())
+    assert 0 < latency["peak_rss_bytes"] < peak_rss_bytes(), "this process holds torch, which must not count"
+
+    samples = read_samples(out / "samples.jsonl")
+    right = np.mean([sample.subject.correct for sample in samples])
+    assert right == vqa["overall"]["accuracy"]["value"], "the samples carry the report"
+    assert sum(len(sample.kld or ()) for sample in samples) == report["fidelity"]["tokens"]
+    check_page(out / "report.html", report)
+    assert bench(edge, data, tmp_path / "report", merged, threads=1, runs=2) == out, "the same again finds it done"
+
+
+class _Page(HTMLParser):
+    """Collects what a page would fetch, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        assert tag not in ("script", "link", "iframe", "object")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check_page(path: Path, report: dict[str, dict[str, str]]) -> None:
+    text = path.read_text(encoding="utf-8")
+    page = _Page()
+    page.feed(text)
+    assert all(url.startswith("data:image/jpeg") for url in page.fetched), "one file, no network"
+    assert "@import" not in text and "url(" not in text
+    assert report["environment"]["command"] in page.text
+    assert report["subject"]["manifest_sha256"][:16] in page.text
+    assert "images/" not in text, "no file names"
+
+
+def test_the_blind_control_sees_what_the_picture_is_worth(merged: Path, data: Path, tmp_path: Path) -> None:
+    seeing = read_samples(bench(merged, data, tmp_path / "seeing", threads=1, runs=0) / "samples.jsonl")
+    kinds = {sample.image_sha256: sample.kind for sample in seeing}
+    for sample in seeing:
+        assert sample.blind and sample.blind_any
+        assert sample.subject.image_sha256 == sample.image_sha256 != sample.blind.image_sha256
+        assert kinds[sample.blind.image_sha256] == sample.kind
+        assert sample.blind_any.image_sha256 != sample.image_sha256
+    report = json.loads((tmp_path / "seeing" / "report.json").read_text())
+    assert report["vqa"]["overall"]["accuracy"]["value"] == 1
+    assert report["vqa"]["blind"]["accuracy"]["value"] < 0.9 and report["vqa"]["image_gain"]["ci_low"] > 0
+    assert all(report[name] is None for name in ("reference", "fidelity", "latency"))
+    assert report["vqa"]["loss"] is report["vqa"]["flips"] is None
+
+    def cover_its_eyes(weights: dict[str, torch.Tensor]) -> None:
+        for name, tensor in weights.items():
+            if "multi_modal_projector" in name:
+                weights[name] = 0 * tensor
+
+    blindfold = edited(merged, tmp_path / "blindfold", cover_its_eyes)
+    samples = read_samples(bench(blindfold, data, tmp_path / "blind", threads=1, runs=0) / "samples.jsonl")
+    assert all(sample.blind and sample.subject.text == sample.blind.text for sample in samples)
+    report = json.loads((tmp_path / "blind" / "report.json").read_text())
+    assert report["vqa"]["overall"]["accuracy"]["value"] == report["vqa"]["blind"]["accuracy"]["value"]
+    assert report["vqa"]["image_gain"]["ci_low"] < 0 < report["vqa"]["image_gain"]["ci_high"]
+    assert "no proof that it looks at the picture" in (tmp_path / "blind" / "report.html").read_text()
+
+
+def test_a_damaged_model_shows_as_loss_flips_and_divergence(merged: Path, data: Path, tmp_path: Path) -> None:
+    def damage(weights: dict[str, torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in weights.items():
+            if "language_model" in name:
+                weights[name] = tensor + 0.3 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+
+    damaged = edited(merged, tmp_path / "damaged", damage)
+    out = bench(damaged, data, tmp_path / "report", merged, threads=1, runs=0)
+    report = json.loads((out / "report.json").read_text())
+    flips = report["vqa"]["flips"]
+    assert flips["worse"] > 0 == flips["better"], "the reference is right everywhere"
+    assert flips["worse"] / report["dataset"]["questions"] == pytest.approx(report["vqa"]["loss"]["value"])
+    assert report["fidelity"]["mean_kld"] > 0.01
+    page = (out / "report.html").read_text()
+    assert "right → wrong" in page and "data:image/jpeg" in page
+
+
+def test_a_killed_run_goes_on_where_it_stopped(merged: Path, data: Path, tmp_path: Path) -> None:
+    dataset, journal = Dataset(data), tmp_path / "samples.jsonl"
+    rows = dataset.rows("test")
+    controls = draw_controls(rows, 0)
+    model = Model(load(merged, threads=1), Front.load(merged))
+    whole = answer_rows(model, dataset, rows, controls, journal=journal)
+    lines = journal.read_text().splitlines(keepends=True)
+    lines[0] = lines[0].replace('"subject": {"text": "', '"subject": {"text": "kept: ')
+    journal.write_text("".join(lines[:4]) + lines[4][:50])  # one picture whole, the second begun, a torn line
+    again = answer_rows(model, dataset, rows, controls, journal=journal)
+    model.runtime.close()
+    assert again[0].subject.text == "kept: " + whole[0].subject.text, "what was answered is not asked again"
+    assert again[1:] == whole[1:]
+    assert read_samples(journal) == again
+
+
+def test_the_peer_reads_the_same_files(merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edge = convert(merged, tmp_path / "edge", type_="f16")
+    assert peers.main([str(edge), "--threads", "1", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    for name in ("ttft_ms", "prefill_tok_per_s", "decode_tok_per_s"):
+        assert found[name]["ratio"] == found[name]["ours"]["median"] / found[name]["peer"]["median"] > 0
+    ours, peer = found["prompt_tokens"]
+    assert abs(ours - peer) <= 2, "both read the same prompt, but for a space"
+    assert any("conversion" in line and "skipped" in line for line in lines)
+
+
+def test_timing_fails_in_one_line(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeLoadError, match=r"nowhere: front\.json is missing"):
+        measure(tmp_path / "nowhere", data, runs=1)
+
+
+def test_bench_refuses_what_it_cannot_measure(merged: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--limit"):
+        bench(merged, data, tmp_path / "out", limit=0)
+    with pytest.raises(ArtifactError, match="holds a dataset"):
+        bench(data, data, tmp_path / "out")
+    long = tmp_path / "long"
+    with artifact.create(long, "dataset", {}) as draft, DatasetWriter(draft.path) as writer:
+        for shade in (0, 200):
+            stream = io.BytesIO()
+            Image.new("RGB", (32, 32), (shade,) * 3).save(stream, "PNG")
+            image, digest = writer.add_image(stream.getvalue(), ".png")
+            turns = (Turn("user", "How many beams? " * 2000), Turn("assistant", "2"))
+            writer.add(Row(f"long {shade}", image, digest, turns, "en", "t", "open", "s", "l", digest, "", "test"))
+    with pytest.raises(DataError, match=r"row long 0: .*the model holds"):
+        bench(merged, long, tmp_path / "out")
+    with pytest.raises(DataError, match="no rows in split 'train'"):
+        bench(merged, long, tmp_path / "out", split="train")
+    assert not (tmp_path / "out").exists()
