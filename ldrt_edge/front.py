@@ -60,11 +60,13 @@ class Front:
 
     @classmethod
     def load(cls, folder: Path) -> Front:
-        """Load the front end that a model artefact carries.
+        """Load the front end that a model artefact carries; one without `front.json` is read as a Hugging Face folder.
 
         Raises:
-            ArtifactError: `front.json` or `tokenizer.json` is missing or unreadable.
+            ArtifactError: a file is missing or unreadable.
         """
+        if not (folder / FRONT).is_file():
+            return cls.from_hf(folder)
         data = read_json(folder / FRONT)
         try:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
@@ -83,6 +85,11 @@ class Front:
             ArtifactError: a file is missing or says something that this front end cannot do.
         """
         return cls(config_from_hf(folder), read_tokenizer(folder / TOKENIZER), folder / TOKENIZER)
+
+    @classmethod
+    def of_model(cls, folder: Path) -> Front:
+        """The front end that a folder carries; derived, where the folder comes straight from a hub."""
+        return cls.load(folder) if (folder / FRONT).is_file() else cls.from_hf(folder)
 
     def save(self, folder: Path) -> None:
         """Write `front.json` and `tokenizer.json` into a draft folder."""

@@ -14,6 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ldrt_edge import artifact
+from ldrt_edge.dataset import Dataset, DatasetWriter, Row, Turn
+from ldrt_edge.errors import ArtifactError, ConfigError, DataError
+from ldrt_edge.front import Front, Message, conversation
+from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.train.base import Base, resolve_base
 from ldrt_edge.train.collate import PackedRow, pack_rows, sequences
 from ldrt_edge.train.features import PackedDataset, collator
@@ -21,14 +30,6 @@ from ldrt_edge.train.lora import train
 from ldrt_edge.train.merge import merge
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.recipe import Recipe, load_recipe, recipe_names
-from PIL import Image
-from safetensors.torch import load_file, save_file
-
-from ldrt_edge import artifact
-from ldrt_edge.dataset import Dataset, DatasetWriter, Row, Turn
-from ldrt_edge.errors import ArtifactError, ConfigError, DataError
-from ldrt_edge.front import Front
-from ldrt_edge.runtimes.hf import HfRuntime
 
 Tiny = Callable[..., Path]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "yellow": (230, 220, 40)}
@@ -150,9 +151,6 @@ def test_training_learns_to_see(trained: tuple[Base, Path, Path], data: Path) ->
     runtime = HfRuntime(merged)
     dataset = Dataset(data)
     rows = [row for row in dataset.rows("test") if row.task == "colour"]
-    from ldrt_edge.front import conversation
-    from ldrt_edge.image import read_image
-
     answers = []
     for row in rows:
         messages = conversation(row.turns[:1], runtime.front.image(read_image(dataset.image_path(row)).rgb))
@@ -177,8 +175,6 @@ def test_the_adapter_is_stock_peft_and_equals_the_merged_model(trained: tuple[Ba
     with torch.inference_mode():
         expected = model(**inputs).logits[0, -1].numpy()
 
-    from ldrt_edge.front import Message
-
     runtime = HfRuntime(merged)
     image = runtime.front.image(np.asarray(picture))
     prompt = runtime.front.prompt([Message("user", "What colour is it?", (image,))])
@@ -189,7 +185,7 @@ def test_the_adapter_is_stock_peft_and_equals_the_merged_model(trained: tuple[Ba
 
 
 def test_merging_brings_everything_along(trained: tuple[Base, Path, Path]) -> None:
-    base, adapter, merged = trained
+    base, _, merged = trained
     names = {path.name for path in merged.iterdir()}
     kept = {path.name for path in base.folder.iterdir() if path.is_file() and path.name != "manifest.json"}
     assert kept <= names and {"front.json", "manifest.json"} <= names
@@ -285,7 +281,7 @@ def test_all_problems_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("starter", ["lora.rank=0", "no_such=1", "precision=fp8"])
     assert all(word in str(caught.value) for word in ("lora.rank", "no_such", "precision"))
-    with pytest.raises(ConfigError, match="there are: .*starter"):
+    with pytest.raises(ConfigError, match=r"there are: .*starter"):
         load_recipe("nope")
     (tmp_path / "bad.yaml").write_text("[1, 2")
     with pytest.raises(ConfigError, match="not YAML"):

@@ -59,7 +59,7 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     set_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16())
-    front = _front(base.folder).with_vision_tokens(recipe.vision_tokens)
+    front = Front.load(base.folder).with_vision_tokens(recipe.vision_tokens)
     training, validation = _split(datasets, recipe)
     rows = pack_rows(training, front, recipe.questions_per_row, recipe.max_tokens, recipe.seed)
     held_out = pack_rows(validation, front, recipe.questions_per_row, recipe.max_tokens, recipe.seed)
@@ -102,10 +102,6 @@ def native_bf16() -> bool:
 def _cpu_flags() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.is_file() else ""
-
-
-def _front(folder: Path) -> Front:
-    return Front.load(folder) if (folder / "front.json").is_file() else Front.from_hf(folder)
 
 
 def _split(
