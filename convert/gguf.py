@@ -6,7 +6,6 @@ tensor. The pair is held against the merged model's logits before it gets its fi
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from ldrt_edge import artifact, console
 from ldrt_edge.convert.parity import Fidelity, check
 from ldrt_edge.convert.plan import FilePlan, MmprojType, Source, TextType, mmproj_plan, open_source, text_plan
 from ldrt_edge.errors import ConfigError
+from ldrt_edge.train.base import check_checkpoint, checkpoint_identity
 
 _ALIGNMENT = 32
 _LICENCES = "LICENSES"
@@ -104,11 +104,7 @@ def identity(folder: Path) -> artifact.Input:
     if (folder / artifact.MANIFEST).is_file():
         manifest = artifact.verify(folder, "base", "merged", quick=True)
         return artifact.Input(manifest.kind, manifest.sha256)
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".safetensors", ".model", ".jinja"):
-            digest.update(f"{path.name} {artifact.file_sha256(path)}\n".encode())
-    return artifact.Input("huggingface", digest.hexdigest())
+    return checkpoint_identity(folder, check_checkpoint(folder))
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from ldrt_edge.console import say
 from ldrt_edge.convert.vocabulary import read_vocabulary
 from ldrt_edge.convert.weights import Weights
 from ldrt_edge.errors import ArtifactError, all_problems, require
-from ldrt_edge.front import FRONT, Front
+from ldrt_edge.front import Front
 
 TextType = Literal["f32", "f16", "bf16"]
 MmprojType = Literal["f32", "f16", "q8_0"]
@@ -30,6 +30,7 @@ _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }  # fmt: skip
+_NAMES = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}  # not the folder's: equal models give equal files
 _TEXT_MODELS = ("llama", "mistral")
 _TOWER_ACTIVATIONS = ("quick_gelu", "gelu")
 _IGNORED = ("rotary_emb.inv_freq", "position_ids", "vision_tower.post_layernorm", "vision_tower.head")
@@ -119,8 +120,7 @@ def open_source(folder: Path) -> Source:
     problems = list(_unsupported(config))
     if problems:
         raise ArtifactError(all_problems(problems, f"{folder}: cannot become GGUF"))
-    front = Front.load(folder) if (folder / FRONT).is_file() else Front.from_hf(folder)
-    return Source(folder, config, Weights(folder), front)
+    return Source(folder, config, Weights(folder), Front.of_model(folder))
 
 
 def text_plan(source: Source, type_: TextType) -> FilePlan:
@@ -132,7 +132,7 @@ def text_plan(source: Source, type_: TextType) -> FilePlan:
     text, weights = source.config.text_config, source.weights
     writer = GGUFWriter(None, "llama")
     writer.add_type("model")
-    writer.add_name(source.folder.name)
+    writer.add_name(_NAMES[source.config.model_type])
     writer.add_file_type(_FILE_TYPES[type_])
     writer.add_block_count(text.num_hidden_layers)
     writer.add_context_length(_context_length(text))
@@ -166,7 +166,7 @@ def mmproj_plan(source: Source, type_: MmprojType) -> FilePlan:
     layers = feature_layers(source.config)
     writer = GGUFWriter(None, "clip")
     writer.add_type("mmproj")
-    writer.add_name(source.folder.name)
+    writer.add_name(_NAMES[source.config.model_type])
     writer.add_file_type(_FILE_TYPES[type_])
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.has_llava_projector", True)
@@ -196,8 +196,8 @@ def feature_layers(config: Any) -> int:
 
 
 def _unsupported(config: Any) -> Iterator[str]:
-    if config.model_type not in ("llava", "llava_next"):
-        yield f"model type {config.model_type!r} is no LLaVA: supported are llava and llava_next"
+    if config.model_type not in _NAMES:
+        yield f"model type {config.model_type!r} is no LLaVA: supported are {', '.join(_NAMES)}"
         return
     text, vision = config.text_config, config.vision_config
     if getattr(config, "quantization_config", None):

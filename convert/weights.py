@@ -2,12 +2,11 @@
 
 Hub checkpoints, transformers 4 and transformers 5 name the same tensors differently; here they have the short names
 of transformers 5: `language_model.layers.0.…`, `lm_head.weight`, `vision_tower.encoder.layers.0.…`,
-`multi_modal_projector.linear_1.weight`, `image_newline`. Only safetensors are read: a pickle can run code.
+`multi_modal_projector.linear_1.weight`, `image_newline`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -19,10 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldrt_edge.errors import ArtifactError, all_problems, require
+from ldrt_edge.train.base import check_checkpoint
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _RENAMES = (
     (r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", ""),
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -50,14 +47,14 @@ class Weights:
     """The tensors of a folder by canonical name; `read` loads one.
 
     Raises:
-        ArtifactError: no safetensors, a missing or truncated file, or two tensors of one name.
+        ArtifactError: no LLaVA, a missing, truncated or pickled file, or two tensors of one name.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, Entry] = {}
         problems = []
-        for path in _files(folder):
+        for path in check_checkpoint(folder):
             for name, entry in _entries(path):
                 if name in self.entries:
                     problems.append(f"{name} is in {self.entries[name].path.name} and again in {path.name}")
@@ -81,31 +78,6 @@ def canonical(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ArtifactError(f"{index}: not an index of safetensors files ({error!r})") from error
-        outside = [str(name) for name in names if Path(str(name)).name != name]
-        if outside:
-            raise ArtifactError(all_problems(outside, f"{index}: names files outside the folder"))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ArtifactError(all_problems(missing, f"{folder}: weight files are missing"))
-        return [folder / name for name in names]
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    pickles = [path.name for pattern in _PICKLES for path in sorted(folder.glob(pattern))]
-    if pickles:
-        raise ArtifactError(
-            f"{folder}: {pickles[0]} is a pickle checkpoint, which can run code, and is refused: "
-            "save the model as safetensors (save_pretrained) first"
-        )
-    raise ArtifactError(f"{folder}: no {_SINGLE}")
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
