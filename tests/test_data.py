@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import shutil
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +18,11 @@ from ldrt_edge import artifact
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.train.data.imports import import_llava, import_vqa_rad
+from ldrt_edge.train.data.modalities import import_dicom_known
 from ldrt_edge.train.data.phantom import phantom
 from ldrt_edge.train.data.phantom_text import LANGUAGES, QUESTIONS, TERMS
+from ldrt_edge.train.data.volume_slices import LoadedVolume, Plane, Slice, add_lesions, cut, load_volume
+from ldrt_edge.train.data.volumes import Volume, import_volumes, read_volumes, region_name
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +287,160 @@ def test_equal_ids_of_a_foreign_set_stay_apart(tmp_path: Path) -> None:
     row = _llava_row(1, "a.png", ("human", "Q"), ("gpt", "A"))
     (tmp_path / "llava.json").write_text(json.dumps([row, row]))
     assert len({row.id for row in Dataset(import_llava(tmp_path, tmp_path / "out"))}) == 2
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up head as NIfTI: an ellipsoid, with a front and a back lobe, a core, and a nose that shows the front.
+
+    The label map has its own, coarser grid, as atlases do.
+    """
+    nibabel = pytest.importorskip("nibabel")
+    folder = tmp_path_factory.mktemp("head")
+
+    def grid(step_mm: float) -> tuple[np.ndarray, ...]:
+        ticks = np.arange(-100, 100, step_mm)
+        return np.meshgrid(ticks, ticks, ticks, indexing="ij")
+
+    def affine(step_mm: float) -> np.ndarray:
+        return np.array([[step_mm, 0, 0, -100], [0, step_mm, 0, -100], [0, 0, step_mm, -100], [0, 0, 0, 1.0]])
+
+    x, y, z = grid(2.5)
+    brain = (x / 65) ** 2 + (y / 85) ** 2 + (z / 75) ** 2
+    values = np.where(brain < 1, 120, 0) + np.where((brain < 1.25) & (brain > 1.1), 200, 0)
+    values = values + np.where((np.abs(x) < 8) & (y > 85) & (y < 99) & (np.abs(z) < 8), 250, 0)
+    nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), affine(2.5)), folder / "head.nii.gz")
+    x, y, z = grid(5.0)
+    inside = (x / 63) ** 2 + (y / 83) ** 2 + (z / 73) ** 2 < 1
+    labels = np.where(inside & (y > 10), np.where(x > 0, 2, 1), 0) + np.where(inside & (y < -10), 3, 0)
+    labels[inside & (np.abs(z) > 45)] = 4
+    nibabel.save(nibabel.Nifti1Image(labels.astype(np.int16), affine(5.0)), folder / "labels.nii.gz")
+    (folder / "names.txt").write_text("1 Frontal_Sup_L 2101\n2 Frontal_Sup_R 2102\n3 Occipital_Mid_L 5201\n4 Pole\n")
+    (folder / "volumes.yaml").write_text(
+        "- {image: head.nii.gz, labels: labels.nii.gz, names: names.txt, modality: MRI, organ: brain, group: HEAD,\n"
+        "   source: made up, licence: CC0-1.0, subject: nobody}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sliced(head: Path) -> Dataset:
+    volumes = read_volumes(head / "volumes.yaml")
+    return Dataset(import_volumes(volumes, head / "out", images=90, test_fraction=0.25, size=96))
+
+
+def test_volume_closed_answers_are_balanced(sliced: Dataset) -> None:
+    rows = list(sliced)
+    presence = Counter(row.answer for row in rows if row.task == "presence")
+    assert set(presence) == {"yes", "no"} and abs(presence["yes"] - presence["no"]) < 0.2 * presence.total()
+    lesions = Counter(row.answer for row in rows if row.task == "lesion presence")
+    assert abs(lesions["yes"] - lesions["no"]) < 0.2 * lesions.total()
+    planes = Counter(row.answer for row in rows if row.task == "plane" and row.answer_type == "open")
+    assert set(planes) == {"axial", "coronal", "sagittal"}
+
+
+def test_volume_rows_say_where_they_come_from(sliced: Dataset) -> None:
+    for image, rows in _by_image(sliced).items():
+        lesion = {row.answer for row in rows if row.task == "lesion presence"}
+        assert all(row.source.startswith("made up") and row.licence == "CC0-1.0" for row in rows), image
+        assert ("yes" in lesion) == ("simulated lesion" in rows[0].source)
+    assert {row.kind for row in sliced} == {"HEAD"}
+    assert "head.nii" not in (sliced.folder / "manifest.json").read_text()
+
+
+def test_volume_split_goes_by_slab(sliced: Dataset) -> None:
+    splits: dict[str, set[str]] = defaultdict(set)
+    for row in sliced:
+        splits[row.group].add(row.split)
+    assert all(len(found) == 1 for found in splits.values())
+    assert {split for found in splits.values() for split in found} == {"train", "test"}
+
+
+def _slice_with(volume: LoadedVolume, plane: Plane, flipped: bool, regions: set[str], rng: random.Random) -> Slice:
+    for _ in range(300):
+        piece = cut(volume, plane, flipped, 96, rng)
+        if piece is not None and regions <= set(piece.regions):
+            return piece
+    raise AssertionError("no such slice")
+
+
+def test_volume_sides_follow_the_radiological_display_and_its_flip(head: Path) -> None:
+    """The patient's right lies on the image's left, unless flipped; the front is on top of an axial slice."""
+    whole = load_volume(
+        head / "head.nii.gz", head / "labels.nii.gz", {1: "left front", 2: "right front", 3: "back"}, hounsfield=False
+    )
+    rng = random.Random(0)
+    for flipped in (False, True):
+        axial = _slice_with(whole, "axial", flipped, {"left front", "right front", "back"}, rng)
+        columns = {name: mask.nonzero()[1].mean() for name, mask in axial.regions.items()}
+        assert (columns["right front"] < columns["left front"]) != flipped
+        assert axial.regions["right front"].nonzero()[0].mean() < axial.regions["back"].nonzero()[0].mean()
+        sagittal = _slice_with(whole, "sagittal", flipped, {"back", "right front"}, rng)
+        fronts = sagittal.regions["right front"].nonzero()[1].mean()
+        assert (fronts < sagittal.regions["back"].nonzero()[1].mean()) != flipped
+        for _ in range(30):
+            with_lesion = add_lesions(axial, 1, True, rng)
+            for lesion in with_lesion.lesions:
+                if lesion.side:
+                    assert (lesion.column < 48) == ((lesion.side == "right") != flipped)
+                    assert lesion.region in (f"{lesion.side} front", "back", None)
+
+
+def test_volume_lesions_can_be_seen_where_they_are_said_to_be(head: Path) -> None:
+    whole = load_volume(head / "head.nii.gz", head / "labels.nii.gz", {1: "a", 2: "b", 3: "c"}, hounsfield=False)
+    rng = random.Random(1)
+    found = 0
+    for number in range(20):
+        plain = _slice_with(whole, "axial", False, {"a", "b", "c"}, rng)
+        marked = add_lesions(plain, 2, bright=number % 2 == 0, rng=rng)
+        change = marked.pixels.astype(int) - plain.pixels
+        for lesion in marked.lesions:
+            assert (change[round(lesion.row), round(lesion.column)] > 40) == lesion.bright
+            found += 1
+        assert marked.lesions or not change.any()
+    assert found > 10
+
+
+def test_volumes_refuse_what_they_cannot_use(head: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- {image: nothing.nii, modality: MRI}\n- {imagee: x}\n")
+    with pytest.raises(DataError, match=r"volume 1: missing.*licence.*volume 2"):
+        read_volumes(tmp_path / "list.yaml")
+    (tmp_path / "broken.nii.gz").write_bytes(b"not a volume")
+    broken = Volume(tmp_path / "broken.nii.gz", "MRI", "brain", "HEAD", "s", "l")
+    with pytest.raises(DataError, match="not a readable NIfTI volume"):
+        import_volumes([broken], tmp_path / "out", images=3)
+    gone = Volume(tmp_path / "gone.nii.gz", "MRI", "brain", "HEAD", "s", "l")
+    with pytest.raises(DataError, match="no such file"):
+        import_volumes([gone], tmp_path / "out", images=3)
+    with pytest.raises(ConfigError, match=r"modality 'PET'.*images 0"):
+        import_volumes([replace(gone, modality="PET")], tmp_path / "out", images=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_region_names_are_plain() -> None:
+    names = ("Frontal_Sup_L 2101", "Caudate_R 7002", "Kidney_left", "Cerebelum_Crus1_L", "left lung", "liver")
+    assert [region_name(name) for name in names] == [
+        "frontal lobe", "caudate nucleus", "kidney", "cerebellum", "lung", "liver",
+    ]
+
+
+def test_dicom_of_known_modality(tmp_path: Path) -> None:
+    from pydicom.data import get_testdata_file
+
+    folder = tmp_path / "dicom"
+    folder.mkdir()
+    for name in ("CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "rtplan.dcm"):
+        found = get_testdata_file(name)
+        assert isinstance(found, str)
+        shutil.copy(found, folder)
+    out = import_dicom_known([folder], tmp_path / "out", images=20, test_fraction=0, licence="MIT")
+    data = Dataset(out)
+    assert data.manifest.metrics["source_pictures"] == {"CT": 1, "MRI": 1}, "copies in another compression count once"
+    assert data.manifest.metrics["files_left"] == 1
+    truth = {row.group: row.answer for row in data if row.answer_type == "open"}
+    assert Counter(row.answer for row in data if row.answer_type == "open") == {"CT": 10, "MRI": 10}
+    for row in data:
+        if row.question in ("Is this a CT scan?", "Is the image a CT scan?"):
+            assert (row.answer == "yes") == (truth[row.group] == "CT")
+    with pytest.raises(DataError, match="no DICOM picture of a known modality among 0 files"):
+        import_dicom_known([tmp_path / "out" / "nothing"], tmp_path / "none")
