@@ -43,7 +43,7 @@ class HfRuntime:
     """A base or merged model in transformers.
 
     Args:
-        folder: artefact folder with `front.json`.
+        folder: a model artefact, or a Hugging Face LLaVA folder.
         threads: CPU threads; None leaves torch's choice.
         dtype: of the weights, by torch's name.
         device: "cpu", "cuda", …; None takes the GPU if there is one.
@@ -68,7 +68,7 @@ class HfRuntime:
         if threads:
             self._torch.set_num_threads(threads)
         started = time.perf_counter()
-        self.front = Front.load(adapter or folder)
+        self.front = Front.of_model(adapter or folder)
         self._device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
         self.model = load_model(folder, dtype)
         if adapter is not None:
