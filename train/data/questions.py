@@ -101,6 +101,13 @@ class Asker:
         if text not in asked:
             self.questions.append(Question("presence", text, answer, "closed"))
 
+    def larger(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Which of two is larger; `pairs` are (larger, smaller). Those that can fall out either way are preferred."""
+        if pairs:
+            subject, answer = self._balance.pick("size", [(" and ".join(sorted(pair)), pair[0]) for pair in pairs])
+            a, b = self._rng.sample(subject.split(" and "), 2)
+            self.add("size", answer, "closed", a=a, b=b)
+
     def about(self, task: str, candidates: Sequence[tuple[str, str]]) -> None:
         """A choice between two answers, about the subject whose answer is behind."""
         subject, answer = self._balance.pick(task, candidates)

@@ -217,11 +217,7 @@ def _ask_regions(piece: Slice, volume: Volume, ask: Asker, rng: random.Random) -
     for task, candidates in (("position", sides), ("height", heights)):
         if candidates:
             ask.about(task, candidates)
-    pairs = [(a, b) for a in visible for b in visible if shares[a] >= 1.6 * shares[b]]
-    if pairs:
-        larger, smaller = rng.choice(pairs)
-        a, b = rng.sample((larger, smaller), 2)
-        ask.add("size", larger, "closed", a=a, b=b)
+    ask.larger([(a, b) for a in visible for b in visible if shares[a] >= 1.6 * shares[b]])
 
 
 def _ask_lesions(piece: Slice, volume: Volume, ask: Asker, rng: random.Random) -> None:
