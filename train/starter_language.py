@@ -42,7 +42,7 @@ def read_gguf(path: Path) -> tuple[LlamaForCausalLM, Tokenizer]:
 
 @torch.no_grad()
 def off_grid(model: LlamaForCausalLM, seed: int) -> None:
-    """Take a Llama's weights off the grid they were quantised on, in place, without changing what it computes.
+    """Take a Llama (head tied, no biases) off the grid it was quantised on, in place, computing the same as before.
 
     Folds every RMSNorm's gain into the linears that read it (the last one's cannot be: its reader is tied to the
     embeddings), shuffles the channels of the residual stream, so that other channels share a quantisation block, and
