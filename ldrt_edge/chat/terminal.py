@@ -1,0 +1,347 @@
+"""`ldrt-edge chat`: one question, or a conversation on a terminal or through a pipe.
+
+Answers go to stdout as they are written, everything else to stderr. Nothing is written to disk unless /save asks for
+it; what was typed is remembered until the program ends. Ctrl-C stops an answer and not the program.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Self
+
+from ldrt_edge import artifact
+from ldrt_edge.artifact import Input
+from ldrt_edge.chat.session import NOTICE, Finish, Session
+from ldrt_edge.console import say, stderr
+from ldrt_edge.errors import DataError, LdrtError
+from ldrt_edge.front import Front
+from ldrt_edge.image import Picture, Window, read_image
+from ldrt_edge.runtimes.base import Sampling, Timings, load
+
+if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
+
+HELP = """\
+Type a question. Commands:
+  /image FILE [CENTER,WIDTH] [FRAME]  show a picture (PNG, JPEG, TIFF, DICOM) with the next question
+  /reset                              forget the conversation and its pictures
+  /save FILE                          write the conversation to a new JSON file
+  /help                               this
+  /quit                               leave (or Ctrl-D); Ctrl-C stops an answer"""
+_COMMANDS = ("/image", "/reset", "/save", "/help", "/quit")
+_WINDOW = re.compile(r"(-?\d+(?:\.\d+)?),(\d+(?:\.\d+)?)")
+_UNPRINTABLE = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and what it rests on.
+
+    finish: "end", or "length" where `max_tokens` or the context cut it off. image_sha256: of the file.
+    """
+
+    answer: str
+    finish: Finish
+    image_sha256: str | None
+    tokens: int
+    timings: Timings
+    runtime: str
+    model: Input
+    notice: str = NOTICE
+
+
+def ask_once(
+    folder: Path,
+    question: str,
+    image: Path | None = None,
+    window: Window | None = None,
+    frame: int = 0,
+    sampling: Sampling | None = None,
+    threads: int | None = None,
+) -> Answer:
+    """Ask a model artefact one question, about a picture if there is one.
+
+    Raises:
+        LdrtError: the model does not load, the picture cannot be read, or the question cannot be asked.
+    """
+    picture = read_image(image, window, frame) if image else None
+    with _opened(folder, sampling, threads) as session:
+        with _busy("answering"):
+            if picture:
+                session.attach(picture)
+            text = "".join(session.ask(question))
+        kept = session.exchanges[-1] if session.exchanges else None
+        return Answer(
+            answer=text,
+            finish=kept.finish if kept else "end",
+            image_sha256=picture.origin.sha256 if picture else None,
+            tokens=kept.tokens if kept else 0,
+            timings=kept.timings if kept else session.runtime.timings,
+            runtime=session.runtime.name,
+            model=artifact.identity(folder),
+        )
+
+
+def run_chat(
+    folder: Path,
+    image: Path | None = None,
+    window: Window | None = None,
+    frame: int = 0,
+    sampling: Sampling | None = None,
+    threads: int | None = None,
+) -> None:
+    """Hold a conversation until /quit or the end of input; one question a line where stdin is no terminal.
+
+    Raises:
+        LdrtError: the model does not load, or the first picture cannot be read. Later errors are shown, and the
+            conversation goes on.
+    """
+    picture = read_image(image, window, frame) if image else None
+    with _opened(folder, sampling, threads) as session:
+        for stream in (sys.stdin, sys.stdout):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal's or a pipe's encoding must not end the conversation
+        interactive = sys.stdin.isatty()
+        with _Interrupts(interactive) as interrupts:
+            conversation = Conversation(session, interrupts)
+            if picture:
+                conversation.show(picture)
+            if interactive:
+                room = session.runtime.context_length
+                say(f"{folder.name} on {session.runtime.name}, {room} tokens. {NOTICE} /help shows the commands")
+            for line in _typed(conversation) if interactive else sys.stdin:
+                if not conversation.take(line):
+                    break
+
+
+class Conversation:
+    """Takes the lines that a person types; answers on stdout, notes and errors on stderr.
+
+    unanswered: the last question, if it is not in the conversation: refused, or stopped before its first word.
+    """
+
+    def __init__(self, session: Session, interrupts: _Interrupts) -> None:
+        self._session, self._interrupts = session, interrupts
+        self.unanswered = ""
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False when the conversation is over."""
+        line = line.strip()
+        self.unanswered = ""
+        try:
+            if dropped := _dropped_file(line):
+                self.show(read_image(dropped, None, 0))
+            elif line.startswith("/"):
+                return self._run(*line.partition(" ")[::2])
+            elif line:
+                self._answer(line)
+        except LdrtError as error:
+            say(str(error))
+        except Stopped:
+            print(flush=True)
+            say("stopped")
+        return True
+
+    def show(self, picture: Picture) -> None:
+        """Show a picture with the next question."""
+        with _busy("reading the picture"):
+            image = self._session.attach(picture)
+        say(f"picture: {_describe(picture)}, {image.token_count} tokens")
+        if any(exchange.shown for exchange in self._session.exchanges):
+            say("earlier pictures stay in the conversation; /reset forgets them")
+
+    def _run(self, command: str, rest: str) -> bool:
+        if command == "/image":
+            self.show(read_image(*_image_options(rest)))
+        elif command == "/reset":
+            self._session.reset()
+            say("forgotten")
+        elif command == "/save":
+            path = _path(_words(rest), "/save FILE: name the file")
+            self._session.save(path)
+            say(f"saved to {path}")
+        elif command == "/help":
+            say(HELP)
+        elif command != "/quit":
+            raise DataError(f"{command}: no such command; there are {', '.join(_COMMANDS)}")
+        return command != "/quit"
+
+    def _answer(self, question: str) -> None:
+        self.unanswered = question
+        answered = len(self._session.exchanges)
+        try:
+            with self._interrupts.raised(), closing(self._session.ask(question)) as pieces:
+                with _busy("looking"):
+                    first = next(pieces, "")
+                for piece in itertools.chain((first,), pieces):
+                    print(piece.translate(_UNPRINTABLE), end="", flush=True)
+            print(flush=True)
+        finally:
+            if len(self._session.exchanges) > answered:
+                self.unanswered = ""
+        if self.unanswered:
+            say("the model gave no answer")
+        elif self._session.exchanges[-1].finish == "length":
+            say("cut off by --max-tokens, or by the end of the context")
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while an answer is written."""
+
+
+class _Interrupts:
+    """On a terminal, Ctrl-C stops an answer once and does nothing between answers: pressed twice it must not end all.
+
+    Through a pipe it ends the program, as usual.
+    """
+
+    def __init__(self, interactive: bool) -> None:
+        self._interactive, self._armed = interactive, False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._came) if self._interactive else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Let Ctrl-C raise `Stopped` in this block."""
+        self._armed = self._interactive
+        try:
+            yield
+        except KeyboardInterrupt as error:  # a runtime that catches the signal itself raises its own
+            if self._interactive:
+                raise Stopped from error
+            raise
+        finally:
+            self._armed = False
+
+    def _came(self, _number: int, _frame: FrameType | None) -> None:
+        if self._armed:
+            self._armed = False
+            raise Stopped
+
+
+def _typed(conversation: Conversation) -> Iterator[str]:
+    """Lines from a terminal, with editing, completion and this conversation's history; never from or to a file."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import InMemoryHistory
+    from prompt_toolkit.output import create_output
+
+    prompts: PromptSession[str] = PromptSession(
+        history=InMemoryHistory(),
+        completer=_completer(),
+        complete_while_typing=False,
+        output=create_output(always_prefer_tty=True),  # stdout may go to a file
+    )
+    while True:
+        try:
+            line = prompts.prompt("> ", default=conversation.unanswered)
+        except KeyboardInterrupt:
+            if not prompts.default_buffer.text:
+                say("Ctrl-D or /quit leaves")
+            conversation.unanswered = ""
+            continue
+        except EOFError:
+            return
+        yield line
+
+
+def _completer() -> Completer:
+    """Completes commands, and paths behind those that take one."""
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+
+    class Commands(Completer):
+        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+            command, space, rest = document.text_before_cursor.partition(" ")
+            if command in ("/image", "/save") and space:
+                yield from paths.get_completions(Document(rest, len(rest)), complete_event)
+            elif not space:
+                yield from (Completion(c, -len(command)) for c in _COMMANDS if command and c.startswith(command))
+
+    return Commands()
+
+
+@contextmanager
+def _opened(folder: Path, sampling: Sampling | None, threads: int | None) -> Iterator[Session]:
+    with _busy("loading the model"):
+        runtime = load(folder, threads=threads)
+    try:
+        yield Session(runtime, Front.load(folder), sampling, artifact.identity(folder))
+    finally:
+        runtime.close()
+
+
+def _busy(what: str) -> AbstractContextManager[object]:
+    """A turning wheel on stderr, if a person watches."""
+    return stderr.status(what) if stderr.is_terminal else nullcontext()
+
+
+def _image_options(text: str) -> tuple[Path, Window | None, int]:
+    """FILE [CENTER,WIDTH] [FRAME]; the file's name may hold spaces."""
+    words = _words(text)
+    frame = int(words.pop()) if len(words) > 1 and words[-1].isdecimal() else 0
+    match = _WINDOW.fullmatch(words[-1]) if len(words) > 1 else None
+    if match:
+        words.pop()
+    window = (float(match[1]), float(match[2])) if match else None
+    return _path(words, "/image FILE [CENTER,WIDTH] [FRAME]: name the file"), window, frame
+
+
+def _dropped_file(line: str) -> Path | None:
+    """The file, if a line is its full path and nothing else: what a terminal types when a file is dropped on it."""
+    try:
+        path = Path(" ".join(_words(line)))
+        return path if path.is_absolute() and path.is_file() else None
+    except (OSError, ValueError):  # too long for a path, or with a NUL
+        return None
+
+
+def _words(text: str) -> list[str]:
+    """Split as a shell does, quotes and all; at spaces where quotes do not match."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    if os.name == "nt":
+        lexer.escape = ""
+    try:
+        return list(lexer)
+    except ValueError:
+        return text.split()
+
+
+def _path(words: list[str], otherwise: str) -> Path:
+    if not words:
+        raise DataError(otherwise)
+    path = Path(" ".join(words))
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user: the name is as it stands
+        return path
+
+
+def _describe(picture: Picture) -> str:
+    origin = picture.origin
+    height, width = picture.rgb.shape[:2]
+    parts = [" ".join(filter(None, (origin.format, origin.modality))), f"{width}×{height}"]
+    if origin.window:
+        parts.append("window {:g},{:g}".format(*origin.window))
+    if origin.frames > 1:
+        parts.append(f"frame {origin.frame} of {origin.frames}")
+    return ", ".join(parts)
