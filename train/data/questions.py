@@ -16,6 +16,7 @@ MODALITIES: dict[str, str] = {
 """The answer, and the same in a question."""
 
 MODALITY_FORMS = ("modality", "modality check", "modality choice")
+_PAIR = "\t"
 
 WORDINGS: dict[str, tuple[str, ...]] = {
     "modality": ("What imaging modality is this?", "What type of image is this?", "What imaging modality was used?",
@@ -104,8 +105,8 @@ class Asker:
     def larger(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Which of two is larger; `pairs` are (larger, smaller). Those that can fall out either way are preferred."""
         if pairs:
-            subject, answer = self._balance.pick("size", [(" and ".join(sorted(pair)), pair[0]) for pair in pairs])
-            a, b = self._rng.sample(subject.split(" and "), 2)
+            subject, answer = self._balance.pick("size", [(_PAIR.join(sorted(pair)), pair[0]) for pair in pairs])
+            a, b = self._rng.sample(subject.split(_PAIR), 2)
             self.add("size", answer, "closed", a=a, b=b)
 
     def about(self, task: str, candidates: Sequence[tuple[str, str]]) -> None:
