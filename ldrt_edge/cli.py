@@ -111,6 +111,40 @@ def import_(
     _show_artifact(make(source, out, test_fraction=test_fraction, seed=seed, skip_bad=skip_bad), as_json)
 
 
+@data.command()
+@click.argument("listing", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--images", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option("--test-fraction", default=0.1, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--lesions/--no-lesions", default=True, help="Also draw simulated lesions; their rows say so.")
+@_json_option
+def volumes(
+    listing: Path, out: Path, images: int, test_fraction: float, seed: int, lesions: bool, as_json: bool
+) -> None:
+    """Slices of labelled NIfTI volumes, named in a YAML list, with exact answers about plane, side and structure."""
+    from ldrt_edge.train.data.volumes import import_volumes, read_volumes
+
+    found = read_volumes(listing)
+    _show_artifact(import_volumes(found, out, images, test_fraction, seed, lesions=lesions), as_json)
+
+
+@data.command()
+@click.argument("folders", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, required=True)
+@click.option("--images", default=300, show_default=True, type=click.IntRange(min=1))
+@click.option("--test-fraction", default=0.2, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--seed", default=0, show_default=True)
+@_json_option
+def modalities(
+    folders: tuple[Path, ...], out: Path, images: int, test_fraction: float, seed: int, as_json: bool
+) -> None:
+    """Cuttings of DICOM files with questions about their modality, which their headers tell."""
+    from ldrt_edge.train.data.modalities import import_dicom_known
+
+    _show_artifact(import_dicom_known(folders, out, images, test_fraction, seed), as_json)
+
+
 @cli.command()
 @click.option("--base", required=True, help="'starter', a folder, or a hub id (org/name or org/name@revision).")
 @click.option("--data", "datasets", required=True, multiple=True, type=PATH, help="Dataset artefact; repeatable.")
