@@ -14,11 +14,12 @@ from typing import Literal, get_args
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.parity import Fidelity, check
 from ldrt_edge.convert.plan import FilePlan, MmprojType, Source, TextType, mmproj_plan, open_source, text_plan
-from ldrt_edge.errors import ConfigError
+from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.train.base import check_checkpoint, checkpoint_identity
 
 _ALIGNMENT = 32
 _LICENCES = "LICENSES"
+_MARGIN_BYTES = 32 << 20
 
 
 def convert(
@@ -37,8 +38,10 @@ def convert(
     with artifact.create(out, "gguf", config, [identity(merged)]) as draft:
         if not draft.complete:
             source = open_source(merged)
-            write(text_plan(source, type_), draft.path / f"model-{type_.upper()}.gguf", "language model")
-            write(mmproj_plan(source, mmproj_type), draft.path / f"mmproj-{mmproj_type.upper()}.gguf", "vision")
+            text, vision = text_plan(source, type_), mmproj_plan(source, mmproj_type)
+            check_room(draft.path, text.nbytes + vision.nbytes)
+            write(text, draft.path / f"model-{type_.upper()}.gguf", "language model")
+            write(vision, draft.path / f"mmproj-{mmproj_type.upper()}.gguf", "vision")
             finish(source, draft.path)
             draft.metrics["fidelity"] = measured(check(merged, draft.path, type_, mmproj_type))
     return out
@@ -81,6 +84,21 @@ def write(plan: FilePlan, path: Path, label: str) -> None:
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
     finally:
         writer.close()
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Refuse to start what cannot end: `needed` bytes will be written into `folder`, beside what it holds already.
+
+    Raises:
+        ArtifactError: the disk has less room.
+    """
+    held = sum(path.stat().st_size for path in folder.glob("*"))
+    needed, free = needed + _MARGIN_BYTES - held, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ArtifactError(
+            f"{folder.parent}: {free / 1e9:.2f} GB free, and this needs about {needed / 1e9:.2f} GB for a while: "
+            "free some space, or choose another --out"
+        )
 
 
 def finish(source: Source, folder: Path) -> None:

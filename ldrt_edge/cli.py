@@ -228,21 +228,23 @@ def quantize(merged: Path, type_: str | None, mmproj: str, out: Path | None, as_
 
 @cli.command()
 @click.argument("edge", type=PATH)
-@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact; its test split is asked.")
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
 @click.option("--reference", type=PATH, help="The merged model, for paired loss, flips and fidelity.")
 @click.option("--out", type=PATH, help="Default: EDGE-report beside it.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most this many questions.")
-@click.option("--threads", type=click.IntRange(min=1))
+@click.option("--limit", type=click.IntRange(min=1), help="About this many questions, as whole pictures.")
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
+@click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @_json_option
 def bench(
-    edge: Path, dataset: Path, reference: Path | None, out: Path | None, limit: int | None, threads: int | None,
-    as_json: bool,
+    edge: Path, dataset: Path, reference: Path | None, out: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Measure a model: accuracy with its blind control, loss against the merged model, speed. Writes report.html."""
     from ldrt_edge.bench.report import bench as run
 
     out = out or edge.with_name(f"{edge.name}-report")
-    _show_artifact(run(edge, dataset, out, reference=reference, limit=limit, threads=threads), as_json)
+    _show_artifact(run(edge, dataset, out, reference, **options), as_json)
 
 
 @cli.command()
