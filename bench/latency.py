@@ -110,7 +110,7 @@ def measure(
 def time_model(folder: Path, rows: Sequence[Row], dataset: Dataset, runs: int, threads: int, seed: int) -> Latency:
     """The same within this process: the first load serves all runs, the further ones are timed."""
     load_average = psutil.getloadavg()
-    front, runtime = Front.load(folder), load(folder, threads=threads)
+    runtime, front = load(folder, threads=threads), Front.load(folder)
     prompts = _fresh_questions(front, dataset, rows, seed)
     with console.bar("timing", WARMUP_RUNS + runs + LOADS) as shown:
         measured = []

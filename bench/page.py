@@ -101,7 +101,8 @@ def verdicts(report: Report) -> list[Verdict]:
             Verdict(
                 f"{number(latency.ttft_ms.median)} ms",
                 f"to the first word, then {number(latency.decode_tok_per_s.median)} tokens a second",
-                f"{latency.runtime}, {latency.threads} thread{'s' * (latency.threads > 1)}, {byte_size(latency.peak_rss_bytes)} of memory at most",
+                f"{latency.runtime}, {latency.threads} thread{'s' * (latency.threads > 1)}, "
+                f"{byte_size(latency.peak_rss_bytes)} of memory at most",
                 True,
             )
         )
