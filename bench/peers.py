@@ -3,7 +3,8 @@
     python -m ldrt_edge.bench.peers EDGE [--merged MERGED] [--converter convert_hf_to_gguf.py]
 
 The peer is llama-cpp-python's high-level interface, `Llama` with its multimodal chat handler, on the same GGUF pair,
-with the same threads, context, batch and libraries, so what differs is what surrounds llama.cpp:
+with the same threads, context, batch and libraries, and otherwise with the defaults of each (the peer turns flash
+attention off, ours leaves it to llama.cpp):
 
 - **TTFT**: from a PNG in memory and a question to the first token. Ours: picture, front end, encoding, prefill. The
   peer's: `create_chat_completion(max_tokens=1)` with the PNG as a data URI. Both start from an empty cache, with a
