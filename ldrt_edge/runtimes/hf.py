@@ -8,9 +8,7 @@ model's forward on pixel values.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,28 +16,14 @@ import numpy as np
 
 from ldrt_edge.errors import RuntimeLoadError, require
 from ldrt_edge.front import Front
-from ldrt_edge.runtimes.base import (
-    FloatArray,
-    FrontImage,
-    PrefixCache,
-    Prompt,
-    Sampling,
-    Timings,
-    Token,
-    check_room,
-    generate_tokens,
-    keys_of,
-    pack,
-    remaining,
-)
+from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
+from ldrt_edge.runtimes.cached import CachedRuntime, Part
 
 if TYPE_CHECKING:
     import torch
 
-_IMAGES_KEPT = 8
 
-
-class HfRuntime:
+class HfRuntime(CachedRuntime):
     """A base or merged model in transformers.
 
     Args:
@@ -67,8 +51,9 @@ class HfRuntime:
         self._torch = require("torch", "train")
         if threads:
             self._torch.set_num_threads(threads)
+        super().__init__()
         started = time.perf_counter()
-        self.front = Front.of_model(adapter or folder)
+        self.front = Front.load(adapter or folder)
         self._device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
         self.model = load_model(folder, dtype)
         if adapter is not None:
@@ -78,82 +63,35 @@ class HfRuntime:
         self.load_ms = (time.perf_counter() - started) * 1e3
         self.context_length = self.front.config.context_length
         self.vocab_size = int(self.model.config.text_config.vocab_size)
-        self.timings = Timings()
-        self._embeddings: OrderedDict[str, FloatArray] = OrderedDict()
-        self._prefix = PrefixCache()
         self._cache: Any = None
-
-    def encode(self, image: FrontImage) -> FloatArray:
-        """Image embeddings, packed: (image_tokens, hidden) float32."""
-        kept = self._embeddings.get(image.sha256)
-        if kept is not None:
-            self._embeddings.move_to_end(image.sha256)
-            return kept
-        torch = self._torch
-        with torch.inference_mode():
-            pixels = normalise(torch.from_numpy(image.tiles), self.front, self._device).to(self.model.dtype)
-            features = self.model.model.multi_modal_projector(tower_features(self.model, pixels))
-        newline = getattr(self.model.model, "image_newline", None)
-        packed = pack(
-            features.flatten(0, 1).float().cpu().numpy(),
-            image.layout,
-            newline.detach().float().cpu().numpy() if newline is not None else None,
-        )
-        self._embeddings[image.sha256] = packed
-        if len(self._embeddings) > _IMAGES_KEPT:
-            self._embeddings.popitem(last=False)
-        return packed
-
-    def score(self, prompt: Prompt, answer: Sequence[int]) -> FloatArray:
-        """Logits that predict each answer token, teacher-forced: (len(answer), vocab) float32."""
-        check_room(prompt, len(answer), self.context_length)
-        self.timings = Timings()
-        return self._prefill(prompt, answer[:-1], last=len(answer))
-
-    def generate(self, prompt: Prompt, sampling: Sampling) -> Iterator[Token]:
-        """Tokens one by one, until a stop id (not yielded), `max_tokens` or the end of the context."""
-        room = check_room(prompt, 1, self.context_length)
-        self.timings = Timings()
-        prefill = partial(self._first_logits, prompt)
-        yield from generate_tokens(prefill, self._step, prompt, sampling, room, self.timings)
 
     def close(self) -> None:
         """Free the model."""
         self._cache = None
         del self.model
 
-    def _first_logits(self, prompt: Prompt) -> FloatArray:
-        return np.asarray(self._prefill(prompt, (), last=1)[0])
+    def _encode(self, image: FrontImage) -> FloatArray:
+        torch = self._torch
+        with torch.inference_mode():
+            pixels = normalise(torch.from_numpy(image.tiles), self.front, self._device).to(self.model.dtype)
+            features = self.model.model.multi_modal_projector(tower_features(self.model, pixels))
+        newline = getattr(self.model.model, "image_newline", None)
+        return pack(
+            features.flatten(0, 1).float().cpu().numpy(),
+            image.layout,
+            newline.detach().float().cpu().numpy() if newline is not None else None,
+        )
 
-    def _prefill(self, prompt: Prompt, extra: Sequence[int], last: int) -> FloatArray:
-        """Run what the cache does not hold; logits of the `last` positions."""
+    def _append(self, parts: Sequence[Part], held: int, last: int) -> FloatArray:
         from transformers import DynamicCache
 
-        wanted = keys_of(prompt, extra)
-        held = self._prefix.shared(prompt, extra, last)
-        before = time.perf_counter()
-        embeddings = [
-            self.encode(part) if isinstance(part, FrontImage) else self._embed(part)
-            for part in remaining(prompt, extra, held)
-        ]
-        encoded = time.perf_counter()
         if held and self._cache is not None:
-            self._cache.crop(held - self._cache.get_seq_length())
+            if self._cache.get_seq_length() > held:
+                self._cache.crop(held - self._cache.get_seq_length())
         else:
             self._cache = DynamicCache(config=self.model.config.text_config)
-        self._prefix.keys = []
-        logits = self._forward(np.concatenate(embeddings), last)
-        self._prefix.keys = wanted
-        self.timings.image_encode_ms = (encoded - before) * 1e3
-        self.timings.prefill_ms = (time.perf_counter() - encoded) * 1e3
-        self.timings.prefill_tokens = len(wanted) - held
-        self.timings.reused_tokens = held
-        return logits
-
-    def _step(self, token: int) -> FloatArray:
-        logits = self._forward(self._embed((token,)), last=1)
-        self._prefix.keys.append(token)
-        return np.asarray(logits[0])
+        embeddings = [self._embed(part) if isinstance(part, tuple) else part for part in parts]
+        return self._forward(np.concatenate(embeddings), last)
 
     def _embed(self, ids: Sequence[int]) -> FloatArray:
         with self._torch.inference_mode():
