@@ -25,6 +25,7 @@ from pydicom.data import get_testdata_file
 from ldrt_edge import artifact
 from ldrt_edge.chat.session import NOTICE, Session, TextStream
 from ldrt_edge.chat.terminal import ask_once, run_chat
+from ldrt_edge.convert.gguf import convert
 from ldrt_edge.errors import ArtifactError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
@@ -41,7 +42,7 @@ SECRET = "DOE_JANE_1950"
 
 
 @pytest.fixture(scope="module")
-def edge(tiny, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+def merged(tiny, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
     """A tiny merged model as an artefact."""
     source = tiny("llava15", "smollm2")
     out = tmp_path_factory.mktemp("chat") / "merged"
@@ -49,6 +50,12 @@ def edge(tiny, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
         shutil.copytree(source, draft.path, dirs_exist_ok=True)
         Front.from_hf(source).save(draft.path)
     return out
+
+
+@pytest.fixture(scope="module")
+def edge(merged: Path) -> Path:
+    """The same as GGUF, for llama.cpp: what a laptop runs."""
+    return convert(merged, merged.with_name("gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +125,6 @@ def test_a_second_question_sees_the_picture_and_reuses_what_was_read(session: Se
     first, second = session.exchanges
     assert second.shown is None
     assert second.timings.reused_tokens > first.shown.image.token_count  # type: ignore[union-attr]
-    assert second.timings.image_encode_ms < 5 or second.timings.reused_tokens
 
 
 def test_the_answer_depends_on_the_picture(session: Session, film: Path, tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_a_transcript_has_no_file_names_and_is_never_overwritten(session: Sessio
     assert SECRET not in text and "CompressedSamples" not in text  # the file's PatientName
     data = json.loads(text)
     assert data["notice"] == NOTICE and "not for diagnosis" in NOTICE
-    assert data["model"] == {"kind": "merged", "manifest_sha256": session.model.manifest_sha256}  # type: ignore[union-attr]
+    assert data["model"] == {"kind": "gguf", "manifest_sha256": session.model.manifest_sha256}  # type: ignore[union-attr]
     picture = data["turns"][0]["image"]
     assert picture["sha256"] == artifact.file_sha256(film)
     assert (picture["width"], picture["height"], picture["window"], picture["modality"]) == (128, 128, [40, 400], "CT")
@@ -192,12 +198,18 @@ def test_a_transcript_has_no_file_names_and_is_never_overwritten(session: Sessio
 # --- one question ---------------------------------------------------------------------------------------------------
 
 
-def test_ask_once(edge: Path, film: Path) -> None:
-    answer = ask_once(edge, "How many beams are used?", film, sampling=Sampling(max_tokens=8), threads=1)
-    assert answer.answer and answer.tokens <= 8
-    assert answer.image_sha256 == artifact.file_sha256(film)
-    assert answer.model == artifact.identity(edge) and answer.runtime == "hf"
-    assert answer.timings.prefill_tokens > 16
+def test_one_question_gets_the_same_answer_from_both_runtimes(merged: Path, edge: Path, film: Path) -> None:
+    sampling = Sampling(max_tokens=8)
+    question = "How many beams are used?"
+    answers = [ask_once(folder, question, film, sampling=sampling, threads=1) for folder in (merged, edge)]
+    assert answers[0].answer and answers[0].answer == answers[1].answer
+    assert [answer.runtime for answer in answers] == ["hf", "llamacpp"]
+    for answer, folder in zip(answers, (merged, edge), strict=True):
+        assert answer.image_sha256 == artifact.file_sha256(film) and answer.model == artifact.identity(folder)
+        assert answer.tokens <= 8 and answer.timings.prefill_tokens > 16
+
+
+def test_one_question_that_cannot_be_asked(edge: Path, film: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         ask_once(edge, "How many?", film.with_name("none.png"))
     with pytest.raises(ArtifactError):

@@ -96,7 +96,8 @@ class LlamaCppRuntime:
         if kept is not None:
             self._embeddings.move_to_end(image.sha256)
             return kept
-        features = np.concatenate([self._vision.encode(tile) for tile in image.tiles])
+        with _interrupts_held(self._text):  # lost in a callback, it could leave the graph unmended for that node
+            features = np.concatenate([self._vision.encode(tile) for tile in image.tiles])
         packed = pack(features, image.layout, self._vision.newline)
         self._embeddings[image.sha256] = packed
         if len(self._embeddings) > _IMAGES_KEPT:
