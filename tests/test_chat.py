@@ -206,7 +206,7 @@ def test_one_question_gets_the_same_answer_from_both_runtimes(merged: Path, edge
     assert [answer.runtime for answer in answers] == ["hf", "llamacpp"]
     for answer, folder in zip(answers, (merged, edge), strict=True):
         assert answer.image_sha256 == artifact.file_sha256(film) and answer.model == artifact.identity(folder)
-        assert answer.tokens <= 8 and answer.timings.prefill_tokens > 16
+        assert answer.tokens <= 8 and answer.timings.prefill_tokens > 16 and answer.timings.image_encode_ms > 0.1
 
 
 def test_one_question_that_cannot_be_asked(edge: Path, film: Path) -> None:

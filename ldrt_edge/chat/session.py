@@ -101,10 +101,11 @@ class Session:
         limit = min(self.sampling.max_tokens, self.runtime.context_length - len(prompt.ids))
         self._keep(text, shown, written, "end" if len(written.ids) < limit else "length")
 
-    def attach(self, picture: Picture) -> FrontImage:
-        """Show a picture with the next question; encodes it now, so that the answer starts sooner."""
+    def attach(self, picture: Picture, encode: bool = False) -> FrontImage:
+        """Show a picture with the next question; `encode` it now, so that the answer starts sooner, or then."""
         image = self.front.image(picture.rgb)
-        self.runtime.encode(image)
+        if encode:
+            self.runtime.encode(image)
         self._waiting = Shown(image, picture.origin)
         return image
 

@@ -155,8 +155,8 @@ class Conversation:
 
     def show(self, picture: Picture) -> None:
         """Show a picture with the next question."""
-        with _busy("reading the picture"):
-            image = self._session.attach(picture)
+        with self._interrupts.raised(), _busy("reading the picture"):
+            image = self._session.attach(picture, encode=True)
         say(f"picture: {_describe(picture)}, {image.token_count} tokens")
         if any(exchange.shown for exchange in self._session.exchanges):
             say("earlier pictures stay in the conversation; /reset forgets them")
@@ -197,7 +197,7 @@ class Conversation:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C while an answer is written."""
+    """Ctrl-C while a picture is read or an answer is written."""
 
 
 class _Interrupts:
