@@ -34,6 +34,7 @@ _NAMES = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}  # not the folder's:
 _TEXT_MODELS = ("llama", "mistral")
 _TOWER_ACTIVATIONS = ("quick_gelu", "gelu")
 _IGNORED = ("rotary_emb.inv_freq", "position_ids", "vision_tower.post_layernorm", "vision_tower.head")
+_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _VISION_LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
@@ -311,14 +312,14 @@ def _rope_scaling(text: Any, writer: GGUFWriter, folder: Path) -> Iterator[Tenso
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "yarn" and rope.get("truncate", True):
+    elif kind == "yarn":
+        if any(rope.get(key) not in (None, value) for key, value in _YARN.items()):
+            raise ArtifactError(f"{folder}: RoPE scaling yarn is supported with {_YARN} only, as llama.cpp has it")
         factors = require("transformers.modeling_rope_utils", "train").ROPE_INIT_FUNCTIONS
         _, attention = factors["yarn"](text, "cpu")
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
-        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
         writer.add_rope_scaling_attn_factors(attention / (0.1 * math.log(rope["factor"]) + 1.0))
     elif kind == "llama3":
         factors = require("transformers.modeling_rope_utils", "train").ROPE_INIT_FUNCTIONS
