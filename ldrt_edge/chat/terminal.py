@@ -297,7 +297,7 @@ def _busy(what: str) -> AbstractContextManager[object]:
 def _image_options(text: str) -> tuple[Path, Window | None, int]:
     """FILE [CENTER,WIDTH] [FRAME]; the file's name may hold spaces."""
     words = _words(text)
-    frame = int(words.pop()) if len(words) > 1 and words[-1].isdecimal() else 0
+    frame = int(words.pop()) if len(words) > 1 and re.fullmatch(r"[0-9]{1,9}", words[-1]) else 0
     match = _WINDOW.fullmatch(words[-1]) if len(words) > 1 else None
     if match:
         words.pop()
