@@ -9,10 +9,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, get_args
 
 from ldrt_edge import artifact, console
-from ldrt_edge.convert.parity import Fidelity, check
+from ldrt_edge.convert.parity import check
 from ldrt_edge.convert.plan import FilePlan, MmprojType, Source, TextType, mmproj_plan, open_source, text_plan
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.train.base import check_checkpoint, checkpoint_identity
@@ -23,27 +23,32 @@ _MARGIN_BYTES = 32 << 20
 
 
 def convert(
-    merged: Path, out: Path, to: Literal["gguf"] = "gguf", type_: TextType = "f16", mmproj_type: MmprojType = "f16"
+    merged: Path, out: Path, to: str = "gguf", type_: str = "f16", mmproj_type: str | None = None
 ) -> Path:
     """Convert a merged or base folder; returns `out`, an artefact of kind "gguf".
+
+    type_: of the language model, `f32`, `f16` or `bf16`. mmproj_type: of vision tower and projector, `f32`, `f16` or
+    `q8_0`; None takes f32 for f32 and f16 for the others.
 
     Raises:
         ConfigError: an unknown target or type.
         ArtifactError: the folder cannot become GGUF, or what was written does not compute what the folder does.
     """
     check_choice("--to", to, ("gguf",))
-    check_choice("--type", type_, get_args(TextType))
-    check_choice("--mmproj-type", mmproj_type, get_args(MmprojType))
-    config = {"to": to, "type": type_, "mmproj_type": mmproj_type}
+    text_type: TextType = check_choice("--type", type_, get_args(TextType))
+    vision_type: MmprojType = check_choice(
+        "--mmproj", mmproj_type or ("f32" if type_ == "f32" else "f16"), get_args(MmprojType)
+    )
+    config = {"to": to, "type": text_type, "mmproj_type": vision_type}
     with artifact.create(out, "gguf", config, [identity(merged)]) as draft:
         if not draft.complete:
             source = open_source(merged)
-            text, vision = text_plan(source, type_), mmproj_plan(source, mmproj_type)
+            text, vision = text_plan(source, text_type), mmproj_plan(source, vision_type)
             check_room(draft.path, text.nbytes + vision.nbytes)
-            write(text, draft.path / f"model-{type_.upper()}.gguf", "language model")
-            write(vision, draft.path / f"mmproj-{mmproj_type.upper()}.gguf", "vision")
+            write(text, draft.path / f"model-{text_type.upper()}.gguf", "language model")
+            write(vision, draft.path / f"mmproj-{vision_type.upper()}.gguf", "vision")
             finish(source, draft.path)
-            draft.metrics["fidelity"] = measured(check(merged, draft.path, type_, mmproj_type))
+            draft.metrics["fidelity"] = asdict(check(merged, draft.path, text_type, vision_type))
     return out
 
 
@@ -108,11 +113,6 @@ def finish(source: Source, folder: Path) -> None:
         shutil.copytree(source.folder / _LICENCES, folder / _LICENCES, dirs_exist_ok=True)
 
 
-def measured(fidelity: Fidelity) -> dict[str, float]:
-    """A fidelity as metrics of a manifest."""
-    return asdict(fidelity)
-
-
 def identity(folder: Path) -> artifact.Input:
     """A folder as an input: by its manifest, or, if it comes straight from a hub, by the contents of its files.
 
@@ -125,7 +125,8 @@ def identity(folder: Path) -> artifact.Input:
     return checkpoint_identity(folder, check_checkpoint(folder))
 
 
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of `choices`, naming them."""
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> Any:
+    """`value` if it is one of `choices`; otherwise refuse it, naming them."""
     if value not in choices:
         raise ConfigError(f"{option} {value!r}: choose one of {', '.join(choices)}")
+    return value

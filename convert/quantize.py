@@ -65,7 +65,7 @@ class Quantized:
     fallbacks: tuple[Fallback, ...]
 
 
-def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: MmprojType = "f16") -> Path:
+def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: str = "f16") -> Path:
     """Quantise a merged or base folder; returns `out`, an artefact of kind "gguf".
 
     type_: one of llama.cpp's `TYPES`, or a preset (`q4`, `q8`). A killed run goes on from its full-precision file.
@@ -75,22 +75,22 @@ def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: MmprojType
         ArtifactError: the folder cannot become GGUF, the disk is too small, or llama.cpp failed.
     """
     type_ = _resolve(type_)
-    check_choice("--mmproj-type", mmproj_type, get_args(MmprojType))
-    config = {"to": "gguf", "type": type_, "mmproj_type": mmproj_type}
+    vision_type: MmprojType = check_choice("--mmproj", mmproj_type, get_args(MmprojType))
+    config = {"to": "gguf", "type": type_, "mmproj_type": vision_type}
     with artifact.create(out, "gguf", config, [identity(merged)], resumable=True) as draft:
         if not draft.complete:
             source = open_source(merged)
-            text, vision = text_plan(source, _lossless(source.weights)), mmproj_plan(source, mmproj_type)
+            text, vision = text_plan(source, _lossless(source.weights)), mmproj_plan(source, vision_type)
             model = draft.path / f"model-{type_}.gguf"
             check_room(draft.path, text.nbytes + _estimate(text, type_) + vision.nbytes)
             if not model.exists():
                 _quantize_text(text, model, type_)
-            write(vision, draft.path / f"mmproj-{mmproj_type.upper()}.gguf", "vision")
+            write(vision, draft.path / f"mmproj-{vision_type.upper()}.gguf", "vision")
             finish(source, draft.path)
             result = read_back(model, type_)
             _report(result, type_)
             draft.metrics["quantized"] = asdict(result)
-            draft.metrics["fidelity"] = asdict(check(merged, draft.path, type_, mmproj_type))
+            draft.metrics["fidelity"] = asdict(check(merged, draft.path, type_, vision_type))
     return out
 
 

@@ -101,7 +101,8 @@ def library() -> Library:
     log.callback = llama.llama_log_callback(log)
     for register in (llama.llama_log_set, mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
         register(log.callback, None)
-    nodes = _read_nodes(loader.load_shared_library("ggml-base", Path(llama.__file__).parent / "lib"))
+    folder = Path(str(llama.__file__)).parent / "lib"
+    nodes = _read_nodes(loader.load_shared_library("ggml-base", folder))
     llama.llama_backend_init()
     return Library(llama, mtmd, log, nodes)
 

@@ -1,0 +1,192 @@
+"""llama.cpp's two models: the language model (ids or embeddings in, logits out) and the mmproj (tile in, features out).
+
+They own llama.cpp's objects and its error codes; what to run, and when, is decided in `llamacpp.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldrt_edge.errors import RuntimeLoadError
+from ldrt_edge.runtimes.base import FloatArray
+from ldrt_edge.runtimes.llamacpp_bindings import Library, VisionGraph
+from ldrt_edge.runtimes.processor import has_amx
+
+_BATCH = 512
+_DISABLED = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
+_F32 = 0  # GGML_TYPE_F32
+_ABORTED = 2
+
+Inputs = np.ndarray[Any, Any]
+"""Token ids (n,) int32, or embeddings (n, width) float32."""
+
+
+class LanguageModel:
+    """A llama.cpp model with one context: token ids or embeddings in, logits out."""
+
+    def __init__(self, loaded: Library, path: Path, threads: int, context_length: int, exact: bool) -> None:
+        self._loaded, self._llama = loaded, loaded.llama
+        _check_magic(path)
+        wanted = self._llama.llama_model_default_params()
+        wanted.use_extra_bufts = not (exact or has_amx())
+        self.model = self._llama.llama_model_load_from_file(str(path).encode(), wanted)
+        if not self.model:
+            raise RuntimeLoadError(f"{path}: llama.cpp cannot load it: {loaded.log.last_error()}")
+        self.context_length = min(context_length, self._llama.llama_model_n_ctx_train(self.model))
+        self.context = self._open_context(threads, exact)
+        if not self.context:
+            self._llama.llama_model_free(self.model)
+            raise RuntimeLoadError(
+                f"{path}: no room for a context of {self.context_length} tokens: {loaded.log.last_error()}"
+            )
+        self.width = int(self._llama.llama_model_n_embd(self.model))
+        self.vocab_size = int(self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self.model)))
+        self.aborting = threading.Event()
+        self._abort = self._llama.ggml_abort_callback(lambda _: self.aborting.is_set())
+        self._length = 0
+        self._positions, self._outputs = np.zeros(_BATCH, np.int32), np.zeros(_BATCH, np.int8)
+
+    def _open_context(self, threads: int, exact: bool) -> Any:
+        wanted = self._llama.llama_context_default_params()
+        wanted.n_ctx = self.context_length
+        wanted.n_batch = wanted.n_ubatch = _BATCH
+        wanted.n_threads = wanted.n_threads_batch = threads
+        wanted.no_perf = True
+        if exact:
+            wanted.type_k = wanted.type_v = _F32
+            wanted.flash_attn_type = _DISABLED
+        return self._llama.llama_init_from_model(self.model, wanted)
+
+    def keep(self, length: int) -> None:
+        """Drop what the cache holds behind its first `length` positions; the next `run` goes on from there."""
+        if length < self._length:
+            self._llama.llama_memory_seq_rm(self._llama.llama_get_memory(self.context), 0, length, -1)
+        self._length = length
+
+    def run(self, inputs: Inputs, first_wanted: int) -> FloatArray:
+        """Append `inputs`; logits (n, vocab) of those at or behind position `first_wanted`.
+
+        Raises:
+            KeyboardInterrupt: `aborting` was set while it ran; `keep` is due next.
+            RuntimeLoadError: llama.cpp failed; `keep` is due next.
+        """
+        parts = [inputs[i : i + _BATCH] for i in range(0, len(inputs), _BATCH)]
+        logits = [self._run_batch(np.ascontiguousarray(part), first_wanted) for part in parts]
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)
+
+    def _run_batch(self, inputs: Inputs, first_wanted: int) -> FloatArray:
+        count, start = len(inputs), self._length
+        self._length += count  # at most so much is in the cache, should this fail half-way
+        self._positions[:count] = np.arange(start, start + count)
+        self._outputs[:count] = self._positions[:count] >= first_wanted
+        batch = self._llama.llama_batch(n_tokens=count)  # no sequence ids: all of sequence 0
+        if inputs.ndim == 1:
+            batch.token = _pointer(inputs, self._llama.llama_token)
+        else:
+            batch.embd = _pointer(inputs, ctypes.c_float)
+        batch.pos = _pointer(self._positions, self._llama.llama_pos)
+        batch.logits = _pointer(self._outputs, ctypes.c_int8)
+        code = self._llama.llama_decode(self.context, batch)
+        if code == _ABORTED and self.aborting.is_set():
+            raise KeyboardInterrupt
+        if code:
+            raise RuntimeLoadError(f"llama.cpp could not run the model (code {code}): {self._loaded.log.last_error()}")
+        outputs = int(self._outputs[:count].sum())
+        if not outputs:
+            return np.empty((0, self.vocab_size), np.float32)
+        pointer = self._llama.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(pointer, shape=(outputs, self.vocab_size)).copy()
+
+    def watch_abort(self, watch: bool) -> None:
+        """Let `aborting` stop a running batch. It costs a call per graph node: for prefill, not for single tokens."""
+        callback = self._abort if watch else self._llama.ggml_abort_callback()
+        self._llama.llama_set_abort_callback(self.context, callback, None)
+
+    def close(self) -> None:
+        """Free context and model, once."""
+        if self.context:
+            self._llama.llama_free(self.context)
+            self._llama.llama_model_free(self.model)
+            self.context = self.model = None
+
+
+class VisionModel:
+    """An mmproj: one tile in, its projected patch features out."""
+
+    def __init__(self, loaded: Library, path: Path, text: LanguageModel, threads: int, exact: bool) -> None:
+        self._loaded, self._mtmd = loaded, loaded.mtmd
+        _check_magic(path)
+        self.graph = VisionGraph(loaded)
+        wanted = self._mtmd.mtmd_context_params_default()
+        wanted.n_threads = threads
+        wanted.print_timings = wanted.warmup = False
+        wanted.cb_eval = self.graph.callback
+        if exact:
+            wanted.use_gpu = False
+            wanted.flash_attn_type = _DISABLED
+        self.context = self._mtmd.mtmd_init_from_file(str(path).encode(), text.model, wanted)
+        if not self.context:
+            raise RuntimeLoadError(f"{path}: llama.cpp cannot load it: {loaded.log.last_error()}")
+        self._width = text.width
+        self.image_size, self.newline = _read_mmproj(path)
+        self._marker = self._mtmd.mtmd_default_marker()
+
+    def encode(self, tile: Inputs) -> FloatArray:
+        """(image_size, image_size, 3) uint8 RGB to (patches, width) float32."""
+        if tile.shape != (self.image_size, self.image_size, 3):
+            raise RuntimeLoadError(
+                f"the front end cuts tiles of {tile.shape[0]} pixels, the mmproj wants {self.image_size}: "
+                "front.json and mmproj belong to different models"
+            )
+        mtmd = self._mtmd
+        pixels = np.ascontiguousarray(tile, np.uint8)
+        bitmap = mtmd.mtmd_bitmap_init(self.image_size, self.image_size, _pointer(pixels, ctypes.c_uint8))
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            text = mtmd.mtmd_input_text(self._marker, len(self._marker), False, True)
+            images = (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            self._check(mtmd.mtmd_tokenize(self.context, chunks, ctypes.byref(text), images, 1))
+            parts = (mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks)))
+            chunk = next(p for p in parts if mtmd.mtmd_input_chunk_get_type(p) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
+            self._check(mtmd.mtmd_encode_chunk(self.context, chunk))
+            shape = (mtmd.mtmd_input_chunk_get_n_tokens(chunk), self._width)
+            return np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self.context), shape=shape).copy()
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+
+    def _check(self, code: int) -> None:
+        if code:
+            reason = self._loaded.log.last_error()
+            raise RuntimeLoadError(f"llama.cpp could not encode the image (code {code}): {reason}")
+
+    def close(self) -> None:
+        """Free the context, once."""
+        if self.context:
+            self._mtmd.mtmd_free(self.context)
+            self.context = None
+
+
+def _pointer(array: Inputs, kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+def _check_magic(path: Path) -> None:
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise RuntimeLoadError(f"{path}: not a GGUF file")
+
+
+def _read_mmproj(path: Path) -> tuple[int, FloatArray | None]:
+    """Side of a tile in pixels, and LLaVA-NeXT's newline embedding (hidden,) if there is one."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    size = int(reader.fields["clip.vision.image_size"].contents())
+    newline = next((t.data for t in reader.tensors if t.name == "model.image_newline"), None)
+    return size, None if newline is None else np.array(newline, np.float32)
