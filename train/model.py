@@ -6,6 +6,7 @@ the front end's table, masks branches from each other, and computes logits only 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,9 @@ def build(base: Path, front: Front, recipe: Recipe, device: str, bf16: bool) -> 
         target_modules=rf".*language_model.*\.({names})",
         modules_to_save=["multi_modal_projector"],
     )
-    peft_model = get_peft_model(llava, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is going away
+        peft_model = get_peft_model(llava, config)
     if recipe.gradient_checkpointing:
         llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     return PackedLlava(peft_model, front).to(device)
