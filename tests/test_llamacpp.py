@@ -23,7 +23,7 @@ from ldrt_edge.runtimes.base import FloatArray, FrontImage, Prompt, Sampling
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
 from ldrt_edge.runtimes.llamacpp_bindings import library
-from ldrt_edge.runtimes.processor import physical_cores
+from ldrt_edge.runtimes.processor import free_cores, physical_cores
 
 Pair = Callable[[str, str], Path]
 EXACT = 2e-2  # of logits of about ±10: pixels are read in half precision
@@ -286,4 +286,5 @@ def test_the_vocabulary_in_the_file_is_the_tokenizers(pair: Pair, text: str) -> 
 
 
 def test_threads_are_at_most_the_cores_we_may_use() -> None:
-    assert 1 <= physical_cores() <= (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 512)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 512
+    assert 1 <= free_cores() <= physical_cores() <= allowed

@@ -25,7 +25,7 @@ from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
 from ldrt_edge.runtimes.cached import CachedRuntime, Part
 from ldrt_edge.runtimes.llamacpp_bindings import library
 from ldrt_edge.runtimes.llamacpp_models import Inputs, LanguageModel, VisionModel
-from ldrt_edge.runtimes.processor import physical_cores
+from ldrt_edge.runtimes.processor import free_cores
 
 _CONTEXT = 4096
 
@@ -35,7 +35,7 @@ class LlamaCppRuntime(CachedRuntime):
 
     Args:
         folder: holds one `model-*.gguf` and one `mmproj-*.gguf`.
-        threads: None takes one for each physical core that this process may use.
+        threads: None takes one for each physical core that this process may use and nothing else keeps busy.
         context_length: tokens; None takes the model's, at most 4096 (the cache's memory grows with it).
         exact: float32 cache and plain attention, to compare arithmetic with the reference.
 
@@ -50,10 +50,10 @@ class LlamaCppRuntime(CachedRuntime):
         self, folder: Path, threads: int | None = None, context_length: int | None = None, exact: bool = False
     ) -> None:
         super().__init__()
+        self.threads = threads or free_cores()
         started = time.perf_counter()
         model, mmproj = (_the_one(folder, f"{kind}-*.gguf") for kind in ("model", "mmproj"))
         loaded = library()
-        self.threads = threads or physical_cores()
         self._text = LanguageModel(loaded, model, self.threads, context_length or _default_context(folder), exact)
         try:
             self._vision = VisionModel(loaded, mmproj, self._text, self.threads, exact)

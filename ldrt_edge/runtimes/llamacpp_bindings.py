@@ -8,6 +8,7 @@ wheel's version, so a self-check builds two graph nodes and reads them back befo
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -94,6 +95,9 @@ def library() -> Library:
         MissingExtraError: llama-cpp-python is not installed.
         RuntimeLoadError: its tensors have another layout than the one this version knows.
     """
+    # read by libgomp as it loads. Its threads spin at each of the ~1000 barriers of a token, by default for so long
+    # that one core busy elsewhere slows two threads a hundredfold; short spinning costs nothing on free cores
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     llama = require("llama_cpp.llama_cpp", "")
     mtmd = require("llama_cpp.mtmd_cpp", "")
     loader = require("llama_cpp._ctypes_extensions", "")

@@ -12,6 +12,7 @@ from pathlib import Path
 _CPUS = Path("/sys/devices/system/cpu")
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _CPUINFO = Path("/proc/cpuinfo")
+_LOOK_S = 0.1
 
 
 def physical_cores() -> int:
@@ -26,6 +27,20 @@ def physical_cores() -> int:
         return _psutil_cores()
     cores = {_siblings(cpu) for cpu in os.sched_getaffinity(0)}
     return max(1, min(len(cores), _quota()))
+
+
+def free_cores() -> int:
+    """Physical cores that nothing else keeps busy just now, at least one; it takes a tenth of a second to see.
+
+    llama.cpp's threads wait for each other at every step, so one that shares its core with another program holds up
+    all: fewer threads are faster then.
+    """
+    import psutil
+
+    ours = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    load = psutil.cpu_percent(interval=_LOOK_S, percpu=True)
+    busy = sum(percent for cpu, percent in enumerate(load) if cpu in ours) / 100
+    return max(1, physical_cores() - round(busy))
 
 
 def has_amx() -> bool:
