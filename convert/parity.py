@@ -22,9 +22,10 @@ from ldrt_edge.convert.plan import FilePlan, mmproj_plan, open_source, text_plan
 from ldrt_edge.errors import ArtifactError
 from ldrt_edge.front import Front, Message
 from ldrt_edge.runtimes.base import FloatArray, Prompt, Runtime, log_softmax
+from ldrt_edge.runtimes.processor import free_cores
 
 _SEED = 20250115
-_PROBES = 5
+_PROBES = 4  # about 300 answer tokens
 _SIZES = ((224, 224), (180, 320), (400, 150), (97, 96), (600, 450))  # height, width
 _QUESTIONS_AND_ANSWERS = (
     (
@@ -40,12 +41,6 @@ _QUESTIONS_AND_ANSWERS = (
         "together at the edges, which means a steep gradient, and the penumbra is about five millimetres wide.",
     ),
     (
-        "How many fractions are planned, and with which dose?",
-        "Six fractions of 0.5 Gy are planned, two in a week, which makes a total dose of 3.0 Gy in three weeks. After "
-        "twelve weeks the patient is seen again. If the pain has not improved enough by then, a second series with the "
-        "same total dose can be given.",
-    ),
-    (
         "¿Qué se ve en la imagen?",
         "La imagen muestra una radiografía de la rodilla izquierda en dos proyecciones. El espacio articular está "
         "reducido en el lado interno y hay pequeños osteofitos. El tratamiento propuesto es una serie de seis sesiones "
@@ -56,6 +51,12 @@ _QUESTIONS_AND_ANSWERS = (
         "The spinal cord and the thyroid are drawn as organs at risk. Both lie outside the 20 percent isodose line. "
         "According to the table, the largest dose to the cord is 0.31 Gy and the mean dose to the thyroid is 0.08 Gy, "
         "so that no limit is reached or even approached.",
+    ),
+    (
+        "How many fractions are planned, and with which dose?",
+        "Six fractions of 0.5 Gy are planned, two in a week, which makes a total dose of 3.0 Gy in three weeks. After "
+        "twelve weeks the patient is seen again. If the pain has not improved enough by then, a second series with the "
+        "same total dose can be given.",
     ),
 )
 
@@ -220,7 +221,7 @@ def _observe(runtime: Runtime, wanted: Sequence[Probe]) -> _Observed:
 def _observe_merged(folder: Path, wanted: Sequence[Probe]) -> _Observed:
     from ldrt_edge.runtimes.hf import HfRuntime
 
-    runtime = HfRuntime(folder)
+    runtime = HfRuntime(folder, threads=free_cores())
     try:
         return _observe(runtime, wanted)
     finally:
