@@ -121,7 +121,7 @@ def open_source(folder: Path) -> Source:
     problems = list(_unsupported(config))
     if problems:
         raise ArtifactError(all_problems(problems, f"{folder}: cannot become GGUF"))
-    return Source(folder, config, Weights(folder), Front.of_model(folder))
+    return Source(folder, config, Weights(folder), Front.load(folder))
 
 
 def text_plan(source: Source, type_: TextType) -> FilePlan:

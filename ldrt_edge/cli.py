@@ -107,8 +107,11 @@ def import_(
     """Import VQA-RAD's public JSON, or LLaVA's conversation JSON, with its images."""
     from ldrt_edge.train.data.imports import import_llava, import_vqa_rad
 
-    make = {"vqa-rad": import_vqa_rad, "llava": import_llava}[form]
-    _show_artifact(make(source, out, test_fraction=test_fraction, seed=seed, skip_bad=skip_bad), as_json)
+    if form == "vqa-rad":
+        path = import_vqa_rad(source, out, test_fraction, seed, skip_bad)
+    else:
+        path = import_llava(source, out, test_fraction, seed, skip_bad)
+    _show_artifact(path, as_json)
 
 
 @data.command()

@@ -5,17 +5,21 @@ Nothing but calls to the stages. Each finds its finished artefact again, so a de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset
 
-IMAGES = 1000
-QUESTIONS = 240
+IMAGES = 900
+QUESTIONS = 300
 
 
-def demo(folder: Path) -> Path:
-    """Run the line in `folder`; returns the report's folder."""
+def demo(folder: Path, images: int = IMAGES, questions: int = QUESTIONS, settings: Sequence[str] = ()) -> Path:
+    """Run the line in `folder`; returns the report's folder.
+
+    `images` are drawn, about `questions` of their questions asked, `settings` override the recipe (key=value).
+    """
     from ldrt_edge.bench.report import bench
     from ldrt_edge.chat.terminal import ask_once
     from ldrt_edge.convert.gguf import convert
@@ -32,10 +36,10 @@ def demo(folder: Path) -> Path:
     base = resolve_base(str(assemble(folder / "starter")))
 
     console.say("2/8  Data: phantom treatment plans with exactly known answers")
-    data = phantom(folder / "phantom", images=IMAGES, seed=0)
+    data = phantom(folder / "phantom", images=images, seed=0)
 
     console.say("3/8  Training: projector, then LoRA on the language model")
-    adapter = train(base, [data], folder / "adapter", load_recipe("starter"))
+    adapter = train(base, [data], folder / "adapter", load_recipe("starter", settings))
 
     console.say("4/8  Merging, and the proof that nothing got lost")
     merged = merge(base, adapter, folder / "merged")
@@ -47,7 +51,7 @@ def demo(folder: Path) -> Path:
     edge = quantize(merged, folder / "gguf-q4", "Q4_K_M")
 
     console.say("7/8  Measuring what that cost")
-    report = bench(edge, data, folder / "report", reference=merged, limit=QUESTIONS)
+    report = bench(edge, data, folder / "report", reference=merged, limit=questions)
 
     console.say("8/8  An answer about a picture it has not seen")
     test = Dataset(data)
@@ -61,6 +65,8 @@ def demo(folder: Path) -> Path:
 
 def _summary(report: Path) -> None:
     metrics = artifact.read(report).metrics
-    for name, value in metrics.items():
-        console.say(f"     {name}: {value}")
+    console.say(
+        f"     right {metrics['accuracy']:.1%}, with a wrong picture {metrics['blind']:.1%}; "
+        f"4 bits lost {100 * metrics['loss']:+.1f} points, KLD {metrics['mean_kld']:.4f}"
+    )
     console.say(f"     Read {report / 'report.html'}; ask more with: ldrt-edge chat {report.parent / 'gguf-q4'}")

@@ -86,11 +86,6 @@ class Front:
         """
         return cls(config_from_hf(folder), read_tokenizer(folder / TOKENIZER), folder / TOKENIZER)
 
-    @classmethod
-    def of_model(cls, folder: Path) -> Front:
-        """The front end that a folder carries; derived, where the folder comes straight from a hub."""
-        return cls.load(folder) if (folder / FRONT).is_file() else cls.from_hf(folder)
-
     def save(self, folder: Path) -> None:
         """Write `front.json` and `tokenizer.json` into a draft folder."""
         text = json.dumps(asdict(self.config), indent=1, ensure_ascii=False) + "\n"

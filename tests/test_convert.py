@@ -59,7 +59,7 @@ def write_pair(source: Path, out: Path) -> Path:
     out.mkdir()
     write_text(source, out / "model-F32.gguf", "f32")
     write_mmproj(source, out / "mmproj-F32.gguf", "f32")
-    Front.of_model(source).save(out)
+    Front.load(source).save(out)
     return out
 
 
@@ -430,7 +430,7 @@ def test_the_same_command_again_finds_its_result(tiny: builders.Tiny, tmp_path: 
 
 
 def test_probes_are_the_same_every_time(tiny: builders.Tiny) -> None:
-    front = Front.of_model(tiny("llavanext", "smollm2"))
+    front = Front.load(tiny("llavanext", "smollm2"))
 
     once, again = parity.probes(front, 3), parity.probes(front, 3)
 
