@@ -39,7 +39,7 @@ def pair(tiny: builders.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Pair:
             source, out = tiny(family, text), tmp_path_factory.mktemp("gguf")
             write_text(source, out / "model-F32.gguf", "f32")
             write_mmproj(source, out / "mmproj-F32.gguf", "f32")
-            Front.of_model(source).save(out)
+            Front.load(source).save(out)
             made[family, text] = out
         return made[family, text]
 

@@ -181,14 +181,14 @@ def log_softmax(logits: FloatArray) -> NDArray[np.float64]:
 
 def sample(logits: FloatArray, sampling: Sampling, rng: np.random.Generator) -> Token:
     """Draw one token from `logits` (vocab,): top-k, then top-p, at the temperature; argmax at temperature 0."""
-    logprobs = log_softmax(logits)
     if sampling.temperature == 0:
         best = int(logits.argmax())
-        return Token(best, float(logprobs[best]))
+        return Token(best, -float(np.log(np.exp(logits - logits[best]).sum())))
+    logprobs = log_softmax(logits)
     scaled = log_softmax((logprobs / sampling.temperature).astype(np.float32))
-    order = np.argsort(-scaled, kind="stable")
-    if sampling.top_k:
-        order = order[: sampling.top_k]
+    k = min(sampling.top_k or scaled.size, scaled.size)
+    order = np.argpartition(-scaled, k - 1)[:k]
+    order = order[np.argsort(-scaled[order])]
     weights = np.exp(scaled[order])
     keep = np.concatenate([[True], np.cumsum(weights)[:-1] < sampling.top_p])
     order, weights = order[keep], weights[keep]

@@ -49,7 +49,12 @@ class LanguageModel:
         self.aborting = threading.Event()
         self._abort = self._llama.ggml_abort_callback(lambda _: self.aborting.is_set())
         self._length = 0
-        self._positions, self._outputs = np.zeros(_BATCH, np.int32), np.zeros(_BATCH, np.int8)
+        self._tokens, self._positions = np.zeros(_BATCH, np.int32), np.zeros(_BATCH, np.int32)
+        self._outputs = np.zeros(_BATCH, np.int8)
+        self._token_pointer = _pointer(self._tokens, self._llama.llama_token)
+        self._batch = self._llama.llama_batch()  # no sequence ids: all of sequence 0
+        self._batch.pos = _pointer(self._positions, self._llama.llama_pos)
+        self._batch.logits = _pointer(self._outputs, ctypes.c_int8)
 
     def _open_context(self, threads: int, exact: bool) -> Any:
         wanted = self._llama.llama_context_default_params()
@@ -84,23 +89,23 @@ class LanguageModel:
         self._length += count  # at most so much is in the cache, should this fail half-way
         self._positions[:count] = np.arange(start, start + count)
         self._outputs[:count] = self._positions[:count] >= first_wanted
-        batch = self._llama.llama_batch(n_tokens=count)  # no sequence ids: all of sequence 0
+        self._batch.n_tokens = count
         if inputs.ndim == 1:
-            batch.token = _pointer(inputs, self._llama.llama_token)
+            self._tokens[:count] = inputs
+            self._batch.token, self._batch.embd = self._token_pointer, None
         else:
-            batch.embd = _pointer(inputs, ctypes.c_float)
-        batch.pos = _pointer(self._positions, self._llama.llama_pos)
-        batch.logits = _pointer(self._outputs, ctypes.c_int8)
-        code = self._llama.llama_decode(self.context, batch)
+            self._batch.token, self._batch.embd = None, _pointer(inputs, ctypes.c_float)
+        code = self._llama.llama_decode(self.context, self._batch)
         if code == _ABORTED and self.aborting.is_set():
             raise KeyboardInterrupt
         if code:
             raise RuntimeLoadError(f"llama.cpp could not run the model (code {code}): {self._loaded.log.last_error()}")
-        outputs = int(self._outputs[:count].sum())
+        outputs = min(count, max(start + count - first_wanted, 0))
         if not outputs:
             return np.empty((0, self.vocab_size), np.float32)
         pointer = self._llama.llama_get_logits(self.context)
-        return np.ctypeslib.as_array(pointer, shape=(outputs, self.vocab_size)).copy()
+        values = (ctypes.c_float * (outputs * self.vocab_size)).from_address(ctypes.addressof(pointer.contents))
+        return np.frombuffer(memoryview(values), np.float32).reshape(outputs, self.vocab_size).copy()
 
     def watch_abort(self, watch: bool) -> None:
         """Let `aborting` stop a running batch. It costs a call per graph node: for prefill, not for single tokens."""
