@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldrt_edge.convert.plan import FilePlan, mmproj_plan, open_source, text_plan
-from ldrt_edge.errors import ArtifactError
+from ldrt_edge import console
+from ldrt_edge.convert.plan import FilePlan, Source, mmproj_plan, open_source, text_plan
+from ldrt_edge.errors import ArtifactError, require
 from ldrt_edge.front import Front, Message
 from ldrt_edge.runtimes.base import FloatArray, Prompt, Runtime, log_softmax
 from ldrt_edge.runtimes.processor import free_cores
@@ -59,6 +61,8 @@ _QUESTIONS_AND_ANSWERS = (
         "same total dose can be given.",
     ),
 )
+
+_BYTES_PER_WEIGHT = 4.5  # of float32, with what computing takes
 
 Probe = tuple[Prompt, tuple[int, ...]]
 
@@ -136,17 +140,19 @@ def check(merged: Path, folder: Path, type_: str, mmproj_type: str) -> Fidelity:
     Raises:
         ArtifactError: the pair misses its gate; the line says what differs first.
     """
-    gate = _gate(type_, mmproj_type)
-    wanted = probes(open_source(merged).front)
+    source = open_source(merged)
+    reference = _Reference.fitting(source)
+    gate = _gate(type_, mmproj_type, "f32" if reference.dtype == "float32" else "bf16")
+    wanted = probes(source.front)
     exact = type_ == mmproj_type == "f32"
-    fidelity = _difference(_observe_merged(merged, wanted), _observe_gguf(folder, wanted, exact))
+    fidelity = _difference(reference.observe(wanted), _observe_gguf(folder, wanted, exact))
     if not math.isfinite(fidelity.mean_kld):
         raise ArtifactError(f"{merged} as {type_} computes values that are not numbers: choose another type")
     if gate and not gate.passes(fidelity):
         raise ArtifactError(
             f"the GGUF does not compute what {merged} computes: mean KLD {fidelity.mean_kld:.2g} (allowed "
             f"{gate.mean_kld:g}), top-1 {fidelity.top1_agreement:.1%} (wanted {gate.top1_agreement:.1%}); "
-            f"first difference: {_first_difference(merged, folder, (type_, mmproj_type), gate, exact)}"
+            f"first difference: {_first_difference(reference, folder, (type_, mmproj_type), gate, exact)}"
         )
     return fidelity
 
@@ -158,17 +164,17 @@ def _gate(*types: str) -> Gate | None:
     return max((GATES[type_] for type_ in types), key=lambda gate: gate.mean_kld)
 
 
-def _first_difference(merged: Path, folder: Path, types: tuple[Any, Any], gate: Gate, exact: bool) -> str:
-    source = open_source(merged)
+def _first_difference(reference: _Reference, folder: Path, types: tuple[Any, Any], gate: Gate, exact: bool) -> str:
+    source = reference.source
     for kind, plan in (("model", text_plan(source, types[0])), ("mmproj", mmproj_plan(source, types[1]))):
         for path in folder.glob(f"{kind}-*.gguf"):
             for difference in file_differences(plan, path):
                 return f"{path.name}: {difference}"
     wanted, text_only = probes(source.front), text_probes(source.front)
-    fidelity = _difference(_observe_merged(merged, wanted), _observe_gguf(folder, wanted, exact))
+    fidelity = _difference(reference.observe(wanted), _observe_gguf(folder, wanted, exact))
     if not fidelity.embedding_rel_error <= gate.embedding_rel_error:
         return f"image embeddings, off by {fidelity.embedding_rel_error:.2%} (vision tower or projector)"
-    alone = _difference(_observe_merged(merged, text_only), _observe_gguf(folder, text_only, exact))
+    alone = _difference(reference.observe(text_only), _observe_gguf(folder, text_only, exact))
     if not alone.mean_kld <= gate.mean_kld:
         return f"logits on text alone, mean KLD {alone.mean_kld:.2g} (language model)"
     return "logits behind a picture only (order or place of the image embeddings)"
@@ -218,14 +224,33 @@ def _observe(runtime: Runtime, wanted: Sequence[Probe]) -> _Observed:
     return _Observed(embeddings, [runtime.score(prompt, answer) for prompt, answer in wanted])
 
 
-def _observe_merged(folder: Path, wanted: Sequence[Probe]) -> _Observed:
-    from ldrt_edge.runtimes.hf import HfRuntime
+@dataclass(frozen=True)
+class _Reference:
+    """The merged model, loaded only while observed: in float32 wherever that fits, as rounding would hide faults."""
 
-    runtime = HfRuntime(folder, threads=free_cores())
-    try:
-        return _observe(runtime, wanted)
-    finally:
-        runtime.close()
+    source: Source
+    dtype: str
+    device: str | None
+
+    @classmethod
+    def fitting(cls, source: Source) -> _Reference:
+        torch = require("torch", "train")
+        needed = _BYTES_PER_WEIGHT * sum(entry.count for entry in source.weights.entries.values())
+        if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
+            return cls(source, "float32", "cuda")
+        if psutil.virtual_memory().available > needed:
+            return cls(source, "float32", "cpu")
+        console.say(f"note: the reference runs in bfloat16; in float32 it would take {needed / 1e9:.0f} GB of memory")
+        return cls(source, "bfloat16", None)
+
+    def observe(self, wanted: Sequence[Probe]) -> _Observed:
+        from ldrt_edge.runtimes.hf import HfRuntime
+
+        runtime = HfRuntime(self.source.folder, threads=free_cores(), dtype=self.dtype, device=self.device)
+        try:
+            return _observe(runtime, wanted)
+        finally:
+            runtime.close()
 
 
 def _observe_gguf(folder: Path, wanted: Sequence[Probe], exact: bool) -> _Observed:
