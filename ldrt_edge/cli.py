@@ -10,12 +10,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from ldrt_edge import __version__
 from ldrt_edge.errors import ConfigError, LdrtError
+
+if TYPE_CHECKING:
+    from ldrt_edge.train.data.phantom_text import Language
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -85,12 +88,14 @@ def data() -> None:
 @click.option("--images", default=1000, show_default=True, type=click.IntRange(min=1))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--test-fraction", default=0.2, show_default=True, type=click.FloatRange(0, 1))
+@click.option("--languages", default="en,de,es,fr,pt,zh", show_default=True, help="Of the questions.")
 @_json_option
-def phantom(out: Path, images: int, seed: int, test_fraction: float, as_json: bool) -> None:
+def phantom(out: Path, images: int, seed: int, test_fraction: float, languages: str, as_json: bool) -> None:
     """Draw synthetic LDRT treatment plans with questions whose answers are exactly known, in six languages."""
     from ldrt_edge.train.data.phantom import phantom as make
 
-    _show_artifact(make(out, images, seed, test_fraction), as_json)
+    chosen = cast("tuple[Language, ...]", tuple(languages.split(",")))  # checked there
+    _show_artifact(make(out, images, seed, test_fraction, chosen), as_json)
 
 
 @data.command("import")

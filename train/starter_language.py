@@ -44,9 +44,9 @@ def read_gguf(path: Path) -> tuple[LlamaForCausalLM, Tokenizer]:
 def off_grid(model: LlamaForCausalLM, seed: int) -> None:
     """Take a Llama (head tied, no biases) off the grid it was quantised on, in place, computing the same as before.
 
-    Folds every RMSNorm's gain into the linears that read it (the last one's cannot be: its reader is tied to the
-    embeddings), shuffles the channels of the residual stream, so that other channels share a quantisation block, and
-    scales channel pairs that cancel: up_proj with down_proj, v_proj with o_proj.
+    Folds every RMSNorm's gain, but for its mean size, into the linears that read it (the last one's cannot be: its
+    reader is tied to the embeddings), shuffles the channels of the residual stream, so that other channels share a
+    quantisation block, and scales channel pairs that cancel: up_proj with down_proj, v_proj with o_proj.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(model.config.hidden_size, generator=generator)
@@ -70,9 +70,11 @@ def rounding_error(weight: Tensor, kind: gguf.GGMLQuantizationType = gguf.GGMLQu
 
 
 def _fold(gain: Tensor, readers: tuple[nn.Linear, ...], order: Tensor) -> None:
+    """Fold all of a gain but its mean size, so that a LoRA sees inputs as large as before: its learning rate counts."""
+    size = gain.abs().mean()
     for linear in readers:
-        linear.weight.copy_((linear.weight * gain)[:, order])
-    gain.fill_(1.0)
+        linear.weight.copy_((linear.weight * gain / size)[:, order])
+    gain.fill_(float(size))
 
 
 def _scale_pair(first: nn.Linear, second: nn.Linear, head_dim: int, generator: torch.Generator) -> None:
