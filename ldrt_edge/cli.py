@@ -206,14 +206,15 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
 @click.argument("merged", type=PATH)
 @click.option("--to", type=click.Choice(["gguf"]), default="gguf", show_default=True)
 @click.option("--type", "type_", type=click.Choice(["f32", "f16", "bf16"]), default="f16", show_default=True)
+@click.option("--mmproj", type=click.Choice(["f32", "f16", "q8_0"]), help="Default: f32 for f32, else f16.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
 @_json_option
-def convert(merged: Path, to: str, type_: str, out: Path | None, as_json: bool) -> None:
+def convert(merged: Path, to: str, type_: str, mmproj: str | None, out: Path | None, as_json: bool) -> None:
     """Convert merged weights for llama.cpp, held against them by logits before the result gets its name."""
     from ldrt_edge.convert.gguf import convert as run
 
     out = out or merged.with_name(f"{merged.name}-{to}-{type_.upper()}")
-    _show_artifact(run(merged, out, to, type_), as_json)
+    _show_artifact(run(merged, out, to, type_, mmproj), as_json)
 
 
 @cli.command()

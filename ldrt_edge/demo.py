@@ -12,7 +12,7 @@ from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset
 
 IMAGES = 600
-QUESTIONS = 300
+QUESTIONS = 200
 LANGUAGES = ("en",)
 """The starter's language model knows English only; `ldrt-edge data phantom` draws questions in six languages."""
 
