@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset
 
 IMAGES = 600
 QUESTIONS = 200
-LANGUAGES = ("en",)
+LANGUAGES: tuple[Literal["en"], ...] = ("en",)
 """The starter's language model knows English only; `ldrt-edge data phantom` draws questions in six languages."""
 
 
