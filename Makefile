@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing torch (CPU build)..."
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@echo "Installing the rest; llama-cpp-python builds from source, about 5 minutes on 2 cores..."
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,starter,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,mlx,starter,peers,dev]'
 	touch $(STAMP)
 
 # Type checkers do not follow the editable install's hook: give them the four folders as one package.

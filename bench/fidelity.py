@@ -1,8 +1,4 @@
-"""How closely a converted model follows the model it was made from, on image-conditioned answer tokens.
-
-Accuracy hides change: a model may lose as many answers as it wins. The divergence between the two models' next-token
-distributions does not, and neither does the share of places where both rank the same token first.
-"""
+"""How closely a converted model follows the model it was made from, over the answer tokens of a dataset."""
 
 from __future__ import annotations
 
@@ -12,8 +8,6 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from ldrt_edge.runtimes.base import FloatArray, log_softmax
 
 if TYPE_CHECKING:
     from ldrt_edge.bench.vqa import Sample
@@ -37,14 +31,3 @@ def fidelity(samples: Iterable[Sample]) -> Fidelity | None:
     kld = np.array(list(chain.from_iterable(kld for kld, _ in pairs)))
     top1 = list(chain.from_iterable(top1 for _, top1 in pairs))
     return Fidelity(float(kld.mean()), float(np.quantile(kld, 0.99)), float(np.mean(top1)), len(kld))
-
-
-def compare_logits(reference: FloatArray, subject: FloatArray) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-    """Per token, KL(reference ‖ subject) in nats and whether the top token agrees; both (tokens, vocab).
-
-    Where one vocabulary is padded, the extra entries of the other are left out.
-    """
-    width = min(reference.shape[1], subject.shape[1])
-    wanted, given = log_softmax(reference[:, :width]), log_softmax(subject[:, :width])
-    kld = (np.exp(wanted) * (wanted - given)).sum(axis=1)
-    return tuple(map(float, kld.clip(min=0))), tuple(map(bool, wanted.argmax(axis=1) == given.argmax(axis=1)))

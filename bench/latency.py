@@ -58,7 +58,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Latency:
-    """Timings of one model on one machine; token counts are of the median run."""
+    """Timings of one model on one machine; token counts are of the median run.
+
+    threads: of llama.cpp and torch; MLX has no such setting, there it is what the bandwidth was measured with.
+    """
 
     image_encode_ms: Spread
     prefill_tok_per_s: Spread

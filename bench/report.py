@@ -48,7 +48,7 @@ def bench(
     """Measure the model in `edge` on a dataset, beside the model it was made from, and write a report artefact.
 
     Args:
-        edge: the subject: a gguf, merged or base artefact.
+        edge: the subject: a gguf, mlx, merged or base artefact.
         data: a dataset artefact.
         out: the report artefact to write.
         reference: the merged (or base) model for loss, flips and fidelity; without it these are null.
@@ -65,7 +65,7 @@ def bench(
     """
     if runs < 0 or (limit is not None and limit < 1) or (threads is not None and threads < 1):
         raise ConfigError("bench wants --runs of at least 0, --limit and --threads of at least 1")
-    artifact.read(edge, "gguf", "merged", "base")
+    artifact.read(edge, "gguf", "mlx", "merged", "base")
     if reference:
         artifact.read(reference, "merged", "base")
     dataset = Dataset(data)

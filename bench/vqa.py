@@ -31,10 +31,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ldrt_edge import console
-from ldrt_edge.bench.fidelity import compare_logits
 from ldrt_edge.bench.metrics import correct, normalise, token_f1
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.errors import DataError
+from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, Runtime, Sampling
@@ -250,7 +250,8 @@ def _sample(row: Row, reply: _Reply, blind: Answer | None, blind_any: Answer | N
     reference = _judge(row, expected.text, row) if expected else None
     kld = top1 = None
     if expected and expected.target == reply.target:
-        kld, top1 = compare_logits(expected.logits, reply.logits)
+        tokens = compare_logits(expected.logits, reply.logits)
+        kld, top1 = tuple(tokens.kld.tolist()), tuple(tokens.top1.tolist())
     return Sample(
         id=row.id, image_sha256=row.image_sha256, group=row.group, kind=row.kind, language=row.language, task=row.task,
         answer_type=row.answer_type, question=row.question, answer=row.answer, subject=subject, blind=blind,

@@ -13,7 +13,8 @@ from typing import Any, get_args
 
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.parity import check
-from ldrt_edge.convert.plan import FilePlan, MmprojType, Source, TextType, mmproj_plan, open_source, text_plan
+from ldrt_edge.convert.plan import FilePlan, MmprojType, TextType, mmproj_plan, text_plan
+from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.train.base import check_checkpoint, checkpoint_identity
 
@@ -22,24 +23,21 @@ _LICENCES = "LICENSES"
 _MARGIN_BYTES = 32 << 20
 
 
-def convert(
-    merged: Path, out: Path, to: str = "gguf", type_: str = "f16", mmproj_type: str | None = None
-) -> Path:
+def convert(merged: Path, out: Path, type_: str = "f16", mmproj_type: str | None = None) -> Path:
     """Convert a merged or base folder; returns `out`, an artefact of kind "gguf".
 
     type_: of the language model, `f32`, `f16` or `bf16`. mmproj_type: of vision tower and projector, `f32`, `f16` or
     `q8_0`; None takes f32 for f32 and f16 for the others.
 
     Raises:
-        ConfigError: an unknown target or type.
+        ConfigError: an unknown type.
         ArtifactError: the folder cannot become GGUF, or what was written does not compute what the folder does.
     """
-    check_choice("--to", to, ("gguf",))
     text_type: TextType = check_choice("--type", type_, get_args(TextType))
     vision_type: MmprojType = check_choice(
         "--mmproj", mmproj_type or ("f32" if type_ == "f32" else "f16"), get_args(MmprojType)
     )
-    config = {"to": to, "type": text_type, "mmproj_type": vision_type}
+    config = {"to": "gguf", "type": text_type, "mmproj_type": vision_type}
     with artifact.create(out, "gguf", config, [identity(merged)]) as draft:
         if not draft.complete:
             source = open_source(merged)
@@ -48,7 +46,7 @@ def convert(
             write(text, draft.path / f"model-{text_type.upper()}.gguf", "language model")
             write(vision, draft.path / f"mmproj-{vision_type.upper()}.gguf", "vision")
             finish(source, draft.path)
-            draft.metrics["fidelity"] = asdict(check(merged, draft.path, text_type, vision_type))
+            draft.metrics["fidelity"] = asdict(check(merged, draft.path))
     return out
 
 
@@ -107,7 +105,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def finish(source: Source, folder: Path) -> None:
-    """Put the front end and the licences beside the GGUF files."""
+    """Put the front end and the licences beside the weights."""
     source.front.save(folder)
     if (source.folder / _LICENCES).is_dir():
         shutil.copytree(source.folder / _LICENCES, folder / _LICENCES, dirs_exist_ok=True)

@@ -9,32 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType, quantize
 from numpy.typing import NDArray
 
-from ldrt_edge.console import say
+from ldrt_edge.convert.source import (
+    NAMES,
+    Source,
+    check_tensors,
+    check_values,
+    context_length,
+    feature_layers,
+    head_dim,
+    is_tied,
+    kv_heads,
+    yarn_attention_factor,
+)
 from ldrt_edge.convert.vocabulary import read_vocabulary
 from ldrt_edge.convert.weights import Weights
-from ldrt_edge.errors import ArtifactError, all_problems, require
-from ldrt_edge.front import Front
+from ldrt_edge.errors import require
 
 TextType = Literal["f32", "f16", "bf16"]
 MmprojType = Literal["f32", "f16", "q8_0"]
 
-_F16_MAX = 65504.0
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }  # fmt: skip
-_NAMES = {"llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT"}  # not the folder's: equal models give equal files
-_TEXT_MODELS = ("llama", "mistral")
-_TOWER_ACTIVATIONS = ("quick_gelu", "gelu")
-_IGNORED = ("rotary_emb.inv_freq", "position_ids", "vision_tower.post_layernorm", "vision_tower.head")
-_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _VISION_LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
@@ -87,41 +90,9 @@ class FilePlan:
             ArtifactError: a value is beyond the range of half precision, or not a number.
         """
         values = self.values(tensor)
-        largest = float(np.abs(values).max(initial=0.0))
-        if not math.isfinite(largest):
-            raise ArtifactError(f"{self.weights.folder}: {tensor.source} holds values that are not numbers")
-        if tensor.type == GGMLQuantizationType.F16 and largest > _F16_MAX:
-            raise ArtifactError(f"{self.weights.folder}: {tensor.source} holds {largest:.3g}, beyond f16: take f32")
+        name = tensor.source if isinstance(tensor.source, str) else tensor.name
+        check_values(values, name, self.weights.folder, half=tensor.type == GGMLQuantizationType.F16)
         return np.asarray(quantize(values, tensor.type))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A Hugging Face LLaVA folder, opened and checked."""
-
-    folder: Path
-    config: Any  # transformers' LlavaConfig or LlavaNextConfig, defaults filled in
-    weights: Weights
-    front: Front
-
-
-def open_source(folder: Path) -> Source:
-    """Read a folder's configuration, weight index and front end.
-
-    Raises:
-        ArtifactError: not a LLaVA that llama.cpp's graphs can compute; all reasons at once.
-    """
-    if not (folder / "config.json").is_file():
-        raise ArtifactError(f"{folder}: no config.json, so not a Hugging Face model folder")
-    transformers = require("transformers", "train")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{folder}: config.json is not readable: {str(error).splitlines()[0]}") from error
-    problems = list(_unsupported(config))
-    if problems:
-        raise ArtifactError(all_problems(problems, f"{folder}: cannot become GGUF"))
-    return Source(folder, config, Weights(folder), Front.load(folder))
 
 
 def text_plan(source: Source, type_: TextType) -> FilePlan:
@@ -133,21 +104,21 @@ def text_plan(source: Source, type_: TextType) -> FilePlan:
     text, weights = source.config.text_config, source.weights
     writer = GGUFWriter(None, "llama")
     writer.add_type("model")
-    writer.add_name(_NAMES[source.config.model_type])
+    writer.add_name(NAMES[source.config.model_type])
     writer.add_file_type(_FILE_TYPES[type_])
     writer.add_block_count(text.num_hidden_layers)
-    writer.add_context_length(_context_length(text))
+    writer.add_context_length(context_length(text))
     writer.add_embedding_length(text.hidden_size)
     writer.add_feed_forward_length(text.intermediate_size)
     writer.add_head_count(text.num_attention_heads)
-    writer.add_head_count_kv(_kv_heads(text))
+    writer.add_head_count_kv(kv_heads(text))
     writer.add_layer_norm_rms_eps(text.rms_norm_eps)
     writer.add_vocab_size(text.vocab_size)
     for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
-        add(_head_dim(text))
-    tied = _tied(source)
-    tensors = [*_text_tensors(text, type_, tied), *_rope_scaling(text, writer, source.folder)]
-    _check(weights, tensors, lambda name: name.startswith(("language_model.", "lm_head.")), tied)
+        add(head_dim(text))
+    tied = is_tied(source)
+    tensors = [*_text_tensors(text, type_, tied), *_rope_scaling(text, writer)]
+    check_tensors(weights, _shapes(tensors), lambda name: name.startswith(("language_model.", "lm_head.")), tied)
     read_vocabulary(source.folder, source.front, text.vocab_size).write(writer)
     writer.add_chat_template(source.front.config.chat_template)
     return FilePlan(writer, tuple(tensors), weights)
@@ -167,7 +138,7 @@ def mmproj_plan(source: Source, type_: MmprojType) -> FilePlan:
     layers = feature_layers(source.config)
     writer = GGUFWriter(None, "clip")
     writer.add_type("mmproj")
-    writer.add_name(_NAMES[source.config.model_type])
+    writer.add_name(NAMES[source.config.model_type])
     writer.add_file_type(_FILE_TYPES[type_])
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.has_llava_projector", True)
@@ -186,47 +157,17 @@ def mmproj_plan(source: Source, type_: MmprojType) -> FilePlan:
     writer.add_array("clip.vision.image_std", list(front.image_std))
     tensors = list(_vision_tensors(source, type_, layers))
     later = tuple(f"vision_tower.encoder.layers.{i}." for i in range(layers, vision.num_hidden_layers))
-    _check(source.weights, tensors, lambda name: not name.startswith(("language_model.", "lm_head.", *later)), False)
+    others = ("language_model.", "lm_head.", *later)
+    check_tensors(source.weights, _shapes(tensors), lambda name: not name.startswith(others), False)
     return FilePlan(writer, tuple(tensors), source.weights)
 
 
-def feature_layers(config: Any) -> int:
-    """How many layers of the tower run before LLaVA takes its features."""
-    layer, layers = int(config.vision_feature_layer), int(config.vision_config.num_hidden_layers)
-    return layer if layer >= 0 else layers + 1 + layer
-
-
-def _unsupported(config: Any) -> Iterator[str]:
-    if config.model_type not in _NAMES:
-        yield f"model type {config.model_type!r} is no LLaVA: supported are {', '.join(_NAMES)}"
-        return
-    text, vision = config.text_config, config.vision_config
-    if getattr(config, "quantization_config", None):
-        yield "the weights are quantised already: convert the full-precision model"
-    if text.model_type not in _TEXT_MODELS:
-        yield f"text model {text.model_type!r}, supported are {', '.join(_TEXT_MODELS)}"
-    elif text.hidden_act != "silu":
-        yield f"text activation {text.hidden_act!r}, supported is silu"
-    if vision.model_type != "clip_vision_model":
-        yield f"vision model {vision.model_type!r}, supported is clip_vision_model"
-    elif vision.hidden_act not in _TOWER_ACTIVATIONS:
-        yield f"vision activation {vision.hidden_act!r}, supported are {', '.join(_TOWER_ACTIVATIONS)}"
-    if config.projector_hidden_act != "gelu" or not getattr(config, "multimodal_projector_bias", True):
-        yield "the projector is not linear, gelu, linear with biases"
-    if not isinstance(config.vision_feature_layer, int):
-        yield f"vision_feature_layer {config.vision_feature_layer}, supported is a single layer"
-    elif not 1 <= feature_layers(config) <= vision.num_hidden_layers:
-        yield f"vision_feature_layer {config.vision_feature_layer} of {vision.num_hidden_layers} layers"
-    if config.vision_feature_select_strategy != "default":
-        yield f"vision_feature_select_strategy {config.vision_feature_select_strategy!r}, supported is 'default'"
-
-
 def _text_tensors(text: Any, type_: str, tied: bool) -> Iterator[TensorPlan]:
-    width, hidden, heads, kv_heads = text.hidden_size, text.intermediate_size, text.num_attention_heads, _kv_heads(text)
-    queries, keys = heads * _head_dim(text), kv_heads * _head_dim(text)
+    width, hidden, heads, key_heads = text.hidden_size, text.intermediate_size, text.num_attention_heads, kv_heads(text)
+    queries, keys = heads * head_dim(text), key_heads * head_dim(text)
     linears = [
         ("self_attn.q_proj", "attn_q", (queries, width), heads),
-        ("self_attn.k_proj", "attn_k", (keys, width), kv_heads),
+        ("self_attn.k_proj", "attn_k", (keys, width), key_heads),
         ("self_attn.v_proj", "attn_v", (keys, width), None),
         ("self_attn.o_proj", "attn_output", (width, queries), None),
         ("mlp.gate_proj", "ffn_gate", (hidden, width), None),
@@ -301,7 +242,7 @@ def _interleave(heads: int) -> Callable[[NDArray[np.float32]], NDArray[np.float3
     return rearrange
 
 
-def _rope_scaling(text: Any, writer: GGUFWriter, folder: Path) -> Iterator[TensorPlan]:
+def _rope_scaling(text: Any, writer: GGUFWriter) -> Iterator[TensorPlan]:
     """Rotary base and scaling into the metadata; the factors that only llama3's scaling needs as a tensor.
 
     Source: `modeling_rope_utils` in transformers; `llama_context` in llama.cpp for the meaning of attn_factor.
@@ -313,64 +254,18 @@ def _rope_scaling(text: Any, writer: GGUFWriter, folder: Path) -> Iterator[Tenso
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "yarn":
-        if any(rope.get(key) not in (None, value) for key, value in _YARN.items()):
-            raise ArtifactError(f"{folder}: RoPE scaling yarn is supported with {_YARN} only, as llama.cpp has it")
-        factors = require("transformers.modeling_rope_utils", "train").ROPE_INIT_FUNCTIONS
-        _, attention = factors["yarn"](text, "cpu")
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-        writer.add_rope_scaling_attn_factors(attention / (0.1 * math.log(rope["factor"]) + 1.0))
+        writer.add_rope_scaling_attn_factors(yarn_attention_factor(text) / (0.1 * math.log(rope["factor"]) + 1.0))
     elif kind == "llama3":
         factors = require("transformers.modeling_rope_utils", "train").ROPE_INIT_FUNCTIONS
         scaled, _ = factors["llama3"](text, "cpu")
-        plain = rope["rope_theta"] ** -(np.arange(0, _head_dim(text), 2, dtype=np.float64) / _head_dim(text))
+        plain = rope["rope_theta"] ** -(np.arange(0, head_dim(text), 2, dtype=np.float64) / head_dim(text))
         values = (plain / scaled.double().numpy()).astype(np.float32)
         yield TensorPlan("rope_freqs.weight", values, values.shape)
-    elif kind != "default":
-        raise ArtifactError(f"{folder}: RoPE scaling {kind!r} is not supported: only linear, llama3 and yarn are")
 
 
-def _check(weights: Weights, tensors: list[TensorPlan], ours: Callable[[str], bool], tied: bool) -> None:
-    expected = {t.source: t.shape for t in tensors if isinstance(t.source, str)}
-    ignored = (*_IGNORED, "lm_head.weight") if tied else _IGNORED
-    found = {name: entry.shape for name, entry in weights.entries.items() if ours(name)}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [
-        f"{name} is unknown" for name in found if name not in expected and not any(part in name for part in ignored)
-    ]
-    problems += [
-        f"{name} is {found[name]}, the configuration says {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ArtifactError(all_problems(problems, f"{weights.folder}: tensors"))
-
-
-def _tied(source: Source) -> bool:
-    """Whether the output is the embedding matrix: as transformers does it, not if both are stored and differ."""
-    head, embeddings = "lm_head.weight", "language_model.embed_tokens.weight"
-    if not source.config.tie_word_embeddings:
-        return False
-    stored = source.weights.entries
-    if head not in stored or embeddings not in stored:
-        return True
-    return np.array_equal(source.weights.read(head), source.weights.read(embeddings))
-
-
-def _head_dim(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-
-
-def _kv_heads(text: Any) -> int:
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-
-
-def _context_length(text: Any) -> int:
-    """The trained context; cut to a sliding window, which llama.cpp's `llama` graph does not know."""
-    length, window = int(text.max_position_embeddings), getattr(text, "sliding_window", None)
-    if window and window < length:
-        say(f"note: llama.cpp attends to everything here, so the context is cut to the sliding window, {window} tokens")
-        return int(window)
-    return length
+def _shapes(tensors: list[TensorPlan]) -> dict[str, tuple[int, ...]]:
+    """What the checkpoint must hold, by its names."""
+    return {tensor.source: tensor.shape for tensor in tensors if isinstance(tensor.source, str)}

@@ -15,16 +15,18 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, get_args
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from ldrt_edge import artifact, console
+from ldrt_edge.convert.fallbacks import Fallback, Quantized, report
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity, write
 from ldrt_edge.convert.parity import check
-from ldrt_edge.convert.plan import FilePlan, MmprojType, TextType, mmproj_plan, open_source, text_plan
+from ldrt_edge.convert.plan import FilePlan, MmprojType, TextType, mmproj_plan, text_plan
+from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.weights import Weights
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.runtimes.processor import physical_cores
@@ -45,37 +47,18 @@ _FULL = ".full-precision.gguf"
 _PROGRESS = re.compile(r"^\[ *\d+/ *\d+\] +\S+ +- \[ *(\d+), *(\d+), *(\d+), *(\d+)\]")
 
 
-@dataclass(frozen=True)
-class Fallback:
-    """A tensor that has not the type the mix wanted, since its rows are no multiple of that type's block."""
-
-    tensor: str
-    row_length: int
-    wanted: str
-    got: str
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What a quantised model file holds. types: number of tensors by GGUF type."""
-
-    bytes: int
-    bits_per_weight: float
-    types: dict[str, int]
-    fallbacks: tuple[Fallback, ...]
-
-
-def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: str = "f16") -> Path:
+def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: str | None = None) -> Path:
     """Quantise a merged or base folder; returns `out`, an artefact of kind "gguf".
 
-    type_: one of llama.cpp's `TYPES`, or a preset (`q4`, `q8`). A killed run goes on from its full-precision file.
+    type_: one of llama.cpp's `TYPES`, or a preset (`q4`, `q8`). mmproj_type: None takes f16. A killed run goes on from
+    its full-precision file.
 
     Raises:
         ConfigError: an unknown type, or one that needs an importance matrix.
         ArtifactError: the folder cannot become GGUF, the disk is too small, or llama.cpp failed.
     """
     type_ = _resolve(type_)
-    vision_type: MmprojType = check_choice("--mmproj", mmproj_type, get_args(MmprojType))
+    vision_type: MmprojType = check_choice("--mmproj", mmproj_type or "f16", get_args(MmprojType))
     config = {"to": "gguf", "type": type_, "mmproj_type": vision_type}
     with artifact.create(out, "gguf", config, [identity(merged)], resumable=True) as draft:
         if not draft.complete:
@@ -88,9 +71,9 @@ def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: str = "f16
             write(vision, draft.path / f"mmproj-{vision_type.upper()}.gguf", "vision")
             finish(source, draft.path)
             result = read_back(model, type_)
-            _report(result, type_)
+            report(result, type_)
             draft.metrics["quantized"] = asdict(result)
-            draft.metrics["fidelity"] = asdict(check(merged, draft.path, type_, vision_type))
+            draft.metrics["fidelity"] = asdict(check(merged, draft.path))
     return out
 
 
@@ -200,19 +183,7 @@ def _fallbacks(tensors: list[Any], base: str) -> Iterator[Fallback]:
         if len(tensor.shape) == 1 or row % _BIG_BLOCK == 0 or got == base:
             continue
         wanted = base if _FALLBACKS.get(base) == got else next((w for w, g in _FALLBACKS.items() if g == got), base)
-        yield Fallback(tensor.name, row, wanted, got)
-
-
-def _report(result: Quantized, type_: str) -> None:
-    types = ", ".join(f"{count} {name}" for name, count in result.types.items())
-    console.say(f"{type_}: {result.bytes / 1e6:.1f} MB, {result.bits_per_weight:.2f} bits a weight; tensors: {types}")
-    groups = Counter((f.wanted, f.got, f.row_length, _role(f.tensor)) for f in result.fallbacks)
-    for (wanted, got, row, role), count in sorted(groups.items()):
-        console.say(f"  {role} ({count}): {wanted} → {got}, rows of {row} are no multiple of {_BIG_BLOCK}")
-
-
-def _role(tensor: str) -> str:
-    return re.sub(r"^blk\.\d+\.", "", tensor).removesuffix(".weight")
+        yield Fallback(tensor.name, row, _BIG_BLOCK, wanted, got)
 
 
 def _show_progress(log: IO[str], type_: str, weights: int) -> None:

@@ -68,6 +68,11 @@ class Weights:
         with _open(entry.path) as file:
             return np.asarray(file.get_tensor(entry.key).float().numpy())
 
+    @property
+    def count(self) -> int:
+        """Number of values in all tensors."""
+        return sum(entry.count for entry in self.entries.values())
+
     def dtypes(self) -> set[str]:
         """The safetensors dtypes that occur."""
         return {entry.dtype for entry in self.entries.values()}

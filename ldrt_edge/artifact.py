@@ -31,12 +31,12 @@ SCHEMA = "ldrt-edge/manifest/1"
 MANIFEST = "manifest.json"
 _SETTINGS = ".settings.json"
 _LIBRARIES = (
-    "torch", "transformers", "peft", "accelerate", "tokenizers", "gguf", "llama-cpp-python", "mlx", "mlx-vlm",
-    "numpy", "pillow", "pydicom",
+    "torch", "transformers", "peft", "accelerate", "tokenizers", "gguf", "llama-cpp-python", "mlx", "mlx-lm",
+    "mlx-vlm", "numpy", "pillow", "pydicom",
 )
 _MANIFEST_LIMIT_BYTES = 64 << 20
 
-Kind = Literal["base", "dataset", "adapter", "merged", "gguf", "mlx", "report"]
+Kind = Literal["base", "dataset", "adapter", "merged", "gguf", "mlx", "app", "report"]
 Json = Any
 """A JSON value; the one place where structure is not typed, because it is a file's."""
 

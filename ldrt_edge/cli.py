@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from ldrt_edge import __version__
-from ldrt_edge.errors import ConfigError, LdrtError
+from ldrt_edge.errors import ArtifactError, ConfigError, LdrtError, all_problems
 
 if TYPE_CHECKING:
     from ldrt_edge.train.data.phantom_text import Language
@@ -138,6 +139,19 @@ def volumes(
 
 
 @data.command()
+@click.argument("dataset", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--copies", default=4, show_default=True, type=click.IntRange(min=1), help="Of each training picture.")
+@click.option("--seed", default=0, show_default=True)
+@_json_option
+def augment(dataset: Path, out: Path, copies: int, seed: int, as_json: bool) -> None:
+    """Training pictures again, slightly turned, zoomed and toned, with the same questions; never the test split."""
+    from ldrt_edge.train.data.augment import augment as run
+
+    _show_artifact(run(dataset, out, copies, seed), as_json)
+
+
+@data.command()
 @click.argument("folders", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, required=True)
 @click.option("--images", default=300, show_default=True, type=click.IntRange(min=1))
@@ -203,36 +217,124 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("merged", type=PATH)
-@click.option("--to", type=click.Choice(["gguf"]), default="gguf", show_default=True)
+@click.argument("model", type=PATH)
+@click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
 @click.option("--type", "type_", type=click.Choice(["f32", "f16", "bf16"]), default="f16", show_default=True)
-@click.option("--mmproj", type=click.Choice(["f32", "f16", "q8_0"]), help="Default: f32 for f32, else f16.")
-@click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
+@click.option("--mmproj", type=click.Choice(["f32", "f16", "q8_0"]), help="GGUF's. Default: f32 for f32, else f16.")
+@click.option("--for", "app", type=click.Choice(["ollama", "lmstudio"]), help="Lay out an export as an app wants it.")
+@click.option("--out", type=PATH, help="Default: MODEL-TO-TYPE, or MODEL-APP, beside it.")
 @_json_option
-def convert(merged: Path, to: str, type_: str, mmproj: str | None, out: Path | None, as_json: bool) -> None:
-    """Convert merged weights for llama.cpp, held against them by logits before the result gets its name."""
-    from ldrt_edge.convert.gguf import convert as run
+def convert(
+    model: Path, to: str, type_: str, mmproj: str | None, app: str | None, out: Path | None, as_json: bool
+) -> None:
+    """Convert merged weights for llama.cpp or MLX, held against them by logits before the result gets its name.
 
-    out = out or merged.with_name(f"{merged.name}-{to}-{type_.upper()}")
-    _show_artifact(run(merged, out, to, type_, mmproj), as_json)
+    With --for, lay out a finished export (converted or quantised) as another app imports it.
+    """
+    if app is not None:
+        from ldrt_edge.convert.apps import for_app
+
+        made = for_app(model, app, out or model.with_name(f"{model.name}-{app}"))
+    elif to == "mlx":
+        from ldrt_edge.convert import mlx
+
+        _refuse(to, mmproj=mmproj)
+        made = mlx.convert(model, out or model.with_name(f"{model.name}-mlx-{type_.upper()}"), type_)
+    else:
+        from ldrt_edge.convert import gguf
+
+        made = gguf.convert(model, out or model.with_name(f"{model.name}-gguf-{type_.upper()}"), type_, mmproj)
+    _show_artifact(made, as_json)
 
 
 @cli.command()
 @click.argument("merged", type=PATH)
-@click.option("--q4", "type_", flag_value="Q4_K_M", help="Four bits: Q4_K_M.")
-@click.option("--q8", "type_", flag_value="Q8_0", help="Eight bits: Q8_0.")
-@click.option("--type", "type_", metavar="TYPE", help="Any of llama.cpp's types: Q5_K_M, Q6_K, IQ4_NL, …")
-@click.option("--mmproj", type=click.Choice(["f16", "q8_0"]), default="f16", show_default=True)
-@click.option("--out", type=PATH, help="Default: MERGED-gguf-TYPE beside it.")
+@click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
+@click.option("--q4", "type_", flag_value="q4", help="Four bits: Q4_K_M, or MLX's affine 4.")
+@click.option("--q8", "type_", flag_value="q8", help="Eight bits: Q8_0, or MLX's affine 8.")
+@click.option(
+    "--type", "type_", metavar="TYPE",
+    help="Any of llama.cpp's types: Q5_K_M, Q6_K, IQ4_NL, …; or MLX's: mixed_4_6, mxfp4, nvfp4, …",
+)
+@click.option("--mmproj", type=click.Choice(["f16", "q8_0"]), help="GGUF's. Default: f16.")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="MLX's: weights to a scale. Default: 64.")
+@click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
 @_json_option
-def quantize(merged: Path, type_: str | None, mmproj: str, out: Path | None, as_json: bool) -> None:
-    """Quantise merged weights to GGUF; falls back per tensor where rows do not divide, and says so."""
-    from ldrt_edge.convert.quantize import quantize as run
-
+def quantize(
+    merged: Path, to: str, type_: str | None, mmproj: str | None, group_size: str | None, out: Path | None,
+    as_json: bool,
+) -> None:
+    """Quantise merged weights to GGUF or MLX; falls back per tensor where rows do not divide, and says so."""
     if type_ is None:
         raise ConfigError("which type? --q4, --q8 or --type TYPE")
-    out = out or merged.with_name(f"{merged.name}-gguf-{type_}")
-    _show_artifact(run(merged, out, type_, mmproj), as_json)
+    if to == "mlx":
+        from ldrt_edge.convert import mlx
+
+        _refuse(to, mmproj=mmproj)
+        out = out or merged.with_name(f"{merged.name}-mlx-{type_}")
+        made = mlx.quantize(merged, out, type_, int(group_size) if group_size else None)
+    else:
+        from ldrt_edge.convert.quantize import PRESETS
+        from ldrt_edge.convert.quantize import quantize as run
+
+        _refuse(to, group_size=group_size)
+        out = out or merged.with_name(f"{merged.name}-gguf-{PRESETS.get(type_, type_)}")
+        made = run(merged, out, type_, mmproj)
+    _show_artifact(made, as_json)
+
+
+@cli.command()
+@click.argument("reference", type=PATH, required=False)
+@click.argument("exports", type=PATH, nargs=-1)
+@click.option("--golden", type=PATH, metavar="EDGE", help="Replay an export's golden answers: needs no torch.")
+@click.option("--peers", is_flag=True, help="Also show how far stock runtimes are off, where they are installed.")
+@click.option("--out", type=PATH, help="Also write the table there, as an artefact.")
+@_json_option
+def parity(
+    reference: Path | None, exports: tuple[Path, ...], golden: Path | None, peers: bool, out: Path | None, as_json: bool
+) -> None:
+    """Hold exports against the model they were made from, stage by stage; exit 1 when one fails its gate.
+
+    EXPORT is a GGUF folder, an MLX folder or a merged model: ours, or somebody else's.
+    """
+    if golden is not None:
+        if reference is not None:
+            raise ConfigError("--golden takes one export and no reference")
+        _replay_golden(golden, as_json)
+    elif reference is None or not exports:
+        raise ConfigError("which models? ldrt-edge parity REFERENCE EXPORT..., or --golden EDGE")
+    else:
+        _hold_against(reference, exports, peers, out, as_json)
+
+
+def _hold_against(reference: Path, exports: tuple[Path, ...], peers: bool, out: Path | None, as_json: bool) -> None:
+    from ldrt_edge.convert import parity_report
+    from ldrt_edge.convert.parity import parity as run
+
+    pairs = run(reference, exports, peers)
+    if out is not None:
+        parity_report.save(reference, exports, pairs, out)
+    click.echo(json.dumps(parity_report.as_json(pairs)) if as_json else parity_report.markdown(pairs), nl=as_json)
+    if out is not None and not as_json:
+        click.echo(out)
+    if not parity_report.passed(pairs):
+        failed = [f"{pair.subject}: {pair.stage}: {pair.fault}" for pair in pairs if pair.stage and not pair.peer]
+        raise ArtifactError(all_problems(failed, "not the same answer"))
+
+
+def _replay_golden(edge: Path, as_json: bool) -> None:
+    from ldrt_edge.convert.golden import replay
+
+    found = replay(edge)
+    faults = [entry for entry in found if entry.fault]
+    if as_json:
+        summary = {"records": len(found), "reproduced": len(found) - len(faults), "passed": not faults}
+        click.echo(json.dumps(summary | {"replays": [asdict(entry) for entry in found]}, ensure_ascii=False))
+    else:
+        for entry in found:
+            click.echo(f"{entry.fault or 'as it was'}: {entry.question}\n  {entry.answer!r}")
+    if faults:
+        raise ArtifactError(f"{edge}: {len(faults)} of {len(found)} golden answers are not what they were")
 
 
 @cli.command()
@@ -308,6 +410,13 @@ def demo(folder: Path, as_json: bool) -> None:
     from ldrt_edge.demo import demo as run
 
     _show_artifact(run(folder), as_json)
+
+
+def _refuse(to: str, **options: str | None) -> None:
+    """Options that the target does not know."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} does not go with --to {to}")
 
 
 def _window(text: str | None) -> tuple[float, float] | None:

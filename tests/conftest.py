@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from transformers import AutoProcessor
 
 from ldrt_edge.errors import MissingExtraError
+
+_STOCK = AutoProcessor.__dict__["from_pretrained"]
+_WITH_MLX_VLM = ("test_mlx", "test_parity")
+
+
+@pytest.fixture(autouse=True)
+def _own_processors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """mlx-vlm, once imported, puts its processors into transformers for good: not for other modules' tests."""
+    patched = AutoProcessor.__dict__["from_pretrained"]
+    if request.module.__name__ not in _WITH_MLX_VLM:
+        AutoProcessor.from_pretrained = _STOCK
+    yield
+    if request.module.__name__ not in _WITH_MLX_VLM:
+        AutoProcessor.from_pretrained = patched
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 
 from ldrt_edge import artifact
 from ldrt_edge.bench import peers
-from ldrt_edge.bench.fidelity import compare_logits
 from ldrt_edge.bench.latency import measure, peak_rss_bytes
 from ldrt_edge.bench.metrics import correct, normalise, token_f1
 from ldrt_edge.bench.report import bench
@@ -28,6 +27,7 @@ from ldrt_edge.bench.vqa import Model, answer_rows, choose_rows, draw_controls, 
 from ldrt_edge.convert.gguf import convert
 from ldrt_edge.dataset import AnswerType, Dataset, DatasetWriter, Row, Turn
 from ldrt_edge.errors import ArtifactError, ConfigError, DataError, RuntimeLoadError
+from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.base import load
@@ -140,10 +140,12 @@ def test_certainty_is_never_claimed() -> None:
 def test_divergence_of_logits() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(5, 11)).astype(np.float32)
-    kld, top1 = compare_logits(logits, logits + 3)
-    assert max(kld) < 1e-9 and all(top1)
-    kld, top1 = compare_logits(logits, np.concatenate([-logits, np.full((5, 2), 9, np.float32)], axis=1))
-    assert min(kld) > 0 and not any(top1), "a padded vocabulary is compared over what both have"
+    same = compare_logits(logits, logits + 3)
+    assert same.kld.max() < 1e-9 and same.top1.all() and same.max_abs_logit_diff == pytest.approx(3)
+    other = compare_logits(logits, np.concatenate([-logits, np.full((5, 2), 9, np.float32)], axis=1))
+    assert other.kld.min() > 0 and not other.top1.any(), "a padded vocabulary is compared over what both have"
+    close = np.array([[8.0, 8.001, 0.0]], np.float32)
+    assert compare_logits(close, close[:, [1, 0, 2]]).undecided.all(), "below half precision either choice is right"
 
 
 def test_the_prior_is_by_task_and_language() -> None:

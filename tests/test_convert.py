@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ldrt_edge import artifact
-from ldrt_edge.convert import parity, plan
+from ldrt_edge.convert import plan
 from ldrt_edge.convert.gguf import convert, write, write_mmproj, write_text
-from ldrt_edge.convert.plan import open_source, text_plan
+from ldrt_edge.convert.plan import text_plan
+from ldrt_edge.convert.probes import probes
 from ldrt_edge.convert.quantize import TYPES, quantize, read_back, run_quantizer
+from ldrt_edge.convert.source import open_source
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.front import Front
 
@@ -55,39 +57,18 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_pair(source: Path, out: Path) -> Path:
-    out.mkdir()
-    write_text(source, out / "model-F32.gguf", "f32")
-    write_mmproj(source, out / "mmproj-F32.gguf", "f32")
-    Front.load(source).save(out)
-    return out
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("text", TEXTS)
-def test_f32_export_computes_what_the_checkpoint_computes(
-    tiny: builders.Tiny, tmp_path: Path, family: str, text: str
-) -> None:
-    out = convert(tiny(family, text), tmp_path / "edge", type_="f32", mmproj_type="f32")
+def test_an_export_holds_what_a_laptop_needs_and_how_close_it_is(tiny: builders.Tiny, tmp_path: Path) -> None:
+    out = convert(tiny("llava15", "llama"), tmp_path / "edge", type_="f32", mmproj_type="f32")
 
     manifest = artifact.verify(out, "gguf")
     assert {entry.path for entry in manifest.files} == {
-        "model-F32.gguf", "mmproj-F32.gguf", "front.json", "tokenizer.json"
+        "model-F32.gguf", "mmproj-F32.gguf", "front.json", "tokenizer.json", "golden/records.jsonl",
+        *(f"golden/0{i}.png" for i in range(4)),
     }  # fmt: skip
     fidelity = manifest.metrics["fidelity"]
     assert fidelity["mean_kld"] < 1e-6  # twenty times below the gate
     assert fidelity["top1_agreement"] + fidelity["undecided"] == 1
     assert fidelity["tokens"] >= 300
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_f16_export_passes_its_gate(tiny: builders.Tiny, tmp_path: Path, text: str) -> None:
-    out = convert(tiny("llava15", text), tmp_path / "edge")
-
-    fidelity = artifact.read(out).metrics["fidelity"]
-    assert fidelity["mean_kld"] < 5e-5
-    types = {tensor.tensor_type.name for tensor in GGUFReader(out / "model-F16.gguf").tensors}
-    assert types == {"F16", "F32"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -218,59 +199,18 @@ def test_a_full_disk_shows_as_such(tiny: builders.Tiny) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-def swap_projector(folder: Path) -> None:
-    def swap(tensors: dict[str, torch.Tensor]) -> None:
-        first, second = (f"multi_modal_projector.linear_{i}.weight" for i in (1, 2))
-        tensors[first], tensors[second] = tensors[second], tensors[first]
-
-    edit_tensors(folder, swap)
-
-
-def change_mean(folder: Path) -> None:
-    path = folder / "processor_config.json"
-    settings = json.loads(path.read_text())
-    settings["image_processor"]["image_mean"] = [0.4, 0.4, 0.4]
-    path.write_text(json.dumps(settings))
-
-
-def move_feature_layer(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_feature_layer": -3}))
-
-
-@pytest.mark.parametrize(
-    ("fault", "named"),
-    [
-        (swap_projector, "mmproj-F32.gguf: mm.0.weight"),
-        (change_mean, "mmproj-F32.gguf: clip.vision.image_mean"),
-        (move_feature_layer, "mmproj-F32.gguf: clip.vision.block_count is 1, planned was 2"),
-    ],
-)
-def test_a_fault_in_the_files_is_named(
-    tiny: builders.Tiny, copy: Callable[..., Path], tmp_path: Path, fault: Callable[[Path], None], named: str
-) -> None:
-    good = tiny("llava15", "llama")
-    faulty = copy(good)
-    fault(faulty)
-
-    with pytest.raises(ArtifactError) as caught:
-        parity.check(good, write_pair(faulty, tmp_path / "edge"), "f32", "f32")
-
-    assert f"first difference: {named}" in str(caught.value)
-
-
 def test_a_fault_of_the_writer_itself_is_named_by_stage(
     tiny: builders.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = tiny("llava15", "llama")
     with monkeypatch.context() as patch:
         patch.setattr(plan, "_interleave", lambda heads: lambda values: values)
-        with pytest.raises(ArtifactError, match="first difference: logits on text alone"):
+        with pytest.raises(ArtifactError, match=r"logits: .* text alone differs"):
             convert(good, tmp_path / "text", type_="f32", mmproj_type="f32")
     with monkeypatch.context() as patch:
         patch.setitem(plan._VISION_LAYER, "layer_norm1", "ln2")
         patch.setitem(plan._VISION_LAYER, "layer_norm2", "ln1")
-        with pytest.raises(ArtifactError, match="first difference: image embeddings"):
+        with pytest.raises(ArtifactError, match=r"embeddings: off by .* another vision tower"):
             convert(good, tmp_path / "vision", type_="f32", mmproj_type="f32")
 
     assert not (tmp_path / "text").exists()
@@ -281,9 +221,7 @@ def test_q4_mix_is_read_back(tiny: builders.Tiny, tmp_path: Path) -> None:
     out = quantize(tiny("llava15", "llama", hidden=256), tmp_path / "edge", "q4", mmproj_type="q8_0")
 
     manifest = artifact.verify(out, "gguf")
-    assert {entry.path for entry in manifest.files} == {
-        "model-Q4_K_M.gguf", "mmproj-Q8_0.gguf", "front.json", "tokenizer.json"
-    }  # fmt: skip
+    assert {"model-Q4_K_M.gguf", "mmproj-Q8_0.gguf", "front.json"} <= {entry.path for entry in manifest.files}
     quantized = manifest.metrics["quantized"]
     assert quantized["fallbacks"] == []
     assert set(quantized["types"]) == {"Q4_K", "Q6_K", "F32"}
@@ -300,7 +238,7 @@ def test_fall_backs_are_named_in_the_manifest_and_the_log(
     fallbacks = artifact.read(out).metrics["quantized"]["fallbacks"]
     by_name = {f["tensor"]: f for f in fallbacks}
     assert by_name["blk.0.attn_q.weight"] == {
-        "tensor": "blk.0.attn_q.weight", "row_length": 64, "wanted": "Q4_K", "got": "Q5_0"
+        "tensor": "blk.0.attn_q.weight", "row_length": 64, "block": 256, "wanted": "Q4_K", "got": "Q5_0"
     }  # fmt: skip
     assert by_name["token_embd.weight"]["got"] == "Q8_0"
     stored = {t.name: t.tensor_type.name for t in GGUFReader(out / "model-Q4_K_M.gguf").tensors if len(t.shape) > 1}
@@ -432,7 +370,7 @@ def test_the_same_command_again_finds_its_result(tiny: builders.Tiny, tmp_path: 
 def test_probes_are_the_same_every_time(tiny: builders.Tiny) -> None:
     front = Front.load(tiny("llavanext", "smollm2"))
 
-    once, again = parity.probes(front, 3), parity.probes(front, 3)
+    once, again = probes(front, 3), probes(front, 3)
 
     assert [p.ids for p, _ in once] == [p.ids for p, _ in again]
     assert all(np.array_equal(a.images[0].tiles, b.images[0].tiles) for (a, _), (b, _) in zip(once, again, strict=True))

@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from ldrt_edge import artifact
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.errors import ConfigError, DataError
+from ldrt_edge.train.data.augment import alter, augment
 from ldrt_edge.train.data.imports import import_llava, import_vqa_rad
 from ldrt_edge.train.data.modalities import import_dicom_known
 from ldrt_edge.train.data.phantom import phantom
@@ -442,5 +443,29 @@ def test_dicom_of_known_modality(tmp_path: Path) -> None:
     for row in data:
         if row.question in ("Is this a CT scan?", "Is the image a CT scan?"):
             assert (row.answer == "yes") == (truth[row.group] == "CT")
-    with pytest.raises(DataError, match="no DICOM picture of a known modality among 0 files"):
+    with pytest.raises(DataError, match="no such file or folder"):
         import_dicom_known([tmp_path / "out" / "nothing"], tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no DICOM picture of a known modality here, among 0 files"):
+        import_dicom_known([tmp_path / "empty"], tmp_path / "none")
+
+
+def test_augmented_pictures_keep_questions_groups_and_sides(tmp_path: Path) -> None:
+    data = phantom(tmp_path / "data", 10, seed=0, languages=("en",))
+    out = augment(data, tmp_path / "more", copies=2)
+
+    before, after = Dataset(data), Dataset(out)
+    train = before.rows("train")
+    assert len(after) == 2 * len(train) and not after.rows("test")
+    assert {row.group for row in after} == {row.group for row in train}
+    assert {(row.question, row.answer) for row in after} == {(row.question, row.answer) for row in train}
+    assert len({row.image_sha256 for row in after}) == 2 * len({row.image_sha256 for row in train})
+    assert augment(data, tmp_path / "again", copies=2).joinpath("rows.jsonl").read_bytes() == (
+        out / "rows.jsonl"
+    ).read_bytes()
+    picture = np.zeros((100, 120, 3), np.uint8)
+    picture[20:80, 10:40] = 200
+    for seed in range(20):
+        altered = alter(picture, random.Random(seed)).astype(float)
+        assert altered.shape == picture.shape
+        assert altered[:, :60].sum() > 2 * altered[:, 60:].sum(), "what was on the left stays there"

@@ -7,7 +7,6 @@ optional revision. Weights are read as safetensors only: loading a pickle runs c
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -18,13 +17,13 @@ from ldrt_edge import __version__, artifact
 from ldrt_edge.console import say, track
 from ldrt_edge.errors import ArtifactError, ConfigError, all_problems, require
 from ldrt_edge.front_config import read_json
+from ldrt_edge.tensor_file import read_header
 
 STARTER = "starter"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HEADER_LIMIT_BYTES = 100_000_000
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt", "LICENSE*")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SUPPORTED = {
@@ -102,7 +101,7 @@ def check_checkpoint(folder: Path) -> tuple[Path, ...]:
             problems.append(f"{name} is missing")
             continue
         try:
-            lacking = sorted(tensors - _tensor_names(folder / name))
+            lacking = sorted(tensors - read_header(folder / name).keys())
         except ArtifactError as error:
             problems.append(str(error))
             continue
@@ -197,25 +196,3 @@ def _shards(index: Path) -> dict[str, set[str]]:
             raise ArtifactError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
         shards.setdefault(name, set()).add(tensor)
     return shards
-
-
-def _tensor_names(path: Path) -> set[str]:
-    """The tensors of a safetensors file, whose length must be just what its header says.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT_BYTES):
-            raise ArtifactError(f"{path.name} is truncated or no safetensors file ({size} bytes)")
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw)
-        tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ArtifactError(f"{path.name} is corrupt: its header cannot be read") from error
-    if size != 8 + length + end:
-        raise ArtifactError(f"{path.name} is truncated or corrupt: {size} bytes, its header says {8 + length + end}")
-    return set(tensors)

@@ -18,16 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ldrt_edge import artifact, console
-from ldrt_edge.convert.parity import probes
+from ldrt_edge.convert.probes import probe_count, probes
 from ldrt_edge.convert.weights import Weights, canonical
 from ldrt_edge.errors import ArtifactError, all_problems
+from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
-from ldrt_edge.runtimes.base import FloatArray, log_softmax
+from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.train.base import Base
 
 _PREFIX = "base_model.model."
-_BIG_PARAMETERS = 2_000_000_000
+_BIG_WEIGHTS = 2_000_000_000  # in float32 more than a laptop's memory
 _TOLERANCE = {"F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 """Largest logit difference, relative to the logits' own scale: rounding of the stored weights, and no more."""
 
@@ -119,27 +120,28 @@ def _prove(base: Base, adapter: Path, merged: Path) -> dict[str, float]:
         ArtifactError: they differ by more than the rounding of the stored dtype.
     """
     weights = Weights(merged)
-    big = sum(entry.count for entry in weights.entries.values()) > _BIG_PARAMETERS
+    big = weights.count > _BIG_WEIGHTS
     dtype = "bfloat16" if big else "float32"
     tolerance = max(_TOLERANCE.get(name, 0.0) for name in (*weights.dtypes(), "BF16" if big else "F32"))
-    expected = _logits(base.folder, dtype, adapter)
-    found = _logits(merged, dtype, None)
-    difference = float(np.abs(expected - found).max())
-    scale = float(np.abs(expected).max())
-    agreement = float((expected.argmax(-1) == found.argmax(-1)).mean())
-    if not difference <= tolerance * scale:
+    count = probe_count(weights.count)
+    expected = _logits(base.folder, dtype, adapter, count)
+    found = compare_logits(expected, _logits(merged, dtype, None, count))
+    scale, agreement = float(np.abs(expected).max()), float(found.top1.mean())
+    if not found.max_abs_logit_diff <= tolerance * scale:
         raise ArtifactError(
-            f"merged and adapter logits differ by {difference:.3g} on a scale of {scale:.3g} "
+            f"merged and adapter logits differ by {found.max_abs_logit_diff:.3g} on a scale of {scale:.3g} "
             f"(allowed {tolerance:g} of it), top-1 {agreement:.1%}"
         )
-    probabilities = log_softmax(expected)
-    kld = float((np.exp(probabilities) * (probabilities - log_softmax(found))).sum(-1).mean())
-    return {"max_abs_logit_diff": difference, "mean_kld": kld, "top1_agreement": agreement}
+    return {
+        "max_abs_logit_diff": found.max_abs_logit_diff,
+        "mean_kld": float(found.kld.mean()),
+        "top1_agreement": agreement,
+    }
 
 
-def _logits(folder: Path, dtype: str, adapter: Path | None) -> FloatArray:
+def _logits(folder: Path, dtype: str, adapter: Path | None, count: int) -> FloatArray:
     runtime = HfRuntime(folder, dtype=dtype, adapter=adapter)
     try:
-        return np.concatenate([runtime.score(prompt, answer) for prompt, answer in probes(runtime.front, 4)])
+        return np.concatenate([runtime.score(prompt, answer) for prompt, answer in probes(runtime.front, count)])
     finally:
         runtime.close()

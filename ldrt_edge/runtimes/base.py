@@ -146,7 +146,7 @@ class Runtime(Protocol):
 
 
 def load(folder: Path, name: str | None = None, threads: int | None = None) -> Runtime:
-    """Load the runtime that fits the artefact's kind: merged and base → hf, gguf → llamacpp.
+    """Load the runtime that fits the artefact's kind: merged and base → hf, gguf → llamacpp, mlx → mlx.
 
     Raises:
         ArtifactError: `folder` is no model artefact.
@@ -155,8 +155,8 @@ def load(folder: Path, name: str | None = None, threads: int | None = None) -> R
     """
     from ldrt_edge import artifact
 
-    kind = artifact.verify(folder, "base", "merged", "gguf", quick=True).kind
-    loader = {"base": _load_hf, "merged": _load_hf, "gguf": _load_llamacpp}[kind]
+    kind = artifact.verify(folder, "base", "merged", "gguf", "mlx", quick=True).kind
+    loader = {"base": _load_hf, "merged": _load_hf, "gguf": _load_llamacpp, "mlx": _load_mlx}[kind]
     return loader(folder, threads)
 
 
@@ -303,3 +303,10 @@ def _load_llamacpp(folder: Path, threads: int | None) -> Runtime:
     from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
 
     return LlamaCppRuntime(folder, threads=threads)
+
+
+def _load_mlx(folder: Path, threads: int | None) -> Runtime:
+    from ldrt_edge.runtimes.mlx import MlxRuntime, say_if_slow
+
+    say_if_slow()
+    return MlxRuntime(folder)  # MLX has no setting for threads

@@ -28,6 +28,8 @@ from ldrt_edge.runtimes.base import (
     remaining,
 )
 
+CONTEXT = 4096
+"""Tokens that a laptop's runtime makes room for, where the model knows more."""
 _IMAGES_KEPT = 8
 
 Part = FloatArray | tuple[int, ...]

@@ -8,6 +8,7 @@ model's forward on pixel values.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,7 +59,9 @@ class HfRuntime(CachedRuntime):
         self.model = load_model(folder, dtype)
         if adapter is not None:
             peft = require("peft", "train")
-            self.model = peft.PeftModel.from_pretrained(self.model, adapter).get_base_model()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name that is going away
+                self.model = peft.PeftModel.from_pretrained(self.model, adapter).get_base_model()
         self.model.eval().to(self._device)
         self.load_ms = (time.perf_counter() - started) * 1e3
         self.context_length = self.front.config.context_length

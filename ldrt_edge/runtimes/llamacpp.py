@@ -22,19 +22,17 @@ import numpy as np
 
 from ldrt_edge.errors import RuntimeLoadError
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
-from ldrt_edge.runtimes.cached import CachedRuntime, Part
+from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part
 from ldrt_edge.runtimes.llamacpp_bindings import library
 from ldrt_edge.runtimes.llamacpp_models import Inputs, LanguageModel, VisionModel
 from ldrt_edge.runtimes.processor import free_cores
-
-_CONTEXT = 4096
 
 
 class LlamaCppRuntime(CachedRuntime):
     """A gguf artefact on llama.cpp.
 
     Args:
-        folder: holds one `model-*.gguf` and one `mmproj-*.gguf`.
+        folder: holds one model and one mmproj, `*.gguf`.
         threads: None takes one for each physical core that this process may use and nothing else keeps busy.
         context_length: tokens; None takes the model's, at most 4096 (the cache's memory grows with it).
         exact: float32 cache and plain attention, to compare arithmetic with the reference.
@@ -52,7 +50,7 @@ class LlamaCppRuntime(CachedRuntime):
         super().__init__()
         self.threads = threads or free_cores()
         started = time.perf_counter()
-        model, mmproj = (_the_one(folder, f"{kind}-*.gguf") for kind in ("model", "mmproj"))
+        model, mmproj = gguf_pair(folder)
         loaded = library()
         self._text = LanguageModel(loaded, model, self.threads, context_length or _default_context(folder), exact)
         try:
@@ -126,15 +124,23 @@ def _joined(parts: Sequence[Part]) -> list[Inputs]:
     return [part for part in inputs if len(part)]
 
 
-def _the_one(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        what = "no" if not found else "more than one"
-        raise RuntimeLoadError(f"{folder}: {what} {pattern}: not a gguf artefact of ldrt-edge")
-    return found[0]
+def gguf_pair(folder: Path) -> tuple[Path, Path]:
+    """A folder's model file and mmproj file; the latter has "mmproj" in its name, as everybody calls it.
+
+    Raises:
+        RuntimeLoadError: there are fewer or more.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    vision = [path for path in files if "mmproj" in path.name.lower()]
+    text = [path for path in files if path not in vision]
+    if len(text) != 1 or len(vision) != 1:
+        raise RuntimeLoadError(
+            f"{folder}: {len(text)} model and {len(vision)} mmproj files (*.gguf): one of each is wanted"
+        )
+    return text[0], vision[0]
 
 
 def _default_context(folder: Path) -> int:
     front = folder / "front.json"
-    trained = json.loads(front.read_bytes())["context_length"] if front.is_file() else _CONTEXT
-    return min(int(trained), _CONTEXT)
+    trained = json.loads(front.read_bytes())["context_length"] if front.is_file() else CONTEXT
+    return min(int(trained), CONTEXT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from PIL import Image
 from ldrt_edge import artifact
 from ldrt_edge.console import track
 from ldrt_edge.dataset import DatasetWriter, Row, Turn, assign_splits
-from ldrt_edge.errors import ConfigError, DataError
+from ldrt_edge.errors import ConfigError, DataError, all_problems
 from ldrt_edge.image import read_image
 from ldrt_edge.train.data.balance import Balance, deal
 from ldrt_edge.train.data.pictures import file_digest, png_bytes
@@ -50,7 +50,9 @@ def import_dicom_known(
     folders: Sequence[Path], out: Path, images: int = 300, test_fraction: float = 0.2, seed: int = 0, size: int = 224,
     source: str = "DICOM files", licence: str = "unknown",
 ) -> Path:
-    """Write a dataset artefact of `images` pictures from all usable DICOM files under `folders`, modalities in turn.
+    """Write a dataset artefact of `images` pictures from usable DICOM files, modalities in turn.
+
+    folders: DICOM files, or folders that hold some at any depth.
 
     Files that are no picture of a known modality are left out and counted (`files_left`).
 
@@ -60,7 +62,10 @@ def import_dicom_known(
     """
     if images < 1 or not 0 <= test_fraction <= 1 or not 64 <= size <= 1024:
         raise ConfigError(f"--images {images}, --test-fraction {test_fraction}, --size {size}: out of range")
-    files = sorted({path for folder in folders for path in Path(folder).rglob("*") if path.is_file()})
+    missing = [str(place) for place in folders if not Path(place).exists()]
+    if missing:
+        raise DataError(all_problems(missing, "no such file or folder"))
+    files = sorted({path for place in folders for path in _files(Path(place))})
     config = {
         "stage": "known modality", "images": images, "test_fraction": test_fraction, "size": size, "source": source,
         "licence": licence, "files_sha256": sorted({file_digest(path) for path in files}),
@@ -73,8 +78,7 @@ def import_dicom_known(
         for picture in known:
             by_modality[picture.modality].append(picture)
         if not by_modality:
-            where = ", ".join(map(str, folders))
-            raise DataError(f"{where}: no DICOM picture of a known modality among {len(files)} files")
+            raise DataError(f"{folders[0]}: no DICOM picture of a known modality here, among {len(files)} files in all")
         rng = random.Random(f"{seed}/modalities")
         balance = Balance(random.Random(f"{seed}/balance"))
         rows: list[Row] = []
@@ -102,6 +106,13 @@ def import_dicom_known(
         draft.metrics.update(summary(rows))
         draft.metrics.update(files_left=left, source_pictures={name: len(found) for name, found in by_modality.items()})
     return out
+
+
+def _files(place: Path) -> Iterator[Path]:
+    if place.is_file():
+        yield place
+    else:
+        yield from (path for path in place.rglob("*") if path.is_file())
 
 
 def _read_all(files: Sequence[Path]) -> tuple[list[Known], int]:
