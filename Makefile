@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := ldrt_edge train convert bench
 
-.PHONY: install demo test test-slow lint links bench clean
+.PHONY: install demo test test-slow lint links bench bench-mac clean
 
 demo: install
 	$(BIN)/ldrt-edge demo runs/demo
@@ -18,6 +18,14 @@ test-slow: install
 
 bench: install
 	$(BIN)/python -m ldrt_edge.bench.peers runs/demo/gguf-q4 --merged runs/demo/merged
+
+# What only Apple silicon can say: MLX's speed beside llama.cpp's, and that both answer as the merged model does.
+bench-mac: install
+	@test "$$(uname -sm)" = "Darwin arm64" || { echo "make: bench-mac measures Apple silicon; this is $$(uname -sm)" >&2; exit 1; }
+	$(BIN)/ldrt-edge quantize runs/demo/merged --to mlx --q4 --out runs/demo/mlx-q4
+	$(BIN)/ldrt-edge parity runs/demo/merged runs/demo/gguf-q4 runs/demo/mlx-q4 --peers --out runs/demo/parity
+	$(BIN)/ldrt-edge bench runs/demo/gguf-q4 --data runs/demo/phantom --reference runs/demo/merged --limit 200 --out runs/demo/mac-gguf
+	$(BIN)/ldrt-edge bench runs/demo/mlx-q4 --data runs/demo/phantom --reference runs/demo/merged --limit 200 --out runs/demo/mac-mlx
 
 lint: install links
 	$(BIN)/ruff check .

@@ -101,7 +101,8 @@ def create(
     the same, otherwise replaced.
 
     Raises:
-        ArtifactError: `out` holds something else, an input is no artefact, or the disk is full.
+        ArtifactError: `out` holds something else or is being written by another process, an input is no artefact, or
+            the disk is full.
     """
     out = Path(out).absolute()
     described = [i if isinstance(i, Input) else identity(i) for i in inputs]
@@ -113,13 +114,17 @@ def create(
         yield _reopen(out, settings)
         return
     partial = out.with_name(f".{out.name}.partial")
-    if partial.exists() and not (resumable and _read_text(partial / _SETTINGS) == settings_text):
-        shutil.rmtree(partial)
+    if partial.exists():
+        with _claimed(partial, out):
+            same = resumable and _read_text(partial / _SETTINGS) == settings_text
+        if not same:
+            shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         (partial / _SETTINGS).write_text(settings_text)
         draft = Draft(partial)
-        yield draft
+        with _claimed(partial, out):
+            yield draft
         (partial / _SETTINGS).unlink()
         manifest = _describe(partial, kind, config, seed, tuple(described), draft.metrics)
         _write_synced(partial / MANIFEST, _dump(manifest))
@@ -133,6 +138,22 @@ def create(
         if isinstance(error, PermissionError):
             raise ArtifactError(f"cannot write {out}: {error.strerror}") from error
         raise
+
+
+@contextmanager
+def _claimed(partial: Path, out: Path) -> Iterator[None]:
+    """Hold a draft folder against a second process that was given the same `out`; a killed one holds nothing."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (partial / _SETTINGS).open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ArtifactError(f"{out}: another process is writing it now: wait for it, or choose another") from error
+        yield
 
 
 def read(folder: Path, *kinds: Kind) -> Manifest:

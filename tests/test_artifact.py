@@ -128,3 +128,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_two_processes_do_not_write_the_same_artefact(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from ldrt_edge import artifact\n"
+        "with artifact.create(Path(sys.argv[1]), 'report', {}, resumable=True) as draft:\n"
+        "    (draft.path / 'file.txt').write_text('first'); print('writing', flush=True); time.sleep(60)\n"
+    )
+    out = tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout and first.stdout.readline() == "writing\n"
+        for config in ({}, {"other": 1}):
+            with (
+                pytest.raises(ArtifactError, match="another process is writing it now"),
+                artifact.create(out, "report", config, resumable=True),
+            ):
+                pass
+        first.kill()
+    with artifact.create(out, "report", {}, resumable=True) as draft:
+        assert (draft.path / "file.txt").read_text() == "first", "what a killed run left is taken up"
