@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ldrt_edge import artifact, console
-from ldrt_edge.convert.gguf import check_choice
+from ldrt_edge.convert.gguf import LICENCES, check_choice
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.front import Front, Message
 from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime, gguf_pair
@@ -40,15 +40,22 @@ def for_app(edge: Path, app: str, out: Path) -> Path:
     if target == "ollama" and kind == "mlx":
         raise ConfigError(f"{edge}: ollama reads GGUF: convert or quantise with --to gguf")
     name = edge.name
+    wrong = _known_faults(edge, kind)
     with artifact.create(out, "app", {"app": target}, [edge]) as draft:
         if not draft.complete:
+            if (edge / LICENCES).is_dir():
+                shutil.copytree(edge / LICENCES, draft.path / LICENCES)
             if target == "ollama":
                 model, mmproj = (_link(path, draft.path / path.name) for path in gguf_pair(edge))
                 text = modelfile(Front.load(edge), model.name, mmproj.name, _adds_start(model))
                 (draft.path / "Modelfile").write_text(text, encoding="utf-8")
             else:
                 _lay_out(edge, kind, draft.path / _PUBLISHER / name)
-    _warn(edge, kind, target)
+    if wrong:
+        console.say(
+            f"note: {app}, on a llama.cpp like the one installed here, does not answer as ldrt-edge does: "
+            f"{'; '.join(wrong)} (ldrt-edge parity --peers shows by how much)"
+        )
     return out
 
 
@@ -68,7 +75,7 @@ def modelfile(front: Front, model: str, mmproj: str, adds_start: bool) -> str:
         f"{{{{ if $i }}}}{between}{{{{ else }}}}{first}{{{{ end }}}}{{{{ .Content }}}}{generation}"
         f'{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}{{{{ end }}}}{{{{ end }}}}'
     )
-    stops = [front.tokenizer.id_to_token(token) for token in front.config.stop_ids]
+    stops = [stop for token in front.config.stop_ids if (stop := front.tokenizer.id_to_token(token))]
     context = min(front.config.context_length, _CONTEXT)
     lines = [f"FROM ./{model}", f"FROM ./{mmproj}", f'TEMPLATE """{template}"""']
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
@@ -115,9 +122,9 @@ def _link(source: Path, target: Path) -> Path:
     return target
 
 
-def _warn(edge: Path, kind: str, app: App) -> None:
-    front = Front.load(edge)
-    wrong = []
+def _known_faults(edge: Path, kind: str) -> list[str]:
+    """What other programs are known to get wrong with this export, where that can be seen here."""
+    front, wrong = Front.load(edge), []
     if kind == "gguf":
         runtime = LlamaCppRuntime(edge)
         runtime.encode(front.image(np.zeros((8, 8, 3), np.uint8)))
@@ -128,8 +135,4 @@ def _warn(edge: Path, kind: str, app: App) -> None:
         wrong.append("LLaVA-NeXT's tiles are not packed as the model learned them")
     if front.config.vision_tokens is not None:
         wrong.append(f"image tokens are not pooled to {front.config.vision_tokens}")
-    if wrong:
-        console.say(
-            f"note: {app}, on a llama.cpp like the one installed here, does not answer as ldrt-edge does: "
-            f"{'; '.join(wrong)} (ldrt-edge parity --peers shows by how much)"
-        )
+    return wrong

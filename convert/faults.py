@@ -1,13 +1,15 @@
 """What an export's files say that its source does not: settings first, then tensors, each by name.
 
-Settings must be right in every export, and reading them is cheap. Tensors are read only when something is wrong; one
-that holds another tensor's values, or its own with the colours or the halves of its heads out of order, is told so.
+Settings must be right in every export, and reading them is cheap. Tensors are read when a gate fails, or where there is
+none; one that holds another tensor's values, or its own with the colours or the halves of its heads out of order, is
+told so.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -21,24 +23,18 @@ from ldrt_edge.errors import require
 from ldrt_edge.front_config import read_json
 from ldrt_edge.runtimes.llamacpp import gguf_pair
 
-_COMPUTING = ("llama.", "clip.", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+_COMPUTING = ("llama.", "clip.", "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 """Settings that decide what is computed; of somebody else's file only these are held against the plan."""
-_NOT_OTHERS = ("clip.has_", "clip.projector_type", "clip.vision.projection_dim", "llama.context_length")
-_MLX_COMPUTING = {
-    "": ("image_token_index", "vision_feature_layer", "vision_feature_select_strategy"),
-    "text_config": (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "attention_bias", "mlp_bias", "vocab_size", "rms_norm_eps", "rope_theta", "rope_scaling",
-    ),
-    "vision_config": (
-        "hidden_act", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
-        "patch_size", "layer_norm_eps",
-    ),
-}  # fmt: skip
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_NOT_OTHERS = (
+    "clip.has_", "clip.projector_type", "clip.vision.projection_dim", "llama.context_length", "llama.vocab_size",
+)  # fmt: skip
+_MLX_NOT_COMPUTING = {"model_type", "max_position_embeddings", "layer_types", "sliding_window", "tie_word_embeddings"}
+_BITS = {"float32": 32, "float16": 11, "bfloat16": 8}
+"""Digits that a float type keeps, in bits: bfloat16 has 8."""
 _COLOURS = 3
-_FAR = 0.5
-"""Relative distance at which a rounded tensor cannot be its source any more: 2 bits a weight keep it below."""
+_TOKENS = "tokenizer.ggml.tokens"
+_STEP, _COARSEST = 4.0, 0.6
+"""Rounding to b bits moves a tensor by about 1.5 * 2^-b of its norm, with outliers more; 2 bits by less than 0.6."""
 
 
 def setting_differences(source: Source, export: Export) -> Iterator[str]:
@@ -68,8 +64,12 @@ def _gguf_settings(source: Source, export: Export) -> Iterator[str]:
             if not export.own and (key not in found or not key.startswith(_COMPUTING) or key.startswith(_NOT_OTHERS)):
                 continue
             value = found[key].contents() if key in found else None
-            if not _same(planned.value, value):
-                yield f"{path.name}: {key} is {_brief(value)}, the model's is {_brief(planned.value)}"
+            if export.own or key != _TOKENS:
+                same = _same(planned.value, value)
+            else:  # others leave out the rows that only fill up the embedding matrix
+                same = isinstance(value, list) and _same(planned.value[: len(value)], value)
+            if not same:
+                yield f"{path.name}: {key} {_told(planned.value, value)}"
 
 
 def _gguf_tensors(source: Source, export: Export) -> Iterator[str]:
@@ -82,8 +82,13 @@ def _gguf_tensors(source: Source, export: Export) -> Iterator[str]:
                 yield f"{path.name}: {tensor.name} is missing"
                 continue
             found = stored[tensor.name]
-            values = dequantize(found.data, found.tensor_type).reshape(tensor.shape)
-            fault = _tensor_fault(plan.values(tensor), values, found.tensor_type.name)
+            wanted, shape = plan.values(tensor), tuple(int(n) for n in reversed(found.shape))
+            rows = shape[0]
+            if shape[1:] != tensor.shape[1:] or rows > tensor.shape[0] or (export.own and rows != tensor.shape[0]):
+                yield f"{path.name}: {tensor.name} is {shape}, the model's is {tensor.shape}"
+                continue
+            values = np.asarray(dequantize(found.data, found.tensor_type), np.float32).reshape(shape)
+            fault = _tensor_fault(wanted[:rows], values, _digits(found.tensor_type))
             if fault:
                 yield f"{path.name}: {tensor.name} {fault}{_instead(plan, tensor.name, values)}"
         planned = {tensor.name for tensor in plan.tensors}
@@ -91,38 +96,52 @@ def _gguf_tensors(source: Source, export: Export) -> Iterator[str]:
 
 
 def _mlx_settings(source: Source, export: Export) -> Iterator[str]:
-    found, planned = read_json(export.folder / "config.json"), mlx_plan(source, "f32").config
-    depth = source.config.vision_config.num_hidden_layers + 1
-    for group, keys in _MLX_COMPUTING.items():
-        told, right = (config.get(group) or {} if group else config for config in (found, planned))
-        for key in keys:
-            value, wanted = told.get(key), right[key]
-            if key == "vision_feature_layer" and isinstance(value, int):
-                value, wanted = value % depth, wanted % depth
-            if not _same(wanted, value) and (export.own or key in told):
-                yield f"config.json: {f'{group}.' if group else ''}{key} is {_brief(value)}, the model's is {wanted}"
+    require("mlx.core", "mlx")
+    require("mlx_lm", "mlx")
+    from ldrt_edge.runtimes.mlx_model import Architecture
+
+    try:
+        told = Architecture.read(read_json(export.folder / "config.json"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield f"config.json: {error}"
+        return
+    right = Architecture.read(mlx_plan(source, "f32").config)
+    for part in ("tower", "text"):
+        found, planned = (_plain(asdict(getattr(architecture, part))) for architecture in (told, right))
+        for key in planned.keys() - _MLX_NOT_COMPUTING:
+            if not _same(planned[key], found[key]):
+                yield f"config.json: {part} {key} is {_brief(found[key])}, the model's is {_brief(planned[key])}"
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """RoPE scaling in one form: checkpoints say `type` or `rope_type`, and repeat the base in it."""
+    scaling = {k.removeprefix("rope_"): v for k, v in (settings.get("rope_scaling") or {}).items() if v is not None}
+    scaling.pop("theta", None)
+    return settings | {"rope_scaling": scaling} if "rope_scaling" in settings else settings
 
 
 def _mlx_tensors(source: Source, export: Export) -> Iterator[str]:
     mx = require("mlx.core", "mlx")
+    from ldrt_edge.runtimes.mlx_model import scheme_of
+
     plan = mlx_plan(source, "f32")
     stored: dict[str, Any] = {}
     for path in sorted(export.folder.glob("*.safetensors")):
         stored |= mx.load(str(path))
-    settings = read_json(export.folder / "config.json").get("quantization") or {}
+    config = read_json(export.folder / "config.json")
     for tensor in plan.tensors:
         base = tensor.name.removesuffix("weight")
-        array, scales = stored.get(tensor.name), stored.get(f"{base}scales")
+        array, scales = stored.pop(tensor.name, None), stored.pop(f"{base}scales", None)
         if array is None:
             yield f"{tensor.name} is missing"
             continue
-        type_ = _SAFETENSORS.get(str(array.dtype).removeprefix("mlx.core."), "")
+        bits = _BITS[str(array.dtype).removeprefix("mlx.core.")] if scales is None else 0
         if scales is not None:
-            own = settings.get(base.removesuffix(".")) or settings
-            scheme = {key: own[key] for key in ("group_size", "bits", "mode") if key in own}
-            array = mx.dequantize(array, scales, stored.get(f"{base}biases"), **scheme)
+            scheme = scheme_of(config, base.removesuffix("."))
+            array = mx.dequantize(array, scales, stored.pop(f"{base}biases", None), **scheme)
+            bits = scheme["bits"]
         values = np.array(array.astype(mx.float32))
-        fault = _tensor_fault(plan.values(tensor), values, type_)
+        fault = _tensor_fault(plan.values(tensor), values, bits)
         if fault:
             yield f"{tensor.name} {fault}{_instead(plan, tensor.name, values)}"
 
@@ -131,13 +150,32 @@ def _plans(source: Source) -> tuple[FilePlan, FilePlan]:
     return text_plan(source, "f32"), mmproj_plan(source, "f32")
 
 
-def _tensor_fault(wanted: NDArray[np.float32], found: NDArray[np.float32], type_: str) -> str | None:
-    """What is wrong with a tensor, as rounding to `type_` cannot explain it."""
+def _tensor_fault(wanted: NDArray[np.float32], found: NDArray[np.float32], bits: float) -> str | None:
+    """What is wrong with a tensor, if rounding to so many bits a weight cannot explain it."""
     size = float(np.linalg.norm(wanted))
     distance = float(np.linalg.norm(found - wanted)) / size if size else float(np.abs(found).max(initial=0))
-    if distance <= {"F32": 0.0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 5e-2}.get(type_, _FAR):
+    allowed = 0.0 if bits >= 32 else min(_COARSEST, _STEP * 2.0**-bits)
+    if distance <= allowed:
         return None
     return f"is {distance:.0%} off its source" if math.isfinite(distance) else "holds values that are not numbers"
+
+
+def _digits(type_: Any) -> float:
+    """Bits a weight that carry its value: half precision has 11, bfloat16 8, a block type all it stores."""
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[type_]
+    return {"F16": 11.0, "BF16": 8.0}.get(type_.name, 8 * size / block)
+
+
+def _told(planned: Any, value: Any) -> str:
+    """Two values side by side; of long lists, the first place where they differ."""
+    if isinstance(planned, list) and isinstance(value, list) and len(planned) > 4:
+        place = next((i for i, (a, b) in enumerate(zip(planned, value, strict=False)) if not _same(a, b)), None)
+        if place is not None:
+            return f"has {_brief(value[place])} at {place}, the model's has {_brief(planned[place])}"
+        return f"has {len(value)} entries, the model's has {len(planned)}"
+    return f"is {_brief(value)}, the model's is {_brief(planned)}"
 
 
 def _instead(plan: FilePlan | MlxPlan, name: str, found: NDArray[np.float32]) -> str:

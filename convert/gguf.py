@@ -19,7 +19,7 @@ from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.train.base import check_checkpoint, checkpoint_identity
 
 _ALIGNMENT = 32
-_LICENCES = "LICENSES"
+LICENCES = "LICENSES"
 _MARGIN_BYTES = 32 << 20
 
 
@@ -107,8 +107,8 @@ def check_room(folder: Path, needed: int) -> None:
 def finish(source: Source, folder: Path) -> None:
     """Put the front end and the licences beside the weights."""
     source.front.save(folder)
-    if (source.folder / _LICENCES).is_dir():
-        shutil.copytree(source.folder / _LICENCES, folder / _LICENCES, dirs_exist_ok=True)
+    if (source.folder / LICENCES).is_dir():
+        shutil.copytree(source.folder / LICENCES, folder / LICENCES, dirs_exist_ok=True)
 
 
 def identity(folder: Path) -> artifact.Input:

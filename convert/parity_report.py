@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,11 +41,12 @@ def save(reference: Path, exports: Sequence[Path], pairs: Sequence[Pair], out: P
     Raises:
         ArtifactError: `out` holds something else, or the disk is full.
     """
-    config = {"stage": "parity", "pairs": [f"{pair.subject} on {pair.runtime}" for pair in pairs]}
+    found = as_json(pairs)
+    config = {"stage": "parity", "table": found}  # other numbers are another table
     inputs = [folder for folder in (reference, *exports) if (folder / artifact.MANIFEST).is_file()]
     with artifact.create(out, "report", config, inputs) as draft:
         if not draft.complete:
-            text = json.dumps(as_json(pairs), indent=1, ensure_ascii=False)
+            text = json.dumps(found, indent=1, ensure_ascii=False)
             (draft.path / REPORT).write_text(text + "\n", encoding="utf-8")
             (draft.path / "parity.md").write_text(markdown(pairs), encoding="utf-8")
             draft.metrics["passed"] = passed(pairs)
@@ -56,7 +58,13 @@ def _flat(pair: Pair) -> dict[str, Any]:
     names = (
         "max_abs_logit_diff", "mean_kld", "top1_agreement", "undecided", "tokens", "prompt_kld", "embedding_rel_error",
     )  # fmt: skip
-    return flat | (flat.pop("fidelity") or dict.fromkeys(names))
+    flat |= flat.pop("fidelity") or dict.fromkeys(names)
+    return {key: _finite(value) for key, value in flat.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _row(pair: Pair) -> tuple[str, ...]:
@@ -74,4 +82,4 @@ def _row(pair: Pair) -> tuple[str, ...]:
 
 
 def _yes(equal: bool | None) -> str:
-    return "its own" if equal is None else "equal" if equal else "differ"
+    return "not known" if equal is None else "equal" if equal else "differ"

@@ -14,11 +14,13 @@ from ldrt_edge.front import Front, Message
 from ldrt_edge.runtimes.base import Prompt
 
 _SEED = 20250115
+ALL = 5
+"""Enough to see every shape of picture; making prompts of them needs no model."""
 _PROBES = 4
 """About 300 answer tokens."""
 _BIG_WEIGHTS = 2_000_000_000
 """A model with more is asked one question, about 75 answer tokens: on a CPU each takes minutes."""
-_SIZES = ((224, 224), (180, 320), (400, 150), (97, 96), (600, 450))  # height, width
+_SIZES = ((180, 320), (224, 224), (400, 150), (97, 96), (600, 450))  # height, width
 _QUESTIONS_AND_ANSWERS = (
     (
         "What does this picture show?",
@@ -70,10 +72,10 @@ def probe_count(weights: int) -> int:
     return 1 if weights > _BIG_WEIGHTS else _PROBES
 
 
-def text_probes(front: Front) -> list[Probe]:
+def text_probes(front: Front, count: int = _PROBES) -> list[Probe]:
     """The same questions and answers without pictures."""
     made = []
-    for question, answer in _QUESTIONS_AND_ANSWERS:
+    for question, answer in questions(count):
         messages = [Message("user", question)]
         made.append((front.prompt(messages), front.answer_ids(messages, answer)))
     return made

@@ -3,19 +3,24 @@
 The weights stream into a full-precision GGUF inside the draft folder, llama.cpp's own quantiser reads that in a child
 process, and what it wrote is read back: which types it holds, and which tensors could not have the wanted type because
 their rows are no multiple of its block. How far the result is from the merged model is measured and recorded.
+
+An importance artefact tells the quantiser which weights matter, and unlocks types of less than 3 bits; a plan gives
+every matrix its own type, the vision tower's and the projector's too.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, get_args
 
@@ -24,10 +29,12 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileTy
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.fallbacks import Fallback, Quantized, report
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity, write
+from ldrt_edge.convert.importance import imatrix_path
 from ldrt_edge.convert.parity import check
 from ldrt_edge.convert.plan import FilePlan, MmprojType, TextType, mmproj_plan, text_plan
-from ldrt_edge.convert.source import open_source
-from ldrt_edge.convert.weights import Weights
+from ldrt_edge.convert.quantize_worker import Job
+from ldrt_edge.convert.source import Source, open_source
+from ldrt_edge.convert.type_plan import TypePlan, assign, file_type, nbytes, quantizable
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.runtimes.processor import physical_cores
 
@@ -37,37 +44,67 @@ TYPES = (
     "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K",
 )  # fmt: skip
 """llama.cpp's names of what it quantises to without an importance matrix."""
-_NEED_IMPORTANCE = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
+IMPORTANCE_TYPES = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
+"""What it quantises to only with one."""
 _FALLBACKS = {
     "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0",
-    "IQ4_XS": "IQ4_NL", "IQ3_S": "IQ4_NL",
+    "IQ4_XS": "IQ4_NL", "IQ3_S": "IQ4_NL", "IQ3_XXS": "IQ4_NL", "IQ2_S": "IQ4_NL", "IQ2_XS": "IQ4_NL",
+    "IQ2_XXS": "IQ4_NL", "IQ1_M": "IQ4_NL", "IQ1_S": "IQ4_NL",
 }  # fmt: skip
+_BASES = {"IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S", "IQ2_S": "IQ2_XS"}
 _BIG_BLOCK = 256
-_FULL = ".full-precision.gguf"
+_FULL, WORK = ".full-precision.gguf", ".full-precision"
+MODEL, MMPROJ = "model-PLANNED.gguf", "mmproj-PLANNED.gguf"
+"""Files of a planned pair."""
 _PROGRESS = re.compile(r"^\[ *\d+/ *\d+\] +\S+ +- \[ *(\d+), *(\d+), *(\d+), *(\d+)\]")
 
 
-def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Importance:
+    """An importance artefact, and how its kinds of token are weighed: pooled, balanced or answer."""
+
+    folder: Path
+    weighting: str = "balanced"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How llama.cpp is to quantise one file: its file type; types by tensor, which go first; an importance matrix."""
+
+    type: str
+    types: Mapping[str, str] = field(default_factory=dict)
+    imatrix: Path | None = None
+
+
+def quantize(
+    merged: Path,
+    out: Path,
+    type_: str = "q4",
+    mmproj_type: str | None = None,
+    importance: Importance | None = None,
+) -> Path:
     """Quantise a merged or base folder; returns `out`, an artefact of kind "gguf".
 
-    type_: one of llama.cpp's `TYPES`, or a preset (`q4`, `q8`). mmproj_type: None takes f16. A killed run goes on from
-    its full-precision file.
+    type_: one of llama.cpp's `TYPES`, or with an importance artefact of `IMPORTANCE_TYPES`, or a preset (`q4`, `q8`).
+    mmproj_type: None takes f16. A killed run goes on from its full-precision file.
 
     Raises:
-        ConfigError: an unknown type, or one that needs an importance matrix.
+        ConfigError: an unknown type, or one that needs an importance artefact.
         ArtifactError: the folder cannot become GGUF, the disk is too small, or llama.cpp failed.
     """
-    type_ = _resolve(type_)
+    type_ = _resolve(type_, importance)
     vision_type: MmprojType = check_choice("--mmproj", mmproj_type or "f16", get_args(MmprojType))
-    config = {"to": "gguf", "type": type_, "mmproj_type": vision_type}
-    with artifact.create(out, "gguf", config, [identity(merged)], resumable=True) as draft:
+    config = {"to": "gguf", "type": type_, "mmproj_type": vision_type, **_described(importance)}
+    with artifact.create(out, "gguf", config, inputs(merged, importance), resumable=True) as draft:
         if not draft.complete:
             source = open_source(merged)
-            text, vision = text_plan(source, _lossless(source.weights)), mmproj_plan(source, vision_type)
+            text, vision = text_plan(source, lossless(source)), mmproj_plan(source, vision_type)
             model = draft.path / f"model-{type_}.gguf"
             check_room(draft.path, text.nbytes + _estimate(text, type_) + vision.nbytes)
             if not model.exists():
-                _quantize_text(text, model, type_)
+                full = write_full(text, draft.path)
+                quantize_file(full, model, Wanted(type_, imatrix=_imatrix(importance)), text)
+                full.unlink()
             write(vision, draft.path / f"mmproj-{vision_type.upper()}.gguf", "vision")
             finish(source, draft.path)
             result = read_back(model, type_)
@@ -77,7 +114,62 @@ def quantize(merged: Path, out: Path, type_: str = "q4", mmproj_type: str | None
     return out
 
 
-def run_quantizer(source: Path, target: Path, type_: str, weights: int) -> None:
+def quantize_planned(merged: Path, out: Path, plan: TypePlan, importance: Importance | None = None) -> Path:
+    """Quantise a merged or base folder by a plan; returns `out`, an artefact of kind "gguf".
+
+    Raises:
+        ConfigError: the plan does not fit the model.
+        ArtifactError: as `quantize`.
+    """
+    config = {"to": "gguf", "plan": {"model": plan.model, "mmproj": plan.mmproj}, **_described(importance)}
+    with artifact.create(out, "gguf", config, inputs(merged, importance), resumable=True) as draft:
+        if not draft.complete:
+            source = open_source(merged)
+            write_planned(source, plan, draft.path, importance, draft.path / WORK)
+            shutil.rmtree(draft.path / WORK)
+            result = read_back(draft.path / MODEL)
+            report(result, "plan")
+            draft.metrics["quantized"] = asdict(result)
+            draft.metrics["fidelity"] = asdict(check(merged, draft.path))
+    return out
+
+
+def write_planned(source: Source, plan: TypePlan, folder: Path, importance: Importance | None, work: Path) -> None:
+    """Write the GGUF pair of a plan, with its front end.
+
+    work: keeps the full-precision files, so that several plans can be written from them.
+
+    Raises:
+        ConfigError: the plan does not fit the model.
+        ArtifactError: the disk is too small, or llama.cpp failed.
+    """
+    text, vision = text_plan(source, lossless(source)), mmproj_plan(source, "f16")
+    imatrix = _imatrix(importance)
+    model_types, mmproj_types = assign(plan.model, quantizable(text)), assign(plan.mmproj, quantizable(vision))
+    check_room(folder, text.nbytes + vision.nbytes + planned_bytes(text, model_types))
+    work.mkdir(exist_ok=True)
+    for file, types, name in ((text, model_types, MODEL), (vision, mmproj_types, MMPROJ)):
+        if type_ := file_type(types):
+            quantize_file(write_full(file, work, name), folder / name, Wanted(type_, types, imatrix), file)
+        else:
+            write(file, folder / name, name)
+    finish(source, folder)
+
+
+def inputs(merged: Path, importance: Importance | None) -> list[artifact.Input]:
+    """What a quantised artefact is made from."""
+    return [identity(merged)] + ([artifact.identity(importance.folder)] if importance else [])
+
+
+def planned_bytes(file: FilePlan, types: Mapping[str, str]) -> int:
+    """Bytes of a file's tensors when these have the given types."""
+    return sum(
+        nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else tensor.nbytes
+        for tensor in file.tensors
+    )
+
+
+def run_quantizer(source: Path, target: Path, wanted: Wanted, weights: int) -> None:
     """Let llama.cpp quantise one GGUF file to another, in a child process, showing progress.
 
     weights: their number, for the progress.
@@ -86,33 +178,38 @@ def run_quantizer(source: Path, target: Path, type_: str, weights: int) -> None:
         OSError: the disk is full (`errno.ENOSPC`).
         ArtifactError: llama.cpp refused or crashed.
     """
-    file_type = LlamaFileType[f"MOSTLY_{type_}"].value
-    command = [sys.executable, "-m", "ldrt_edge.convert.quantize_worker", source, target, file_type, physical_cores()]
-    with (
-        tempfile.TemporaryFile("w+", errors="replace") as errors,
-        subprocess.Popen(
-            [str(word) for word in command], stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
-        ) as child,
-    ):
-        try:
-            assert child.stdout is not None
-            _show_progress(child.stdout, type_, weights)
-        except BaseException:
-            child.kill()
-            raise
-        if child.wait() == 0:
-            return
+    job = Job(
+        str(source), str(target), LlamaFileType[f"MOSTLY_{wanted.type}"].value, physical_cores(),
+        str(wanted.imatrix) if wanted.imatrix else None, wanted.types,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "ldrt_edge.convert.quantize_worker"]
+    with tempfile.TemporaryFile("w+") as order, tempfile.TemporaryFile("w+", errors="replace") as errors:
+        json.dump(asdict(job), order)
+        order.seek(0)
+        with subprocess.Popen(
+            command, stdin=order, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
+        ) as child:
+            try:
+                assert child.stdout is not None
+                _show_progress(child.stdout, wanted.type, weights)
+            except BaseException:
+                child.kill()
+                raise
+            if child.wait() == 0:
+                return
         errors.seek(0)
         reason = errors.read().strip().splitlines()
     target.unlink(missing_ok=True)
     last = reason[-1] if reason else f"ended by signal {-child.returncode}"
     if "iostream error" in last:  # what the C++ library calls a write that fails
         raise OSError(errno.ENOSPC, "disk full", str(target))
-    raise ArtifactError(f"llama.cpp could not quantise to {type_}: {last}")
+    raise ArtifactError(f"llama.cpp could not quantise to {wanted.type}: {last}")
 
 
-def read_back(path: Path, type_: str) -> Quantized:
+def read_back(path: Path, type_: str | None = None) -> Quantized:
     """What a quantised file really holds.
+
+    type_: the preset that it was made by; None for a plan, which has no fall-backs.
 
     Raises:
         ArtifactError: the file is truncated.
@@ -127,37 +224,51 @@ def read_back(path: Path, type_: str) -> Quantized:
         bytes=path.stat().st_size,
         bits_per_weight=round(8 * stored / weights, 3),
         types=dict(Counter(tensor.tensor_type.name for tensor in tensors).most_common()),
-        fallbacks=tuple(_fallbacks(tensors, _base_type(type_))),
+        fallbacks=tuple(_fallbacks(tensors, _base_type(type_))) if type_ else (),
     )
 
 
-def _resolve(type_: str) -> str:
-    name = PRESETS.get(type_.lower(), type_.upper())
-    if name in _NEED_IMPORTANCE:
-        raise ConfigError(f"--type {name} needs an importance matrix, which this command does not make: take Q2_K")
-    if name in ("F32", "F16", "BF16"):
-        raise ConfigError(f"--type {name} is not quantised: use ldrt-edge convert --to gguf --type {name.lower()}")
-    check_choice("--type", name, TYPES)
-    return name
-
-
-def _lossless(weights: Weights) -> TextType:
+def lossless(source: Source) -> TextType:
     """The smallest type that holds the checkpoint's values exactly."""
     types: dict[str, TextType] = {"F16": "f16", "BF16": "bf16"}
-    found = weights.dtypes()
+    found = source.weights.dtypes()
     return types.get(found.pop(), "f32") if len(found) == 1 else "f32"
 
 
-def _quantize_text(plan: FilePlan, model: Path, type_: str) -> None:
-    """Write the full-precision file, or take the one a killed run left, and quantise it. Each appears when whole."""
-    full, part = model.with_name(_FULL), model.with_suffix(".part")
+def write_full(plan: FilePlan, folder: Path, name: str = _FULL) -> Path:
+    """Write a full-precision file into a draft folder, or take the one a killed run left. It appears when whole."""
+    full = folder / name
     if not full.exists():
+        part = full.with_suffix(".part")
         write(plan, part, "full precision")
         part.rename(full)
-    run_quantizer(full, part, type_, sum(math.prod(tensor.shape) for tensor in plan.tensors))
-    read_back(part, type_)
-    part.rename(model)
-    full.unlink()
+    return full
+
+
+def quantize_file(full: Path, target: Path, wanted: Wanted, plan: FilePlan) -> None:
+    """Quantise a full-precision file; the result appears when whole."""
+    part = target.with_suffix(".part")
+    run_quantizer(full, part, wanted, sum(math.prod(tensor.shape) for tensor in plan.tensors))
+    read_back(part)
+    part.replace(target)
+
+
+def _resolve(type_: str, importance: Importance | None) -> str:
+    name = PRESETS.get(type_.lower(), type_.upper())
+    if name in IMPORTANCE_TYPES and importance is None:
+        raise ConfigError(f"--type {name} needs --importance: run ldrt-edge importance first, or take Q2_K")
+    if name in ("F32", "F16", "BF16"):
+        raise ConfigError(f"--type {name} is not quantised: use ldrt-edge convert --to gguf --type {name.lower()}")
+    check_choice("--type", name, TYPES + IMPORTANCE_TYPES if importance else TYPES)
+    return name
+
+
+def _described(importance: Importance | None) -> dict[str, str]:
+    return {"weighting": importance.weighting} if importance else {}
+
+
+def _imatrix(importance: Importance | None) -> Path | None:
+    return imatrix_path(importance.folder, importance.weighting) if importance else None
 
 
 def _estimate(plan: FilePlan, type_: str) -> int:
@@ -173,7 +284,7 @@ def _estimate(plan: FilePlan, type_: str) -> int:
 
 def _base_type(type_: str) -> str:
     """The tensor type that a file type is named after: Q4_K for Q4_K_M. Source: llama_ftype_get_default_type."""
-    return "IQ3_S" if type_ == "IQ3_M" else re.sub(r"(_K)_[SML]$", r"\1", type_)
+    return _BASES.get(type_, re.sub(r"(_K)_[SML]$", r"\1", type_))
 
 
 def _fallbacks(tensors: list[Any], base: str) -> Iterator[Fallback]:

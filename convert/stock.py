@@ -11,7 +11,6 @@ import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,27 +18,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldrt_edge.convert.exports import Export
+from ldrt_edge.convert.observation import ANSWER_TOKENS
 from ldrt_edge.convert.probes import Probe
 from ldrt_edge.errors import require
-from ldrt_edge.front import Front
 from ldrt_edge.front_config import read_json
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.llamacpp import gguf_pair
 
 _CONTEXT = 4096
 
+Ids = tuple[int, ...]
 Asked = tuple[tuple[str, str], NDArray[np.uint8]]
 """A question with its expected answer, and the picture (height, width, 3)."""
-Observed = tuple[list[FloatArray] | None, list[tuple[int, ...]]]
+Observed = tuple[list[FloatArray] | None, list[Ids]]
 """Logits of the forced answers, (tokens, vocab) each, where there are any; and greedy answers."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A stock runtime. observe: folder, asked, probes and the length of greedy answers give `Observed`."""
+    """A stock runtime. observe: export, asked, probes and the reference's greedy answers give `Observed`."""
 
     name: str
-    observe: Callable[[Path, Sequence[Asked], Sequence[Probe], int], Observed]
+    observe: Callable[[Export, Sequence[Asked], Sequence[Probe], Sequence[Ids]], Observed]
 
 
 def peers_of(export: Export) -> list[Peer]:
@@ -52,10 +52,12 @@ def peers_of(export: Export) -> list[Peer]:
     return [Peer(name, observe) for module, name, observe in found if importlib.util.find_spec(module)]
 
 
-def _llama_cpp_python(folder: Path, asked: Sequence[Asked], wanted: Sequence[Probe], length: int) -> Observed:
+def _llama_cpp_python(
+    export: Export, asked: Sequence[Asked], wanted: Sequence[Probe], greedy: Sequence[Ids]
+) -> Observed:
     """`Llama` with the multimodal chat handler, with its own defaults."""
     llama_cpp, formats = require("llama_cpp", ""), require("llama_cpp.llama_chat_format", "")
-    model, mmproj = gguf_pair(folder)
+    model, mmproj = gguf_pair(export.folder)
     handler = formats.MTMDChatHandler(str(mmproj), verbose=False, use_gpu=False)
     llama = llama_cpp.Llama(str(model), chat_handler=handler, n_ctx=_CONTEXT, verbose=False)
 
@@ -74,49 +76,49 @@ def _llama_cpp_python(folder: Path, asked: Sequence[Asked], wanted: Sequence[Pro
                 llama.eval([token])
                 rows.append(logits())
             scored.append(np.stack(rows))
-            answers.append(_greedy(llama, held, int(rows[0].argmax()), prompt.stop_ids, length, logits))
+            answers.append(_greedy(llama, held, int(rows[0].argmax()), prompt.stop_ids, logits))
     finally:
         llama.close()
     return scored, answers
 
 
 def _greedy(
-    llama: Any, held: int, token: int, stop: Sequence[int], length: int, logits: Callable[[], FloatArray]
+    llama: Any, held: int, token: int, stop: Sequence[int], logits: Callable[[], FloatArray]
 ) -> tuple[int, ...]:
     llama._ctx.kv_cache_seq_rm(-1, held, -1)
     llama.n_tokens = held
     given: list[int] = []
-    while token not in stop and len(given) < length:
+    while token not in stop and len(given) < ANSWER_TOKENS:
         given.append(token)
         llama.eval([token])
         token = int(logits().argmax())
     return tuple(given)
 
 
-def _xllamacpp(folder: Path, asked: Sequence[Asked], wanted: Sequence[Probe], length: int) -> Observed:
+def _xllamacpp(export: Export, asked: Sequence[Asked], wanted: Sequence[Probe], greedy: Sequence[Ids]) -> Observed:
     """xllamacpp's server, whose answers come as text."""
     xllamacpp = require("xllamacpp", "peers")
-    model, mmproj = gguf_pair(folder)
+    model, mmproj = gguf_pair(export.folder)
     parameters = xllamacpp.CommonParams()
     parameters.model.path, parameters.mmproj.path = str(model), str(mmproj)
     parameters.n_ctx, parameters.warmup, parameters.mmproj_use_gpu = _CONTEXT, False, False
     parameters.verbosity = -1
     server = xllamacpp.Server(parameters)
-    front = Front.load(folder)
+    front = export.front
     answers = []
     for ((question, _), picture), _probe in zip(asked, wanted, strict=True):
-        request = {"messages": _messages(question, picture), "max_tokens": length, "temperature": 0.0}
+        request = {"messages": _messages(question, picture), "max_tokens": ANSWER_TOKENS, "temperature": 0.0}
         reply = server.handle_chat_completions(request)
         text = reply["choices"][0]["message"]["content"]
         answers.append(tuple(front.tokenizer.encode(text, add_special_tokens=False).ids))
     return None, answers
 
 
-def _mlx_vlm(folder: Path, asked: Sequence[Asked], wanted: Sequence[Probe], length: int) -> Observed:
+def _mlx_vlm(export: Export, asked: Sequence[Asked], wanted: Sequence[Probe], greedy: Sequence[Ids]) -> Observed:
     """mlx-vlm's network with the right prompt and tiles: its processor does not run on this transformers."""
     mx, utils = require("mlx.core", "mlx"), require("mlx_vlm.utils", "peers")
-    model, front = utils.load_model(folder), Front.load(folder)
-    tiled = read_json(folder / "config.json")["model_type"] == "llava_next"
+    model, front = utils.load_model(export.folder), export.front
+    tiled = read_json(export.folder / "config.json")["model_type"] == "llava_next"
     mean, std = (np.asarray(v, np.float32) for v in (front.config.image_mean, front.config.image_std))
 
     def run(ids: Sequence[int], tiles: NDArray[np.uint8]) -> FloatArray:
@@ -125,19 +127,15 @@ def _mlx_vlm(folder: Path, asked: Sequence[Asked], wanted: Sequence[Probe], leng
         return np.array(getattr(output, "logits", output)[0].astype(mx.float32))
 
     scored, answers = [], []
-    for prompt, answer in wanted:
+    for (prompt, answer), expected in zip(wanted, greedy, strict=True):
         tiles = prompt.images[0].tiles
         rows = run((*prompt.ids, *answer[:-1]), tiles)
         if len(rows) != len(prompt.ids) + len(answer) - 1:
             raise ValueError(f"{len(rows)} positions for {len(prompt.ids) + len(answer) - 1} tokens")
         scored.append(rows[-len(answer) :])
-        given: list[int] = []
-        while len(given) < length:
-            token = int(run((*prompt.ids, *given), tiles)[-1].argmax())
-            if token in prompt.stop_ids:
-                break
-            given.append(token)
-        answers.append(tuple(given))
+        # one pass tells whether its greedy answer is the reference's; going on token by token would take minutes
+        rows = run((*prompt.ids, *expected), prompt.images[0].tiles)[len(prompt.ids) - 1 :]
+        answers.append(tuple(int(token) for token in rows.argmax(axis=-1)[: len(expected)]))
     return scored, answers
 
 

@@ -6,6 +6,7 @@ stderr. Stages and runtimes are imported inside the commands, so that `--help` n
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from ldrt_edge import __version__
+from ldrt_edge.bundle.commands import bundle, inspect, trust_once_option
 from ldrt_edge.errors import ArtifactError, ConfigError, LdrtError, all_problems
 
 if TYPE_CHECKING:
+    from ldrt_edge.convert.quantize import Importance
     from ldrt_edge.train.data.phantom_text import Language
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -53,8 +56,29 @@ def cli() -> None:
     """
 
 
+cli.add_command(bundle)
+cli.add_command(inspect)
+
+
+def _model_argument(command: F) -> F:
+    """EDGE, a model folder or a bundle; the command gets the folder of a model that may be loaded."""
+
+    @functools.wraps(command)
+    def resolved(edge: Path, trust_once: bool, **options: Any) -> None:
+        from ldrt_edge.bundle.open import model_folder
+
+        command(edge=model_folder(edge, trust_once), **options)
+
+    return click.argument("edge", type=PATH)(trust_once_option(cast(F, resolved)))
+
+
 def _json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")(command)
+
+
+def _weighting_option(command: F) -> F:
+    kinds, told = click.Choice(["pooled", "balanced", "answer"]), "Of picture, prompt and answer. Default: balanced."
+    return click.option("--weighting", type=kinds, help=told)(command)
 
 
 def _show_artifact(path: Path, as_json: bool) -> None:
@@ -234,17 +258,38 @@ def convert(
     if app is not None:
         from ldrt_edge.convert.apps import for_app
 
-        made = for_app(model, app, out or model.with_name(f"{model.name}-{app}"))
+        made = for_app(model, app, out or _beside(model, app))
     elif to == "mlx":
         from ldrt_edge.convert import mlx
 
         _refuse(to, mmproj=mmproj)
-        made = mlx.convert(model, out or model.with_name(f"{model.name}-mlx-{type_.upper()}"), type_)
+        made = mlx.convert(model, out or _beside(model, f"mlx-{type_.upper()}"), type_)
     else:
         from ldrt_edge.convert import gguf
 
-        made = gguf.convert(model, out or model.with_name(f"{model.name}-gguf-{type_.upper()}"), type_, mmproj)
+        made = gguf.convert(model, out or _beside(model, f"gguf-{type_.upper()}"), type_, mmproj)
     _show_artifact(made, as_json)
+
+
+@cli.command()
+@click.argument("model", type=PATH)
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact; its training rows are shown.")
+@click.option("--out", type=PATH, help="Default: MODEL-importance beside it.")
+@click.option("--limit", type=click.IntRange(min=1), help="About this many rows, as whole pictures.")
+@click.option("--seed", default=0, show_default=True, help="Of the choice of pictures.")
+@click.option("--threads", type=click.IntRange(min=1))
+@_json_option
+def importance(
+    model: Path, dataset: Path, out: Path | None, limit: int | None, seed: int, threads: int | None, as_json: bool
+) -> None:
+    """Measure which inputs of each matrix matter, on your own pictures and questions, for quantize --importance.
+
+    MODEL is a merged model, watched in transformers, or an unquantised GGUF folder, watched in llama.cpp.
+    """
+    from ldrt_edge.convert.importance import importance as run
+
+    out = out or _beside(model, "importance")
+    _show_artifact(run(model, dataset, out, limit, seed, threads), as_json)
 
 
 @cli.command()
@@ -258,29 +303,121 @@ def convert(
 )
 @click.option("--mmproj", type=click.Choice(["f16", "q8_0"]), help="GGUF's. Default: f16.")
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="MLX's: weights to a scale. Default: 64.")
+@click.option("--importance", type=PATH, help="GGUF's: what `ldrt-edge importance` measured.")
+@_weighting_option
+@click.option("--plan", type=PATH, metavar="FILE", help="GGUF's: a type for every matrix; see `ldrt-edge plan`.")
+@click.option(
+    "--max-loss", type=float, metavar="POINTS",
+    help="GGUF's: search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
+)
+@click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
+@click.option("--data", "dataset", type=PATH, help="With --max-loss: its test rows judge, its training rows guide.")
+@click.option("--limit", type=click.IntRange(min=1), help="With --max-loss: about how many test rows are asked.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
 @_json_option
 def quantize(
-    merged: Path, to: str, type_: str | None, mmproj: str | None, group_size: str | None, out: Path | None,
-    as_json: bool,
+    merged: Path, to: str, type_: str | None, mmproj: str | None, group_size: str | None, importance: Path | None,
+    weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None, dataset: Path | None,
+    limit: int | None, out: Path | None, as_json: bool,
 ) -> None:
-    """Quantise merged weights to GGUF or MLX; falls back per tensor where rows do not divide, and says so."""
-    if type_ is None:
-        raise ConfigError("which type? --q4, --q8 or --type TYPE")
+    """Quantise merged weights to GGUF or MLX: to a preset, by a plan, or as far as a loss budget allows.
+
+    Falls back per tensor where rows do not divide into a preset's type, and says so.
+    """
+    if [type_, plan, max_loss].count(None) != 2:
+        raise ConfigError("which types? one of --q4, --q8 or --type TYPE, --plan FILE, --max-loss POINTS")
+    if to == "mlx":
+        _refuse(to, importance=importance, plan=plan, max_loss=max_loss)
+    else:
+        _refuse(to, group_size=group_size)
+    given = _importance(importance, weighting)
+    if max_loss is None and (max_flips, dataset, limit) != (None, None, None):
+        raise ConfigError("--max-flips, --data and --limit go with --max-loss")
+    if type_ is None and mmproj is not None:
+        raise ConfigError("--mmproj goes with a preset: a plan has the mmproj's types itself")
+    if max_loss is not None:
+        if given is None or dataset is None:
+            raise ConfigError("--max-loss wants --data and --importance")
+        out = out or _beside(merged, f"gguf-loss{max_loss:g}")
+        _to_budget(merged, out, dataset, given, (max_loss, max_flips), limit, as_json)
+        return
+    if plan is not None:
+        from ldrt_edge.convert.quantize import quantize_planned
+        from ldrt_edge.convert.type_plan import read_type_plan
+
+        out = out or _beside(merged, f"gguf-{plan.stem}")
+        _show_artifact(quantize_planned(merged, out, read_type_plan(plan), given), as_json)
+        return
+    assert type_ is not None
     if to == "mlx":
         from ldrt_edge.convert import mlx
 
         _refuse(to, mmproj=mmproj)
-        out = out or merged.with_name(f"{merged.name}-mlx-{type_}")
+        out = out or _beside(merged, f"mlx-{type_}")
         made = mlx.quantize(merged, out, type_, int(group_size) if group_size else None)
     else:
         from ldrt_edge.convert.quantize import PRESETS
         from ldrt_edge.convert.quantize import quantize as run
 
-        _refuse(to, group_size=group_size)
-        out = out or merged.with_name(f"{merged.name}-gguf-{PRESETS.get(type_, type_)}")
-        made = run(merged, out, type_, mmproj)
+        out = out or _beside(merged, f"gguf-{PRESETS.get(type_, type_)}")
+        made = run(merged, out, type_, mmproj, given)
     _show_artifact(made, as_json)
+
+
+def _importance(folder: Path | None, weighting: str | None) -> Importance | None:
+    from ldrt_edge.convert.quantize import Importance
+
+    if folder is None:
+        if weighting is not None:
+            raise ConfigError("--weighting goes with --importance")
+        return None
+    return Importance(folder, weighting or Importance.weighting)
+
+
+def _to_budget(
+    merged: Path, out: Path, dataset: Path, importance: Importance, budget: tuple[float, float | None],
+    limit: int | None, as_json: bool,
+) -> None:
+    from ldrt_edge.bench.gate import Gate
+    from ldrt_edge.convert.budget import quantize_to_budget
+
+    max_loss, max_flips = budget
+    gate = Gate(merged, dataset, max_loss, max_flips, limit)
+    held = {"max_loss": max_loss, "max_flips": max_flips, "questions": limit}
+    verdict = quantize_to_budget(merged, out, dataset, importance, gate, held)
+    _show_artifact(out, as_json)
+    if not verdict.released:
+        raise ArtifactError(f"{out}: not released: {verdict.reason}")
+
+
+@cli.command()
+@click.argument("merged", type=PATH)
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact; its training rows are asked.")
+@click.option("--importance", required=True, type=PATH, help="What `ldrt-edge importance` measured.")
+@_weighting_option
+@click.option("--target-size", type=float, metavar="MB", help="Of all weights of both files.")
+@click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over both files.")
+@click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
+@click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
+def plan(
+    merged: Path, dataset: Path, importance: Path, weighting: str | None, target_size: float | None, bpw: float | None,
+    max_kld: float | None, limit: int, seed: int, out: Path,
+) -> None:
+    """Choose a GGUF type for every matrix: least damage to the answers within a size, or least size within a damage.
+
+    The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`.
+    """
+    from ldrt_edge.convert.allocate import plan as run
+
+    given = _importance(importance, weighting)
+    assert given is not None
+    target = None if target_size is None else int(target_size * 1e6)
+    made = run(
+        merged, dataset, given, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
+    )
+    click.echo(made)
 
 
 @cli.command()
@@ -298,8 +435,8 @@ def parity(
     EXPORT is a GGUF folder, an MLX folder or a merged model: ours, or somebody else's.
     """
     if golden is not None:
-        if reference is not None:
-            raise ConfigError("--golden takes one export and no reference")
+        if reference is not None or peers or out is not None:
+            raise ConfigError("--golden takes one export, and neither a reference nor --peers or --out")
         _replay_golden(golden, as_json)
     elif reference is None or not exports:
         raise ConfigError("which models? ldrt-edge parity REFERENCE EXPORT..., or --golden EDGE")
@@ -312,20 +449,20 @@ def _hold_against(reference: Path, exports: tuple[Path, ...], peers: bool, out: 
     from ldrt_edge.convert.parity import parity as run
 
     pairs = run(reference, exports, peers)
+    click.echo(json.dumps(parity_report.as_json(pairs)) if as_json else parity_report.markdown(pairs), nl=as_json)
     if out is not None:
         parity_report.save(reference, exports, pairs, out)
-    click.echo(json.dumps(parity_report.as_json(pairs)) if as_json else parity_report.markdown(pairs), nl=as_json)
-    if out is not None and not as_json:
-        click.echo(out)
+        click.echo(out, err=as_json)
     if not parity_report.passed(pairs):
         failed = [f"{pair.subject}: {pair.stage}: {pair.fault}" for pair in pairs if pair.stage and not pair.peer]
         raise ArtifactError(all_problems(failed, "not the same answer"))
 
 
 def _replay_golden(edge: Path, as_json: bool) -> None:
-    from ldrt_edge.convert.golden import replay
+    from ldrt_edge.bundle.open import model_folder
+    from ldrt_edge.golden import replay
 
-    found = replay(edge)
+    found = replay(model_folder(edge))
     faults = [entry for entry in found if entry.fault]
     if as_json:
         summary = {"records": len(found), "reproduced": len(found) - len(faults), "passed": not faults}
@@ -347,21 +484,24 @@ def _replay_golden(edge: Path, as_json: bool) -> None:
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
 @click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@trust_once_option
 @_json_option
 def bench(
-    edge: Path, dataset: Path, reference: Path | None, out: Path | None, as_json: bool, **options: Any
+    edge: Path, dataset: Path, reference: Path | None, out: Path | None, trust_once: bool, as_json: bool, **options: Any
 ) -> None:
     """Measure a model: accuracy with its blind control, loss against the merged model, speed. Writes report.html."""
     from ldrt_edge.bench.report import bench as run
+    from ldrt_edge.bundle.open import model_folder
 
-    out = out or edge.with_name(f"{edge.name}-report")
-    _show_artifact(run(edge, dataset, out, reference, **options), as_json)
+    out = out or _beside(edge, "report")
+    _show_artifact(run(model_folder(edge, trust_once), dataset, out, reference, **options), as_json)
 
 
 @cli.command()
-@click.argument("edge", type=PATH)
+@_model_argument
 @click.option("--image", type=PATH, help="PNG, JPEG, TIFF or DICOM.")
 @click.option("--ask", help="One question; without it, a conversation.")
+@click.option("--web", is_flag=True, help="A conversation in the browser, on this machine only.")
 @click.option("--window", metavar="C,W", help="DICOM window centre and width, instead of the header's.")
 @click.option("--frame", default=0, show_default=True, type=click.IntRange(min=0), help="Of a multi-frame picture.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
@@ -370,7 +510,7 @@ def bench(
 @click.option("--threads", type=click.IntRange(min=1))
 @_json_option
 def chat(
-    edge: Path, image: Path | None, ask: str | None, window: str | None, frame: int, max_tokens: int,
+    edge: Path, image: Path | None, ask: str | None, web: bool, window: str | None, frame: int, max_tokens: int,
     temperature: float, seed: int, threads: int | None, as_json: bool,
 ) -> None:
     """Ask about a picture, offline. Research use, not for diagnosis."""
@@ -381,6 +521,13 @@ def chat(
 
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     level = _window(window)
+    if web:
+        if ask or image or as_json:
+            raise ConfigError("--web opens a page: leave out --ask, --image and --json")
+        from ldrt_edge.chat.server import serve as run
+
+        run(edge, 0, sampling, threads, browser=True)
+        return
     if ask is None:
         if as_json:
             raise ConfigError("--json answers one question: add --ask TEXT")
@@ -388,6 +535,40 @@ def chat(
         return
     answer = ask_once(edge, ask, image, level, frame, sampling, threads)
     click.echo(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.answer)
+
+
+@cli.command()
+@_model_argument
+@click.option("--port", default=8420, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free one.")
+@click.option("--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`.")
+@click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
+@click.option("--threads", type=click.IntRange(min=1))
+def serve(edge: Path, port: int, audit: Path | None, max_tokens: int, threads: int | None) -> None:
+    """The page and OpenAI's chat API on 127.0.0.1, behind a token. Prints one line: the address with the token.
+
+    Programs take http://127.0.0.1:PORT/v1 as base URL and the token as API key.
+    """
+    from ldrt_edge.chat.server import serve as run
+    from ldrt_edge.runtimes.base import Sampling
+
+    run(edge, port, Sampling(max_tokens=max_tokens), threads, audit)
+
+
+@cli.group()
+def audit() -> None:
+    """Logs that `serve --audit` wrote."""
+
+
+@audit.command()
+@click.argument("file", type=PATH)
+@click.option("--head", metavar="SHA256", help="The last line's hash, kept elsewhere: finds lines cut off at the end.")
+@_json_option
+def verify(file: Path, head: str | None, as_json: bool) -> None:
+    """Find any line that was changed, dropped, added or moved."""
+    from ldrt_edge.chat.audit import verify as run
+
+    chain = run(file, head)
+    click.echo(json.dumps(asdict(chain)) if as_json else f"{chain.lines} lines hold together\n{chain.head}")
 
 
 @cli.command()
@@ -412,7 +593,13 @@ def demo(folder: Path, as_json: bool) -> None:
     _show_artifact(run(folder), as_json)
 
 
-def _refuse(to: str, **options: str | None) -> None:
+def _beside(folder: Path, suffix: str) -> Path:
+    """FOLDER-SUFFIX beside it; `.` and `..` have a name only when resolved."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(f"{named.name}-{suffix}")
+
+
+def _refuse(to: str, **options: object) -> None:
     """Options that the target does not know."""
     for name, value in options.items():
         if value is not None:

@@ -56,15 +56,30 @@ def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
             stored = _through_palette(stored, header)
             bits_stored = 8 * stored.dtype.itemsize
         used, mapping = None, "as stored"  # type: tuple[Window | None, Mapping]
+        levels: tuple[float, float] | None = None
         if stored.ndim == 3:
             image.refuse_window(window)
             rgb = image.as_uint8(stored if bits_stored == 8 else stored / (2.0**bits_stored - 1) * 255)[..., :3]
         else:
             small_bits = bits_stored if bits_stored <= 8 and not signed else None
-            grey, used, mapping = _grey(stored, display, window, small_bits)
+            grey, used, mapping, levels = _grey(stored, display, window, small_bits)
             rgb = image.grey_to_rgb(255 - grey if photometric == "MONOCHROME1" else grey)
     origin = Origin("DICOM", modality, used, frame, frames, mapping, image.sha256(data))
-    return Picture(np.ascontiguousarray(rgb), origin)
+    return Picture(np.ascontiguousarray(rgb), origin, levels)
+
+
+def slice_position(data: bytes) -> float | None:
+    """Where a slice lies along its series, to sort it: mm along the slices' normal, else its number; None if unknown.
+
+    Source: DICOM PS3.3 C.7.6.2.1.1 (the normal is the cross product of row and column direction).
+    """
+    with decoding("a damaged DICOM file"):
+        header = _read_header(data)
+        if "ImagePositionPatient" in header and "ImageOrientationPatient" in header:
+            across = [float(value) for value in header.ImageOrientationPatient]
+            return float(np.cross(across[:3], across[3:]) @ [float(value) for value in header.ImagePositionPatient])
+        number = header.get("InstanceNumber")
+        return None if number is None else float(number)
 
 
 def _read_header(data: bytes) -> Dataset:
@@ -145,8 +160,10 @@ def _display_settings(header: Dataset, frame: int) -> Dataset:
 
 def _grey(
     stored: Values, display: Dataset, window: Window | None, small_bits: int | None
-) -> tuple[NDArray[np.uint8], Window | None, Mapping]:
+) -> tuple[NDArray[np.uint8], Window | None, Mapping, tuple[float, float]]:
     """Stored values to 8 bits: modality LUT, then the window given, the header's LUT or window, or the full range.
+
+    Also which window was used, how values became 8 bits, and the lowest and highest value.
 
     small_bits: bits stored, if unsigned and at most 8. Source: DICOM PS3.3 C.11.1 and C.11.2.
     """
@@ -156,14 +173,14 @@ def _grey(
     if "DoseGridScaling" in display:  # PS3.3 C.8.8.3: stored value to dose
         values = stored * float(display.DoseGridScaling)
     if window is None and display.get("VOILUTSequence"):
-        return _through_voi_lut(values, display), None, "lookup table"
+        return _through_voi_lut(values, display), None, "lookup table", image.levels_of(values)
     used = window or _header_window(display)
     function = str(display.get("VOILUTFunction", "LINEAR")).upper() if window is None else image.GIVEN
     visible = stored != int(display.PixelPaddingValue) if "PixelPaddingValue" in display else None
     scaled = "ModalityLUTSequence" in display or "RescaleSlope" in display or "DoseGridScaling" in display
     stored_max = 2.0**small_bits - 1 if small_bits and not scaled else None
     grey, mapping = image.grey_to_uint8(values, used, stored_max, function, visible)
-    return grey, used, mapping
+    return grey, used, mapping, image.levels_of(values)
 
 
 def _header_window(display: Dataset) -> Window | None:

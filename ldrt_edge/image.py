@@ -61,10 +61,11 @@ class Origin:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """rgb: (height, width, 3) uint8."""
+    """rgb: (height, width, 3) uint8. levels: lowest and highest grey value, for a window; None in colour."""
 
     rgb: NDArray[np.uint8]
     origin: Origin
+    levels: tuple[float, float] | None
 
 
 def read_image(path: Path, window: Window | None = None, frame: int = 0) -> Picture:
@@ -135,18 +136,19 @@ def _read_pillow(data: bytes, window: Window | None, frame: int) -> Picture:
         image.load()
         upright = ImageOps.exif_transpose(image)
     mapping: Mapping = "as stored"
+    levels = None
     if upright.mode in ("1", "L") or upright.mode[0] in "IF":
         # Pillow turns WhiteIsZero round for 1 and 8 bits, and leaves deeper values as they are
         invert = white_is_zero and upright.mode not in ("1", "L")
         values = np.asarray(upright.convert("L") if upright.mode == "1" else upright)
         grey, mapping = grey_to_uint8(values, window, 255.0 if values.dtype == np.uint8 else None)
-        rgb = grey_to_rgb(255 - grey if invert else grey)
+        rgb, levels = grey_to_rgb(255 - grey if invert else grey), levels_of(values)
     else:
         refuse_window(window)
         with decoding(f"a {kind} file in colours that cannot be converted ({upright.mode}): save it as RGB"):
             rgb = np.array(_colour_to_rgb(upright))
     applied = window if mapping == "window" else None
-    return Picture(rgb, Origin(kind, None, applied, frame, frames, mapping, sha256(data)))
+    return Picture(rgb, Origin(kind, None, applied, frame, frames, mapping, sha256(data)), levels)
 
 
 def _colour_to_rgb(image: Image.Image) -> Image.Image:
@@ -184,6 +186,12 @@ def _windowed(values: Values, window: Window, function: str) -> NDArray[np.float
     # DS elements hold at most 16 characters
     asked.WindowCenter, asked.WindowWidth = f"{window[0]:.8g}", f"{window[1]:.8g}"
     return np.asarray(processing.apply_windowing(np.nan_to_num(values.astype(np.float64)), asked))
+
+
+def levels_of(values: Values) -> tuple[float, float]:
+    """Lowest and highest value that is a number; 0 and 0 where none is."""
+    numbers = values[np.isfinite(values)]
+    return (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 0.0)
 
 
 def sha256(data: bytes) -> str:

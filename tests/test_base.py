@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import json
 import os
@@ -287,3 +288,13 @@ def test_offline_says_what_to_do(tmp_path: Path, environment: dict[str, str]) ->
     assert said.startswith("ConfigError llava-hf/llava-1.5-7b-hf@main: ")
     assert "hf download llava-hf/llava-1.5-7b-hf --revision main" in said
     assert said.count("\n") == 1
+
+
+def test_a_disk_that_fills_while_downloading_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+
+    with pytest.raises(ConfigError, match=r"llava-hf/llava-1\.5-7b-hf: the disk is full"):
+        resolve_base("llava-hf/llava-1.5-7b-hf")

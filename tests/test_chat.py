@@ -13,6 +13,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,11 +106,11 @@ def test_an_unfinished_character_waits_and_is_shown_as_such_at_the_end(edge: Pat
 
 
 def test_pieces_join_to_the_answer_of_a_plain_generation(session: Session, film: Path) -> None:
-    image = session.attach(read_image(film))
+    (image,) = session.attach(read_image(film))
     pieces = list(session.ask("How many beams are used?"))
     exchange = session.exchanges[0]
     assert len(pieces) > 1 and "".join(pieces) == exchange.answer
-    assert exchange.shown and exchange.shown.image is image
+    assert [shown.image for shown in exchange.shown] == [image]
 
     from ldrt_edge.front import Message
 
@@ -123,8 +124,20 @@ def test_a_second_question_sees_the_picture_and_reuses_what_was_read(session: Se
     list(session.ask("How many beams are used?"))
     list(session.ask("And which side is treated?"))
     first, second = session.exchanges
-    assert second.shown is None
-    assert second.timings.reused_tokens > first.shown.image.token_count  # type: ignore[union-attr]
+    assert second.shown == ()
+    assert second.timings.reused_tokens > first.shown[0].image.token_count
+
+
+def test_a_picture_read_before_its_question_changes_no_answer(session: Session, film: Path) -> None:
+    answers, prefilled = [], []
+    for read in (False, True):
+        session.reset()
+        list(session.ask("Something else"))
+        session.reset()
+        session.attach(read_image(film), read=read)
+        answers.append("".join(session.ask("How many beams are used?")))
+        prefilled.append(session.exchanges[0].timings.prefill_tokens)
+    assert answers[0] == answers[1] and prefilled[1] <= prefilled[0] - 16
 
 
 def test_the_answer_depends_on_the_picture(session: Session, film: Path, tmp_path: Path) -> None:
@@ -156,6 +169,26 @@ def test_stopping_before_the_first_word_leaves_the_picture_waiting(session: Sess
     assert session.exchanges[0].shown
 
 
+def test_a_prefill_in_another_thread_can_be_interrupted(session: Session) -> None:
+    expected = "".join(session.ask("Is it well?"))
+    session.reset()
+    outcome: list[BaseException | None] = []
+
+    def read_much() -> None:
+        try:
+            next(session.ask("very " * 900 + "long?"))
+            outcome.append(None)
+        except KeyboardInterrupt as error:
+            outcome.append(error)
+
+    reading = threading.Thread(target=read_much)
+    reading.start()
+    while reading.is_alive():
+        session.runtime.interrupt()
+    assert isinstance(outcome[0], KeyboardInterrupt) and not session.exchanges
+    assert "".join(session.ask("Is it well?")) == expected
+
+
 def test_a_refused_question_changes_nothing(session: Session, film: Path) -> None:
     session.attach(read_image(film))
     for question in ("   ", "what is <image> here?", "very " * 6000 + "long?"):
@@ -184,7 +217,7 @@ def test_a_transcript_has_no_file_names_and_is_never_overwritten(session: Sessio
     data = json.loads(text)
     assert data["notice"] == NOTICE and "not for diagnosis" in NOTICE
     assert data["model"] == {"kind": "gguf", "manifest_sha256": session.model.manifest_sha256}  # type: ignore[union-attr]
-    picture = data["turns"][0]["image"]
+    (picture,) = data["turns"][0]["images"]
     assert picture["sha256"] == artifact.file_sha256(film)
     assert (picture["width"], picture["height"], picture["window"], picture["modality"]) == (128, 128, [40, 400], "CT")
     assert stat.S_IMODE(saved.stat().st_mode) & 0o077 == 0

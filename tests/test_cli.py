@@ -46,6 +46,9 @@ def test_help(command: str) -> None:
         (["bench", "nowhere", "--data", "d"], "nowhere"),
         (["chat", "nowhere", "--ask", "hello"], "nowhere"),
         (["chat", "nowhere", "--ask", "hello", "--window", "40"], "--window 40"),
+        (["chat", "nowhere", "--ask", "hello", "--web"], "--web opens a page"),
+        (["serve", "nowhere", "--audit", "log"], "nowhere"),
+        (["audit", "verify", "nowhere"], "nowhere"),
         (["data", "import", "vqa-rad", "nowhere", "out"], "nowhere"),
     ],
 )

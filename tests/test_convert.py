@@ -26,7 +26,7 @@ from ldrt_edge.convert import plan
 from ldrt_edge.convert.gguf import convert, write, write_mmproj, write_text
 from ldrt_edge.convert.plan import text_plan
 from ldrt_edge.convert.probes import probes
-from ldrt_edge.convert.quantize import TYPES, quantize, read_back, run_quantizer
+from ldrt_edge.convert.quantize import TYPES, Wanted, quantize, read_back, run_quantizer
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.front import Front
@@ -259,7 +259,7 @@ def test_every_type_on_offer_quantises(tiny: builders.Tiny, tmp_path: Path, type
     source = tmp_path / "full.gguf"
     write_text(tiny("llava15", "llama", hidden=256), source, "f16")
 
-    run_quantizer(source, tmp_path / "out.gguf", type_, 1)
+    run_quantizer(source, tmp_path / "out.gguf", Wanted(type_), 1)
 
     result = read_back(tmp_path / "out.gguf", type_)
     assert not result.fallbacks
@@ -268,7 +268,7 @@ def test_every_type_on_offer_quantises(tiny: builders.Tiny, tmp_path: Path, type
 
 @pytest.mark.parametrize(
     ("type_", "reason"),
-    [("IQ2_XS", "importance matrix"), ("f16", "convert --to gguf"), ("Q5_K_XL", "choose one of Q8_0")],
+    [("IQ2_XS", "needs --importance"), ("f16", "convert --to gguf"), ("Q5_K_XL", "choose one of Q8_0")],
 )
 def test_types_that_cannot_be_are_refused(tiny: builders.Tiny, tmp_path: Path, type_: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
@@ -295,7 +295,7 @@ def test_a_disk_that_fills_while_llama_cpp_writes_is_told(tiny: builders.Tiny, t
     target.symlink_to("/dev/full")
 
     with pytest.raises(OSError) as caught:
-        run_quantizer(source, target, "Q8_0", 1)
+        run_quantizer(source, target, Wanted("Q8_0"), 1)
 
     assert caught.value.errno == errno.ENOSPC
     assert not target.is_symlink()
@@ -307,7 +307,7 @@ def test_what_llama_cpp_refuses_is_told_in_one_line(tiny: builders.Tiny, tmp_pat
     source.write_bytes(source.read_bytes()[:-1000])
 
     with pytest.raises(ArtifactError, match=r"could not quantise to Q8_0: .*incomplete") as caught:
-        run_quantizer(source, tmp_path / "out.gguf", "Q8_0", 1)
+        run_quantizer(source, tmp_path / "out.gguf", Wanted("Q8_0"), 1)
 
     assert "\n" not in str(caught.value)
 

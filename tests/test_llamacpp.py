@@ -16,7 +16,7 @@ import tiny as builders
 from numpy.typing import NDArray
 
 from ldrt_edge.convert.gguf import write_mmproj, write_text
-from ldrt_edge.convert.parity import compare
+from ldrt_edge.convert.observation import compare
 from ldrt_edge.convert.probes import probes, text_probes
 from ldrt_edge.errors import DataError, RuntimeLoadError
 from ldrt_edge.front import Front, Message

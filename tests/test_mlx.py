@@ -31,7 +31,7 @@ from ldrt_edge.chat.terminal import ask_once
 from ldrt_edge.convert.fallbacks import report
 from ldrt_edge.convert.mlx import convert, quantize, write
 from ldrt_edge.convert.mlx_plan import SCHEMES, mlx_plan
-from ldrt_edge.convert.parity import compare
+from ldrt_edge.convert.observation import compare
 from ldrt_edge.convert.probes import probes, text_probes
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.weights import canonical

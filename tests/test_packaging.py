@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+_SHIPPED = (".py", ".yaml", ".jinja", ".html", ".css", ".js", ".svg")
 ROOMS = {
     "ldrt_edge": "ldrt_edge",
     "train": "ldrt_edge.train",
@@ -53,6 +54,6 @@ def test_the_wheel_holds_every_module_and_data_file(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
     for folder, name in ROOMS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".jinja") and "__pycache__" not in path.parts:
+            if path.suffix in _SHIPPED and "__pycache__" not in path.parts:
                 assert f"{name.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert {entry.partition("/")[0] for entry in names if ".dist-info" not in entry} == {"ldrt_edge"}

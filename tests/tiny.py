@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -324,3 +325,7 @@ def _write(path: Path, value: Any) -> None:
 
 def _edit(path: Path, **changes: Any) -> None:
     _write(path, _read(path) | changes)
+
+
+if __name__ == "__main__":  # python tests/tiny.py llavanext smollm2 FOLDER
+    build(Path(sys.argv[3]), *sys.argv[1:3])  # type: ignore[arg-type]

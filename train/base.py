@@ -6,6 +6,7 @@ optional revision. Weights are read as safetensors only: loading a pickle runs c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import tempfile
@@ -162,6 +163,12 @@ def _from_hub(repository: str, revision: str | None) -> Base:
         raise ConfigError(
             f"{spec}: neither in the local cache nor can the hub be reached; on a machine with a network run "
             f"`{fetch}`, copy FOLDER here and pass it as the base"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"{spec}: the disk is full: free some space and run the same command again, which goes on downloading"
         ) from error
     # a snapshot's folder is named by its commit
     return Base(folder, checkpoint_identity(folder, check_checkpoint(folder)), repository, folder.name)

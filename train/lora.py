@@ -29,6 +29,7 @@ from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front
+from ldrt_edge.runtimes.processor import free_cores
 from ldrt_edge.train.base import Base
 from ldrt_edge.train.collate import pack_rows
 from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
@@ -58,6 +59,8 @@ def train(base: Base, data: Sequence[Path], out: Path, recipe: Recipe, resume: b
 def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifact.Draft) -> None:
     set_seed(recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":  # a thread that shares its core with another program holds up all
+        torch.set_num_threads(min(torch.get_num_threads(), free_cores()))
     bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16())
     front = Front.load(base.folder).with_vision_tokens(recipe.vision_tokens)
     training, validation = _split(datasets, recipe)

@@ -23,9 +23,9 @@ from ldrt_edge.artifact import Input
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front, Message
 from ldrt_edge.image import Origin, Picture
-from ldrt_edge.runtimes.base import FrontImage, Runtime, Sampling, Timings
+from ldrt_edge.runtimes.base import FrontImage, Prompt, Runtime, Sampling, Timings
 
-SCHEMA = "ldrt-edge/transcript/1"
+SCHEMA = "ldrt-edge/transcript/2"
 NOTICE = "For research use only, not for diagnosis."
 
 Finish = Literal["end", "length", "stopped"]
@@ -41,13 +41,17 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """A question, the picture shown with it, and its answer, whole, cut off by length, or stopped by the user."""
+    """A question, the pictures shown with it, and its answer, whole, cut off by length, or stopped by the user.
+
+    timings: from the question on; pictures that were read before it cost nothing then.
+    """
 
     question: str
-    shown: Shown | None
+    shown: tuple[Shown, ...]
     answer: str
     finish: Finish
     tokens: int
+    sampling: Sampling
     timings: Timings
 
     @property
@@ -72,13 +76,13 @@ class Session:
         self.runtime, self.front, self.model = runtime, front, model
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
-        self._waiting: Shown | None = None
+        self._waiting: tuple[Shown, ...] = ()
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Answer a question, piece by piece; the pieces joined are the answer.
 
         What was written when the iterator is closed, or interrupted, stays in the conversation. When it raises, the
-        conversation is as before, and the picture still waits for its question.
+        conversation is as before, and the pictures still wait for their question.
 
         Raises:
             DataError: nothing was asked, the text holds a control token, or the conversation outgrew the context.
@@ -86,8 +90,7 @@ class Session:
         if not text.strip():
             raise DataError("nothing was asked")
         shown = self._waiting
-        history = [message for exchange in self.exchanges for message in exchange.messages]
-        prompt = self.front.prompt([*history, _user_message(text, shown)])
+        prompt = self._prompt(text, shown)
         written = TextStream(self.front.decode)
         try:
             for token in self.runtime.generate(prompt, self.sampling):
@@ -101,18 +104,31 @@ class Session:
         limit = min(self.sampling.max_tokens, self.runtime.context_length - len(prompt.ids))
         self._keep(text, shown, written, "end" if len(written.ids) < limit else "length")
 
-    def attach(self, picture: Picture, encode: bool = False) -> FrontImage:
-        """Show a picture with the next question; `encode` it now, so that the answer starts sooner, or then."""
-        image = self.front.image(picture.rgb)
-        if encode:
-            self.runtime.encode(image)
-        self._waiting = Shown(image, picture.origin)
-        return image
+    def attach(self, *pictures: Picture, read: bool = False) -> tuple[FrontImage, ...]:
+        """Show pictures with the next question, in place of those that wait for it.
+
+        The model can `read` them now, while the question is thought of, so that the answer starts at once; else then.
+
+        Raises:
+            DataError: they are to be read, and the conversation outgrew the context.
+        """
+        shown = tuple(Shown(self.front.image(picture.rgb), picture.origin) for picture in pictures)
+        if read and shown:
+            next(self.runtime.generate(self._prompt("?", shown), replace(self.sampling, max_tokens=1)), None)
+        self._waiting = shown
+        return tuple(one.image for one in shown)
+
+    def fork(self, count: int) -> Session:
+        """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it."""
+        other = Session(self.runtime, self.front, self.sampling, self.model)
+        other.exchanges = self.exchanges[:count]
+        other._waiting = self.exchanges[count].shown if count < len(self.exchanges) else ()
+        return other
 
     def reset(self) -> None:
         """Forget the conversation and its pictures."""
         self.exchanges.clear()
-        self._waiting = None
+        self._waiting = ()
 
     def transcript(self) -> dict[str, object]:
         """The conversation as JSON; pictures by their file's sha256, size and window, never by name."""
@@ -122,14 +138,15 @@ class Session:
             "version": __version__,
             "runtime": self.runtime.name,
             "model": asdict(self.model) if self.model else None,
-            "sampling": asdict(self.sampling),
             "turns": [
                 {
                     "question": exchange.question,
-                    "image": _describe(exchange.shown) if exchange.shown else None,
+                    "images": [_describe(shown) for shown in exchange.shown],
                     "answer": exchange.answer,
                     "finish": exchange.finish,
                     "tokens": exchange.tokens,
+                    "sampling": asdict(exchange.sampling),
+                    "timings": asdict(exchange.timings),
                 }
                 for exchange in self.exchanges
             ],
@@ -151,11 +168,16 @@ class Session:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
-    def _keep(self, question: str, shown: Shown | None, written: TextStream, finish: Finish) -> None:
+    def _prompt(self, question: str, shown: Sequence[Shown]) -> Prompt:
+        history = [message for exchange in self.exchanges for message in exchange.messages]
+        return self.front.prompt([*history, _user_message(question, shown)])
+
+    def _keep(self, question: str, shown: tuple[Shown, ...], written: TextStream, finish: Finish) -> None:
         if written.text and self._can_go_on_after(written.text):
             timings = replace(self.runtime.timings)
-            self.exchanges.append(Exchange(question, shown, written.text, finish, len(written.ids), timings))
-            self._waiting = None
+            tokens = len(written.ids)
+            self.exchanges.append(Exchange(question, shown, written.text, finish, tokens, self.sampling, timings))
+            self._waiting = ()
 
     def _can_go_on_after(self, answer: str) -> bool:
         """False for an answer that spells a control token: it would be refused in every later prompt."""
@@ -195,8 +217,8 @@ class TextStream:
         return piece
 
 
-def _user_message(text: str, shown: Shown | None) -> Message:
-    return Message("user", text, (shown.image,) if shown else ())
+def _user_message(text: str, shown: Sequence[Shown]) -> Message:
+    return Message("user", text, tuple(one.image for one in shown))
 
 
 def _describe(shown: Shown) -> dict[str, object]:

@@ -156,7 +156,7 @@ class Conversation:
     def show(self, picture: Picture) -> None:
         """Show a picture with the next question."""
         with self._interrupts.raised(), _busy("reading the picture"):
-            image = self._session.attach(picture, encode=True)
+            (image,) = self._session.attach(picture, read=True)
         say(f"picture: {_describe(picture)}, {image.token_count} tokens")
         if any(exchange.shown for exchange in self._session.exchanges):
             say("earlier pictures stay in the conversation; /reset forgets them")

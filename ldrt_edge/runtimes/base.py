@@ -90,8 +90,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ConfigError("sampling wants max_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0")
+        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or min(self.top_k, self.seed) < 0:
+            raise ConfigError("sampling wants max_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0, seed ≥ 0")
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,10 @@ class Runtime(Protocol):
 
     def generate(self, prompt: Prompt, sampling: Sampling) -> Iterator[Token]:
         """Tokens one by one, until a stop id (not yielded), `max_tokens` or the end of the context."""
+        ...
+
+    def interrupt(self) -> None:
+        """Called from another thread: let a prefill that runs raise KeyboardInterrupt, where the runtime can."""
         ...
 
     def close(self) -> None:

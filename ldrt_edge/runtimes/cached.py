@@ -77,6 +77,9 @@ class CachedRuntime(ABC):
         prefill = partial(self._first_logits, prompt)
         yield from generate_tokens(prefill, self._step, prompt, sampling, room, self.timings)
 
+    def interrupt(self) -> None:  # noqa: B027 - a runtime without a way to stop half-way stops after its prefill
+        """Called from another thread: let a prefill that runs raise KeyboardInterrupt, where the runtime can."""
+
     def _first_logits(self, prompt: Prompt) -> FloatArray:
         return np.asarray(self._prefill(prompt, (), last=1)[0])
 

@@ -23,7 +23,7 @@ import numpy as np
 from ldrt_edge.errors import RuntimeLoadError
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
 from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part
-from ldrt_edge.runtimes.llamacpp_bindings import library
+from ldrt_edge.runtimes.llamacpp_bindings import Watch, library
 from ldrt_edge.runtimes.llamacpp_models import Inputs, LanguageModel, VisionModel
 from ldrt_edge.runtimes.processor import free_cores
 
@@ -36,6 +36,7 @@ class LlamaCppRuntime(CachedRuntime):
         threads: None takes one for each physical core that this process may use and nothing else keeps busy.
         context_length: tokens; None takes the model's, at most 4096 (the cache's memory grows with it).
         exact: float32 cache and plain attention, to compare arithmetic with the reference.
+        watch: sees the input of every product with a weight matrix.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -45,16 +46,23 @@ class LlamaCppRuntime(CachedRuntime):
     name: Literal["llamacpp"] = "llamacpp"
 
     def __init__(
-        self, folder: Path, threads: int | None = None, context_length: int | None = None, exact: bool = False
+        self,
+        folder: Path,
+        threads: int | None = None,
+        context_length: int | None = None,
+        exact: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.threads = threads or free_cores()
         started = time.perf_counter()
         model, mmproj = gguf_pair(folder)
         loaded = library()
-        self._text = LanguageModel(loaded, model, self.threads, context_length or _default_context(folder), exact)
+        self._text = LanguageModel(
+            loaded, model, self.threads, context_length or _default_context(folder), exact, watch
+        )
         try:
-            self._vision = VisionModel(loaded, mmproj, self._text, self.threads, exact)
+            self._vision = VisionModel(loaded, mmproj, self._text, self.threads, exact, watch)
         except RuntimeLoadError:
             self._text.close()
             raise
@@ -66,6 +74,10 @@ class LlamaCppRuntime(CachedRuntime):
     def class_tokens_moved(self) -> int:
         """How often the class token was put in its place; stays 0 on a build of llama.cpp that is mended."""
         return self._vision.graph.class_tokens_moved
+
+    def interrupt(self) -> None:
+        """Called from another thread: let a prefill that runs raise KeyboardInterrupt."""
+        self._text.aborting.set()
 
     def close(self) -> None:
         """Free the model."""
@@ -93,22 +105,21 @@ class LlamaCppRuntime(CachedRuntime):
 
 @contextmanager
 def _interrupts_held(text: LanguageModel) -> Iterator[None]:
-    """Let Ctrl-C stop a running prefill: raised inside a C callback it would be lost, so it sets a flag there."""
+    """Let Ctrl-C, or `interrupt`, stop a running prefill: raised inside a C callback Ctrl-C would be lost."""
     text.aborting.clear()
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    signals = threading.current_thread() is threading.main_thread()  # they reach no other
 
     def note(_number: int, _frame: FrameType | None) -> None:
         text.aborting.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, note) if signals else None
     text.watch_abort(True)
     try:
         yield
     finally:
         text.watch_abort(False)
-        signal.signal(signal.SIGINT, before)
+        if signals:
+            signal.signal(signal.SIGINT, before)
     if text.aborting.is_set():  # it came too late to abort
         raise KeyboardInterrupt
 

@@ -17,17 +17,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ldrt_edge.errors import RuntimeLoadError, require
 
 _LOG_LINES = 200
 _LEVEL_ERROR = 4
 _LEVEL_CONTINUED = 5
+_F32 = 0  # GGML_TYPE_F32
 _OBJECT_BYTES = 32  # sizeof(struct ggml_object)
 _CLASS_TOKEN = b"v.class_embd"
 _OTHER_LAYOUT = (
     "this build of llama-cpp-python lays out its tensors in another way than the one that ldrt-edge pins: "
     "pip install llama-cpp-python==0.3.36"
 )
+
+Watch = Callable[[str, NDArray[np.float32]], None]
+"""Sees the input of a product with a weight matrix: the matrix's name in the file, and its input (rows, width)."""
 
 
 class Tensor(ctypes.Structure):
@@ -69,8 +76,9 @@ class Log:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Numbers by which this build of ggml names the operations that `VisionGraph` looks for."""
+    """Numbers by which this build of ggml names the operations that callbacks look for."""
 
+    product: int
     concat: int
     unary: int
     gelu: int
@@ -83,6 +91,7 @@ class Library:
 
     llama: Any
     mtmd: Any
+    ggml: Any
     log: Log
     nodes: Nodes
 
@@ -106,9 +115,44 @@ def library() -> Library:
     for register in (llama.llama_log_set, mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
         register(log.callback, None)
     folder = Path(str(llama.__file__)).parent / "lib"
-    nodes = _read_nodes(loader.load_shared_library("ggml-base", folder))
+    ggml = loader.load_shared_library("ggml-base", folder)
+    nodes = _read_nodes(ggml)
     llama.llama_backend_init()
-    return Library(llama, mtmd, log, nodes)
+    return Library(llama, mtmd, ggml, log, nodes)
+
+
+class MatrixInputs:
+    """An evaluation callback that shows a watcher the input of every product with a weight matrix.
+
+    Each such product ends a piece of the graph, so a watched model runs slower.
+    Source: `IMatrixCollector::collect_imatrix` in llama.cpp's tools/imatrix/imatrix.cpp.
+    """
+
+    def __init__(self, loaded: Library, watch: Watch) -> None:
+        self._loaded, self._watch = loaded, watch
+        self.callback = loaded.llama.ggml_backend_sched_eval_callback(
+            lambda address, ask, _user_data: self.see(Tensor.from_address(address), ask)
+        )
+
+    def see(self, node: Tensor, ask: bool) -> bool:
+        """Whether the node is wanted, before it is computed; show its input, after."""
+        if node.op != self._loaded.nodes.product:
+            return not ask
+        weight, rows = node.src[0].contents, node.src[1].contents
+        wanted = weight.name.endswith(b".weight") and rows.type == _F32
+        if wanted and not ask:
+            self._watch(weight.name.decode(), self._read(rows))
+        return bool(wanted or not ask)
+
+    def _read(self, tensor: Tensor) -> NDArray[np.float32]:
+        """A float32 tensor as rows, wherever it lies and however it is strided."""
+        shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+        if 0 in shape:
+            return np.empty((0, shape[-1]), np.float32)
+        span = sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True)) + strides[-1]
+        buffer = np.empty(span // strides[-1], np.float32)
+        self._loaded.ggml.ggml_backend_tensor_get(ctypes.byref(tensor), buffer.ctypes.data, 0, buffer.nbytes)
+        return np.lib.stride_tricks.as_strided(buffer, shape, strides).reshape(-1, shape[-1])
 
 
 class VisionGraph:
@@ -123,9 +167,10 @@ class VisionGraph:
     Source: tools/mtmd/models/llava.cpp; upstream issue ggml-org/llama.cpp #25814.
     """
 
-    def __init__(self, loaded: Library) -> None:
+    def __init__(self, loaded: Library, watch: Watch | None = None) -> None:
         self.class_tokens_moved = 0
         self._nodes = loaded.nodes
+        self._inputs = None if watch is None else MatrixInputs(loaded, watch)
         self.callback = loaded.llama.ggml_backend_sched_eval_callback(self._see)
 
     def _see(self, address: int, ask: bool, _user_data: object) -> bool:
@@ -136,6 +181,8 @@ class VisionGraph:
             patches, token = (ctypes.addressof(node.src[i].contents) for i in (0, 1))
             node.src[0], node.src[1] = _pointer(token), _pointer(patches)
             self.class_tokens_moved += 1
+        if self._inputs is not None:
+            return self._inputs.see(node, ask)
         return not ask  # never split the graph; and go on
 
 
@@ -150,7 +197,7 @@ class _InitParams(ctypes.Structure):
 
 
 def _read_nodes(ggml: Any) -> Nodes:
-    """Build the nodes that `VisionGraph` changes, without data, and read them through `Tensor`."""
+    """Build the nodes that callbacks look for, without data, and read them through `Tensor`."""
     pointer = ctypes.c_void_p
     for name, result, arguments in (
         ("ggml_tensor_overhead", ctypes.c_size_t, []),
@@ -160,6 +207,8 @@ def _read_nodes(ggml: Any) -> Nodes:
         ("ggml_new_tensor_1d", pointer, [pointer, ctypes.c_int, ctypes.c_int64]),
         ("ggml_set_name", pointer, [pointer, ctypes.c_char_p]),
         ("ggml_concat", pointer, [pointer, pointer, pointer, ctypes.c_int]),
+        ("ggml_mul_mat", pointer, [pointer, pointer, pointer]),
+        ("ggml_backend_tensor_get", None, [pointer, pointer, ctypes.c_size_t, ctypes.c_size_t]),
         ("ggml_gelu", pointer, [pointer, pointer]),
         ("ggml_gelu_erf", pointer, [pointer, pointer]),
     ):
@@ -172,6 +221,7 @@ def _read_nodes(ggml: Any) -> Nodes:
         left, right = ggml.ggml_new_tensor_1d(context, 0, 4), ggml.ggml_new_tensor_1d(context, 0, 4)
         ggml.ggml_set_name(right, _CLASS_TOKEN)
         concat = Tensor.from_address(ggml.ggml_concat(context, left, right, 0))
+        product = Tensor.from_address(ggml.ggml_mul_mat(context, left, right))
         gelu = Tensor.from_address(ggml.ggml_gelu(context, left))
         exact = Tensor.from_address(ggml.ggml_gelu_erf(context, left))
         sources = tuple(ctypes.addressof(concat.src[i].contents) if concat.src[i] else None for i in range(3))
@@ -180,11 +230,12 @@ def _read_nodes(ggml: Any) -> Nodes:
             and concat.src[1].contents.name == _CLASS_TOKEN
             and tuple(concat.ne) == (8, 1, 1, 1)
             and ggml.ggml_op_name(concat.op) == b"CONCAT"
+            and ggml.ggml_op_name(product.op) == b"MUL_MAT"
             and ggml.ggml_op_name(gelu.op) == ggml.ggml_op_name(exact.op) == b"UNARY"
             and gelu.op_params[0] != exact.op_params[0]
         )
         if not known:
             raise RuntimeLoadError(_OTHER_LAYOUT)
-        return Nodes(concat.op, gelu.op, gelu.op_params[0], exact.op_params[0])
+        return Nodes(product.op, concat.op, gelu.op, gelu.op_params[0], exact.op_params[0])
     finally:
         ggml.ggml_free(context)

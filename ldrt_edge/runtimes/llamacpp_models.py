@@ -14,7 +14,8 @@ import numpy as np
 
 from ldrt_edge.errors import RuntimeLoadError
 from ldrt_edge.runtimes.base import FloatArray
-from ldrt_edge.runtimes.llamacpp_bindings import Library, VisionGraph
+from ldrt_edge.runtimes.gguf_file import check_gguf
+from ldrt_edge.runtimes.llamacpp_bindings import Library, MatrixInputs, VisionGraph, Watch
 from ldrt_edge.runtimes.processor import has_amx
 
 _BATCH = 512
@@ -29,9 +30,12 @@ Inputs = np.ndarray[Any, Any]
 class LanguageModel:
     """A llama.cpp model with one context: token ids or embeddings in, logits out."""
 
-    def __init__(self, loaded: Library, path: Path, threads: int, context_length: int, exact: bool) -> None:
+    def __init__(
+        self, loaded: Library, path: Path, threads: int, context_length: int, exact: bool, watch: Watch | None = None
+    ) -> None:
         self._loaded, self._llama = loaded, loaded.llama
-        _check_magic(path)
+        self._inputs = None if watch is None else MatrixInputs(loaded, watch)
+        check_gguf(path)
         wanted = self._llama.llama_model_default_params()
         wanted.use_extra_bufts = not (exact or has_amx())
         self.model = self._llama.llama_model_load_from_file(str(path).encode(), wanted)
@@ -62,6 +66,8 @@ class LanguageModel:
         wanted.n_batch = wanted.n_ubatch = _BATCH
         wanted.n_threads = wanted.n_threads_batch = threads
         wanted.no_perf = True
+        if self._inputs is not None:
+            wanted.cb_eval = self._inputs.callback
         if exact:
             wanted.type_k = wanted.type_v = _F32
             wanted.flash_attn_type = _DISABLED
@@ -123,10 +129,12 @@ class LanguageModel:
 class VisionModel:
     """An mmproj: one tile in, its projected patch features out."""
 
-    def __init__(self, loaded: Library, path: Path, text: LanguageModel, threads: int, exact: bool) -> None:
+    def __init__(
+        self, loaded: Library, path: Path, text: LanguageModel, threads: int, exact: bool, watch: Watch | None = None
+    ) -> None:
         self._loaded, self._mtmd = loaded, loaded.mtmd
-        _check_magic(path)
-        self.graph = VisionGraph(loaded)
+        check_gguf(path)
+        self.graph = VisionGraph(loaded, watch)
         wanted = self._mtmd.mtmd_context_params_default()
         wanted.n_threads = threads
         wanted.print_timings = wanted.warmup = False
@@ -138,7 +146,7 @@ class VisionModel:
         if not self.context:
             raise RuntimeLoadError(f"{path}: llama.cpp cannot load it: {loaded.log.last_error()}")
         self._width = text.width
-        self.image_size, self.newline = _read_mmproj(path)
+        self.image_size, self._patches, self.newline = _read_mmproj(path)
         self._marker = self._mtmd.mtmd_default_marker()
 
     def encode(self, tile: Inputs) -> FloatArray:
@@ -160,6 +168,11 @@ class VisionModel:
             chunk = next(p for p in parts if mtmd.mtmd_input_chunk_get_type(p) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
             self._check(mtmd.mtmd_encode_chunk(self.context, chunk))
             shape = (mtmd.mtmd_input_chunk_get_n_tokens(chunk), self._width)
+            if shape[0] != self._patches:
+                raise RuntimeLoadError(
+                    f"llama.cpp makes {shape[0]} tokens of one tile, not {self._patches}: this mmproj has it tile by "
+                    "itself (clip.vision.image_grid_pinpoints), which is not how LLaVA-NeXT packs: convert it again"
+                )
             return np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self.context), shape=shape).copy()
         finally:
             mtmd.mtmd_input_chunks_free(chunks)
@@ -181,17 +194,11 @@ def _pointer(array: Inputs, kind: Any) -> Any:
     return array.ctypes.data_as(ctypes.POINTER(kind))
 
 
-def _check_magic(path: Path) -> None:
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise RuntimeLoadError(f"{path}: not a GGUF file")
-
-
-def _read_mmproj(path: Path) -> tuple[int, FloatArray | None]:
-    """Side of a tile in pixels, and LLaVA-NeXT's newline embedding (hidden,) if there is one."""
+def _read_mmproj(path: Path) -> tuple[int, int, FloatArray | None]:
+    """Side of a tile in pixels, its patches, and LLaVA-NeXT's newline embedding (hidden,) if there is one."""
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    size = int(reader.fields["clip.vision.image_size"].contents())
+    size, patch = (int(reader.fields[f"clip.vision.{name}_size"].contents()) for name in ("image", "patch"))
     newline = next((t.data for t in reader.tensors if t.name == "model.image_newline"), None)
-    return size, None if newline is None else np.array(newline, np.float32)
+    return size, (size // patch) ** 2, None if newline is None else np.array(newline, np.float32)

@@ -152,6 +152,20 @@ def load_network(folder: Path, widen: bool) -> Network:
     return network
 
 
+def scheme_of(config: Json, path: str) -> dict[str, Any]:
+    """How a quantised layer is packed (group_size, bits, mode), by its path: its own setting, or the one for all.
+
+    Raises:
+        ValueError: the configuration does not say.
+    """
+    quantization = config.get("quantization") or config.get("quantization_config") or {}
+    own = quantization.get(path, quantization.get(path.removeprefix("language_model.")))
+    settings = own if isinstance(own, dict) else quantization
+    if not settings.keys() & set(_QUANTIZATION):
+        raise ValueError(f"{path} is quantised, and no 'quantization' of MLX's kind says how")
+    return {key: settings[key] for key in _QUANTIZATION if key in settings}
+
+
 class _VisionTower(nn.Module):
     def __init__(self, tower: Tower) -> None:
         super().__init__()
@@ -337,16 +351,11 @@ def _quantized(config: Json, stored: Mapping[str, StoredTensor]) -> Network:
     architecture = Architecture.read(config)
     architecture.text.tie_word_embeddings &= f"{_HEAD}.weight" not in stored  # mlx-vlm's LLaVA-NeXT always stores it
     network = Network(architecture)
-    quantization = config.get("quantization") or config.get("quantization_config") or {}
 
     def choose(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in stored or not hasattr(module, "to_quantized"):
             return False
-        own = quantization.get(path, quantization.get(path.removeprefix("language_model.")))
-        settings = own if isinstance(own, dict) else quantization
-        if not settings.keys() & set(_QUANTIZATION):
-            raise ValueError(f"{path} is quantised, and no 'quantization' of MLX's kind says how")
-        return {key: settings[key] for key in _QUANTIZATION if key in settings}
+        return scheme_of(config, path)
 
     nn.quantize(network, class_predicate=choose)
     return network

@@ -25,6 +25,7 @@ from ldrt_edge.runtimes.base import Prompt, Runtime, Sampling, load
 
 GOLDEN = "golden"
 _RECORDS = "records.jsonl"
+RECORDS_PATH = f"{GOLDEN}/{_RECORDS}"
 _CLOSE_LOGITS = 0.1
 """Kernels of other processors move a logit by less; so close together, either of two tokens is right."""
 
@@ -108,16 +109,17 @@ def _replay(runtime: Runtime, front: Front, edge: Path, record: Record) -> Repla
         fault = "the picture is prepared otherwise than it was"
     elif _collapsed(prompt) != record.prompt_ids:
         fault = "the prompt has other tokens than it had"
-    elif not _said_again(record, given):
+    elif given != record.answer_ids and not _turned(runtime, prompt, record):
         fault = "the answer is another"
     return Replay(record.question, record.answer, record.reference, front.decode(given), fault)
 
 
-def _said_again(record: Record, given: tuple[int, ...]) -> bool:
-    for expected, found, margin in zip(record.answer_ids, given, record.margins, strict=False):
-        if expected != found:
-            return margin < _CLOSE_LOGITS
-    return len(given) == len(record.answer_ids)
+def _turned(runtime: Runtime, prompt: Prompt, record: Record) -> bool:
+    """Whether nothing but near ties fell out otherwise: forced, each other token of the answer still comes first."""
+    if not record.answer_ids:
+        return False
+    first = runtime.score(prompt, record.answer_ids).argmax(axis=1) == np.asarray(record.answer_ids)
+    return bool((first | (np.asarray(record.margins) < _CLOSE_LOGITS)).all())
 
 
 def _prompt(front: Front, question: str, picture: NDArray[np.uint8]) -> Prompt:
@@ -137,14 +139,19 @@ def _read(edge: Path) -> list[Record]:
     if not path.is_file():
         raise ArtifactError(f"{edge}: it carries no golden answers: convert or quantise it again")
     try:
-        return [_record(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
+        records = [_record(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: not golden answers that this version reads ({error})") from error
+    if not records:
+        raise ArtifactError(f"{path}: no golden answers in it: convert or quantise again")
+    return records
 
 
 def _record(data: dict[str, Any]) -> Record:
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     record = Record(**values)
-    if Path(record.image).name != record.image:
-        raise ValueError(f"{record.image} lies outside its folder")
+    if Path(record.image).name != record.image or not record.image.endswith(".png"):
+        raise ValueError(f"{record.image} is no picture in its folder")
+    if not (len(record.answer_ids) == len(record.margins) and all(isinstance(t, int) for t in record.answer_ids)):
+        raise ValueError("an answer without as many margins as tokens")
     return record

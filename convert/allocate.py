@@ -1,0 +1,116 @@
+"""`ldrt-edge plan MERGED`: the type of every matrix that does the least damage within a size, or the reverse.
+
+Each matrix takes one of its options; sizes and damages add up. That is a multiple-choice knapsack, which HiGHS solves
+to within a thousandth of the optimum, always with the same result.
+
+Source: Huangfu and Hall, "Parallelizing the dual revised simplex method", Math. Prog. Comp. 10 (2018) (HiGHS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ldrt_edge.convert.importance import imatrix_path, read_imatrix
+from ldrt_edge.convert.plan import mmproj_plan, text_plan
+from ldrt_edge.convert.quantize import Importance, lossless, planned_bytes
+from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
+from ldrt_edge.convert.source import Source, open_source
+from ldrt_edge.convert.type_plan import TypePlan, nbytes, write_type_plan
+from ldrt_edge.errors import ConfigError
+
+_GAP = 1e-3
+
+
+def plan(
+    merged: Path,
+    data: Path,
+    importance: Importance,
+    out: Path,
+    *,
+    target_bytes: int | None = None,
+    bits_per_weight: float | None = None,
+    max_kld: float | None = None,
+    limit: int = 16,
+    seed: int = 0,
+) -> Path:
+    """Allocate types within exactly one bound, and write the plan file; returns `out`.
+
+    target_bytes: of all tensors of both files. bits_per_weight: of the same. max_kld: of the sum of estimated damages.
+
+    Raises:
+        ConfigError: no bound or several, or one that cannot be met.
+        ArtifactError, DataError: the model, the importance or the dataset is wrong.
+    """
+    if sum(bound is not None for bound in (target_bytes, bits_per_weight, max_kld)) != 1:
+        raise ConfigError("plan wants one of --target-size, --bpw and --max-kld")
+    source = open_source(merged)
+    imatrix = read_imatrix(imatrix_path(importance.folder, importance.weighting))
+    found = sensitivities(source, data, imatrix, limit, seed)
+    fixed = fixed_bytes(source, found)
+    if bits_per_weight is not None:
+        target_bytes = int(bits_per_weight * sum(matrix.weights for matrix in found) / 8) + fixed
+    write_type_plan(allocate(found, fixed, target_bytes, max_kld), out)
+    return out
+
+
+def allocate(
+    matrices: Sequence[Matrix], fixed: int = 0, target_bytes: int | None = None, max_damage: float | None = None
+) -> TypePlan:
+    """Least damage within `target_bytes`, or fewest bytes within `max_damage`.
+
+    fixed: bytes of what is never quantised; they count towards the size.
+
+    Raises:
+        ConfigError: the bound cannot be met; says what can.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    options = [(i, option) for i, matrix in enumerate(matrices) for option in useful(matrix.options)]
+    size = np.array([option.nbytes for _, option in options], float)
+    damage = np.array([option.damage for _, option in options])
+    goal, cost, bound = (damage, size, target_bytes) if target_bytes is not None else (size, damage, max_damage)
+    assert bound is not None
+    bound -= fixed if target_bytes is not None else 0
+    owner = np.array([i for i, _ in options])
+    least = sum(cost[owner == i].min() for i in range(len(matrices)))
+    if least > bound:
+        told = f"{(least + fixed) / 1e6:.2f} MB" if target_bytes is not None else f"an estimated KLD of {least:.3g}"
+        raise ConfigError(f"the bound cannot be met: the least possible is {told}")
+    once = csr_array((np.ones(len(options)), (owner, np.arange(len(options)))), (len(matrices), len(options)))
+    within = LinearConstraint(cost[None] / cost.max(), -np.inf, bound / cost.max())
+    solved = milp(
+        goal / goal.max(), integrality=np.ones(len(options)), bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), within], options={"mip_rel_gap": _GAP},
+    )  # fmt: skip
+    if solved.x is None:
+        raise ConfigError(f"no allocation was found: {solved.message}")
+    chosen = [(matrices[i], option) for (i, option), taken in zip(options, solved.x, strict=True) if taken > 0.5]
+    return TypePlan(
+        {matrix.name: option.type for matrix, option in chosen if matrix.part == "model"},
+        {matrix.name: option.type for matrix, option in chosen if matrix.part == "mmproj"},
+        {
+            "kld": float(f"{sum(option.damage for _, option in chosen):.4g}"),
+            "bytes": sum(option.nbytes for _, option in chosen) + fixed,
+        },
+    )
+
+
+def useful(options: Sequence[Option]) -> list[Option]:
+    """Options, smallest first, without those that are no smaller than a less damaging one."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.nbytes, option.damage)):
+        if not kept or option.damage < kept[-1].damage:
+            kept.append(option)
+    return kept
+
+
+def fixed_bytes(source: Source, matrices: Sequence[Matrix]) -> int:
+    """Bytes of the tensors in both files that are not among the matrices."""
+    types = {matrix.name: "F16" for matrix in matrices}
+    files = text_plan(source, lossless(source)), mmproj_plan(source, "f16")
+    whole = sum(planned_bytes(file, types) for file in files)
+    return whole - sum(nbytes("F16", matrix.weights) for matrix in matrices)

@@ -1,0 +1,49 @@
+"""What llama.cpp's quantiser makes of a matrix's rows: rounded to a type and read back, without a file.
+
+The quantiser is ggml's own, so a matrix rounds here exactly as it will in the exported file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from numpy.typing import NDArray
+
+from ldrt_edge.runtimes.base import FloatArray
+from ldrt_edge.runtimes.llamacpp_bindings import library
+from ldrt_edge.runtimes.processor import physical_cores
+
+_CHUNK_WEIGHTS = 1 << 20
+
+
+def round_rows(values: FloatArray, type_: str, importance: FloatArray | None) -> FloatArray:
+    """Round (rows, row length) float32 to a type and back.
+
+    importance: mean square of each input, (row length,). llama.cpp has none for the embedding table of most models.
+
+    Source: `ggml_quantize_chunk` in ggml.h, as `llama_tensor_quantize_impl` in llama-quant.cpp calls it.
+    """
+    if type_ == "F16":
+        return values.astype(np.float16).astype(np.float32)
+    step = max(1, _CHUNK_WEIGHTS // values.shape[1])
+    parts = [np.ascontiguousarray(values[i : i + step], np.float32) for i in range(0, len(values), step)]
+    ggml, number = library().ggml, GGMLQuantizationType[type_]
+    with ThreadPoolExecutor(physical_cores()) as pool:  # the call gives Python's lock away
+        return np.concatenate(list(pool.map(lambda part: _round(ggml, part, number, importance), parts)))
+
+
+def _round(ggml: Any, values: FloatArray, type_: GGMLQuantizationType, importance: FloatArray | None) -> FloatArray:
+    block, size = GGML_QUANT_SIZES[type_]
+    rows, length = values.shape
+    packed: NDArray[np.uint8] = np.empty((rows, length // block * size), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    ggml.ggml_quantize_chunk(
+        ctypes.c_int(type_.value), ctypes.c_void_p(values.ctypes.data), ctypes.c_void_p(packed.ctypes.data),
+        ctypes.c_int64(0), ctypes.c_int64(rows), ctypes.c_int64(length),
+        ctypes.c_void_p(weights.ctypes.data if weights is not None else None),
+    )  # fmt: skip
+    return np.asarray(dequantize(packed, type_), np.float32).reshape(rows, length)

@@ -1,0 +1,252 @@
+"""How much the answers suffer when a matrix is rounded to a type: estimated for every pair, then held against measure.
+
+Rounding a matrix W by E moves its output by E·x. To second order that moves the next-token distribution by
+
+    KLD ≈ ½ Σ_t gₜᵀ (E xₜ) (E xₜ)ᵀ gₜ ≈ Σ_j c_j · mean_i e²_ij,    c_j = ½ Σ_t ‖gₜ‖² x²_tj / answer tokens
+
+with gₜ the gradient, at the matrix's output for token t, of the log-likelihood of answers drawn from the model itself
+(whose mean square is the Fisher information), and with errors taken as independent. One backward pass over a few
+training rows gives c for every matrix at once, the tower's and the projector's too, and weighs each token by what it
+does to an answer: what MBQ does with two weights, for picture and text, is done here token by token.
+
+What independence leaves out is made good by measuring: each kind of matrix is rounded as a whole, the divergence of the
+answers is measured, and the kind's estimates are scaled to it.
+
+Source: Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019, section 2 (Fisher and KLD);
+Li et al., "MBQ: Modality-balanced quantization", CVPR 2025.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldrt_edge import console
+from ldrt_edge.bench.vqa import choose_rows
+from ldrt_edge.convert.importance import MeanSquares, matrices
+from ldrt_edge.convert.plan import FilePlan, TensorPlan, mmproj_plan, text_plan
+from ldrt_edge.convert.rounding import round_rows
+from ldrt_edge.convert.source import EMBEDDINGS, Source
+from ldrt_edge.convert.type_plan import MMPROJ_TYPES, MODEL_TYPES, NEED_IMPORTANCE, fits, nbytes, quantizable
+from ldrt_edge.convert.weights import canonical
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import DataError, require
+from ldrt_edge.fidelity import compare_logits
+from ldrt_edge.front import conversation
+from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.base import FloatArray, Prompt
+from ldrt_edge.runtimes.hf import HfRuntime, normalise, tower_features
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ROWS_ROUNDED = 32
+"""Of each matrix, evenly spread: rows of one matrix hardly differ in how well they round."""
+_PROBES = ("Q4_K", "Q4_0", "Q8_0")
+"""To what a kind of matrix is rounded for the measurement: the first that all its rows divide into."""
+
+Asked = tuple[Prompt, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Option:
+    """A type that a matrix can have: its bytes, and the damage, in nats of mean KLD an answer token."""
+
+    type: str
+    nbytes: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix with its options, smallest first. part: "model" or "mmproj"."""
+
+    name: str
+    part: str
+    weights: int
+    options: tuple[Option, ...]
+
+    def scaled(self, factor: float) -> Matrix:
+        """The same options with their damage multiplied."""
+        return replace(self, options=tuple(replace(o, damage=o.damage * factor) for o in self.options))
+
+
+def sensitivities(
+    source: Source, data: Path, imatrix: MeanSquares, limit: int = 16, seed: int = 0, threads: int | None = None
+) -> list[Matrix]:
+    """Every matrix of both files with its options.
+
+    imatrix: mean squares that the quantiser will be given. limit: about how many training rows are asked.
+
+    Raises:
+        DataError: no training rows, or one that cannot be asked.
+    """
+    runtime = HfRuntime(source.folder, threads=threads)
+    try:
+        asked = _questions(runtime, data, limit, seed)
+        curvature = _curvature(runtime, source, asked, seed)
+        files = {"model": text_plan(source, "f32"), "mmproj": mmproj_plan(source, "f32")}
+        found = [
+            _matrix(file, part, tensor, curvature[tensor.name], imatrix.get(tensor.name))
+            for part, file in files.items()
+            for tensor in console.track(quantizable(file), f"rounding {part}")
+        ]
+        scales = _measure(runtime, source, files, found, imatrix, asked)
+    finally:
+        runtime.close()
+    return [matrix.scaled(scales[kind(matrix.name)]) for matrix in found]
+
+
+def kind(name: str) -> str:
+    """What sort of matrix it is: attn_q, ffn_down, …, output, token_embd; tower; projector."""
+    if name.startswith("v."):
+        return "tower"
+    return "projector" if name.startswith("mm.") else re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
+
+
+def _questions(runtime: HfRuntime, data: Path, limit: int, seed: int) -> list[Asked]:
+    dataset, front = Dataset(data), runtime.front
+    asked = []
+    for row in choose_rows(dataset.rows("train"), limit, seed):
+        try:
+            messages = conversation(row.turns[:-1], front.image(read_image(dataset.image_path(row)).rgb))
+            asked.append((front.prompt(messages), front.answer_ids(messages, row.answer)))
+        except DataError as error:
+            raise DataError(f"row {row.id}: {error}") from error
+    if not asked:
+        raise DataError(f"{data}: no rows in split 'train': sensitivity is not measured on test rows")
+    return asked
+
+
+def _matrix(
+    file: FilePlan, part: str, tensor: TensorPlan, curvature: FloatArray, imatrix: FloatArray | None
+) -> Matrix:
+    values = file.values(tensor)
+    rows = values[:: math.ceil(len(values) / _ROWS_ROUNDED)]
+    weights = values.size
+    options = []
+    for type_ in MODEL_TYPES if part == "model" else MMPROJ_TYPES:
+        if fits(type_, rows.shape[1]) and not (type_ in NEED_IMPORTANCE and imatrix is None):
+            error = np.square(round_rows(rows, type_, imatrix) - rows, dtype=np.float64).mean(axis=0)
+            options.append(Option(type_, nbytes(type_, weights), float(error @ curvature)))
+    return Matrix(tensor.name, part, weights, tuple(sorted(options, key=lambda o: (o.nbytes, o.damage))))
+
+
+def _curvature(runtime: HfRuntime, source: Source, asked: Sequence[Asked], seed: int) -> dict[str, FloatArray]:
+    """The vector c of each matrix, (row length,) float64, by GGUF name."""
+    torch = require("torch", "train")
+    names, model = matrices(source), runtime.model
+    model.requires_grad_(False)
+    tokens = sum(len(answer) for _, answer in asked)
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Any] = {}
+
+    def add(name: str, values: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + values.double().cpu().numpy() / (2 * tokens)
+
+    def linear(name: str) -> Any:
+        def see(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            squares = inputs[0].detach().flatten(0, -2).float().square()
+            output.register_hook(lambda g: add(name, g.flatten(0, -2).float().square().sum(-1) @ squares))
+
+        return see
+
+    hooks = [
+        module.register_forward_hook(linear(name))
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and (name := names.get(canonical(f"{path}.weight")))
+    ]
+    for prompt, answer in console.track(asked, "sensitivity"):
+        words = _words(runtime, prompt, answer).requires_grad_(True)
+        logits = _logits(runtime, prompt, len(answer), words)
+        likelihood = torch.log_softmax(logits.float(), dim=-1)
+        drawn = torch.multinomial(likelihood.detach().exp().cpu(), 1, generator=generator).to(model.device)
+        likelihood.gather(1, drawn).sum().backward()
+        assert words.grad is not None
+        add(names[EMBEDDINGS], words.grad.float().square().sum(0))
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def _answers(runtime: HfRuntime, asked: Sequence[Asked]) -> list[FloatArray]:
+    """Logits (answer tokens, vocab) of every question."""
+    torch = require("torch", "train")
+    with torch.inference_mode():
+        return [
+            _logits(runtime, prompt, len(answer), _words(runtime, prompt, answer)).float().cpu().numpy()
+            for prompt, answer in asked
+        ]
+
+
+def _words(runtime: HfRuntime, prompt: Prompt, answer: tuple[int, ...]) -> Tensor:
+    """Embeddings (tokens, hidden) of a prompt and of the answer but for its last token."""
+    torch = require("torch", "train")
+    words: Tensor = runtime.model.get_input_embeddings()(
+        torch.tensor(prompt.ids + answer[:-1], device=runtime.model.device)
+    )
+    return words
+
+
+def _logits(runtime: HfRuntime, prompt: Prompt, last: int, words: Tensor) -> Tensor:
+    """Logits (last, vocab) with a graph for gradients, from the embeddings (tokens, hidden) of all tokens.
+
+    The rows of `words` at the picture's places are replaced.
+    """
+    torch = require("torch", "train")
+    model = runtime.model
+    embeddings = words.clone()
+    places = torch.tensor([i for i, token in enumerate(prompt.ids) if token == prompt.image_token_id])
+    pictures = []
+    for image in prompt.images:
+        pixels = normalise(torch.from_numpy(image.tiles), runtime.front, model.device).to(model.dtype)
+        pixels.requires_grad_(torch.is_grad_enabled())  # so that gradients reach back through the whole tower
+        features = model.model.multi_modal_projector(tower_features(model, pixels)).flatten(0, 1)
+        newline = getattr(model.model, "image_newline", None)
+        if newline is not None:
+            features = torch.cat([features, newline[None]])
+        pictures.append(features[torch.from_numpy(image.layout).long()].mean(dim=1))
+    if pictures:
+        embeddings[places.to(model.device)] = torch.cat(pictures).to(embeddings.dtype)
+    hidden = model.model.language_model(inputs_embeds=embeddings[None], use_cache=False).last_hidden_state
+    logits: Tensor = model.lm_head(hidden[0, -last:])
+    return logits
+
+
+def _measure(
+    runtime: HfRuntime, source: Source, files: dict[str, FilePlan], found: Sequence[Matrix], imatrix: MeanSquares,
+    asked: Sequence[Asked],
+) -> dict[str, float]:
+    """By how much the measured divergence exceeds the estimate, for each kind of matrix."""
+    torch = require("torch", "train")
+    parameters = {canonical(name): value for name, value in runtime.model.named_parameters()}
+    tensors = {tensor.name: tensor for file in files.values() for tensor in quantizable(file)}
+    kinds: dict[str, list[Matrix]] = {}
+    for matrix in found:
+        kinds.setdefault(kind(matrix.name), []).append(matrix)
+
+    expected, scales = _answers(runtime, asked), {}
+    for label, members in console.track(sorted(kinds.items()), "measuring"):
+        probe = next((t for t in _PROBES if all(any(o.type == t for o in m.options) for m in members)), None)
+        estimate = sum(o.damage for m in members for o in m.options if o.type == probe)
+        kept = {}
+        for matrix in members if probe else ():
+            tensor = tensors[matrix.name]
+            parameter = parameters[str(tensor.source)]
+            kept[parameter] = parameter.data.clone()
+            rounded = round_rows(parameter.data.float().cpu().numpy(), str(probe), imatrix.get(matrix.name))
+            parameter.data.copy_(torch.from_numpy(rounded))
+        moved = map(compare_logits, expected, _answers(runtime, asked))
+        measured = np.concatenate([tokens.kld for tokens in moved]).mean()
+        for parameter, values in kept.items():
+            parameter.data.copy_(values)
+        scales[label] = float(measured / estimate) if probe and estimate > 0 else 1.0
+    return scales
+
+

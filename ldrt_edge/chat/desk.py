@@ -1,0 +1,105 @@
+"""What is open before one model: its queue, the pictures, the conversations; all of it in memory."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ldrt_edge import artifact
+from ldrt_edge.chat.audit import AuditLog
+from ldrt_edge.chat.pictures import Pictures
+from ldrt_edge.chat.session import Session
+from ldrt_edge.chat.turns import Turn, Turns
+from ldrt_edge.errors import DataError, LdrtError
+from ldrt_edge.front import Front
+from ldrt_edge.image import Picture
+from ldrt_edge.runtimes.base import Runtime, Sampling
+
+_MOST_CONVERSATIONS = 100
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the page and the API say of the model.
+
+    type: of its weights ("Q4_K_M"), if its manifest says. fidelity: how far its export's tokens are from the model it
+    was made of, as `convert` measured it: mean_kld, top1_agreement and on how many tokens.
+    """
+
+    name: str
+    identity: artifact.Input
+    type: str | None
+    fidelity: dict[str, float] | None
+
+    @classmethod
+    def of(cls, folder: Path) -> Model:
+        """Read a model artefact's manifest."""
+        manifest = artifact.read(folder)
+        measured = manifest.metrics.get("fidelity") or {}
+        fidelity = {name: measured[name] for name in ("mean_kld", "top1_agreement", "tokens") if name in measured}
+        return cls(folder.resolve().name, artifact.identity(folder), manifest.config.get("type"), fidelity or None)
+
+
+@dataclass
+class Conversation:
+    """A session, the answer that is being written in it, and the pictures that are read for its next question."""
+
+    session: Session
+    turn: Turn[dict[str, object]] | None = None
+    reading: Turn[None] | None = None
+
+    @property
+    def writing(self) -> bool:
+        """Whether an answer is being written, or waits for its turn."""
+        return self.turn is not None and not self.turn.ended
+
+
+class Desk:
+    """One model, and what is open before it."""
+
+    def __init__(
+        self, runtime: Runtime, front: Front, model: Model, sampling: Sampling, audit: AuditLog | None = None
+    ) -> None:
+        self.runtime, self.front, self.model, self.sampling, self.audit = runtime, front, model, sampling, audit
+        self.turns = Turns(runtime)
+        self.pictures = Pictures()
+        self.conversations: dict[str, Conversation] = {}
+
+    def read_ahead(self, conversation: Conversation, pictures: Callable[[], Sequence[Picture]]) -> None:
+        """Let the model read pictures while their question is thought of, if it has nothing else to do."""
+        if conversation.reading:
+            conversation.reading.stop()
+
+        def work() -> Generator[None, None, None]:
+            # what cannot be read now will say so when it is asked about
+            with suppress(LdrtError):
+                conversation.session.attach(*pictures(), read=True)
+            yield
+
+        if self.turns.idle:
+            conversation.reading = self.turns.take(work)
+
+    def open(self, session: Session | None = None) -> str:
+        """Open a conversation; its name.
+
+        Raises:
+            DataError: too many are open.
+        """
+        if len(self.conversations) >= _MOST_CONVERSATIONS:
+            for name, old in list(self.conversations.items()):
+                if not old.session.exchanges and not old.writing:
+                    del self.conversations[name]
+        if len(self.conversations) >= _MOST_CONVERSATIONS:
+            raise DataError(f"{_MOST_CONVERSATIONS} conversations are open: delete some")
+        name = secrets.token_urlsafe(12)
+        session = session or Session(self.runtime, self.front, self.sampling, self.model.identity)
+        self.conversations[name] = Conversation(session)
+        return name
+
+    def record(self, images: Sequence[str], question: str, answer: str) -> None:
+        """Note an answer in the audit log, if there is one."""
+        if self.audit:
+            self.audit.record(self.model.identity.manifest_sha256, images, question, answer)

@@ -1,0 +1,276 @@
+"""What the page asks the server for: pictures in and out, conversations, answers as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ldrt_edge import __version__
+from ldrt_edge.chat.desk import Conversation, Desk
+from ldrt_edge.chat.pictures import describe, png, tiles_png
+from ldrt_edge.chat.replies import aside, follow, json_line, json_reply, png_reply, read_object, text_of
+from ldrt_edge.chat.session import NOTICE, Session
+from ldrt_edge.errors import DataError, LdrtError
+from ldrt_edge.image import MAX_BYTES, Picture, Window
+from ldrt_edge.runtimes.base import Sampling
+
+Events = Generator[dict[str, object], None, None]
+_OTHER_ANSWER_TEMPERATURE = 0.7
+
+
+def routes(desk: Desk) -> list[Route]:
+    """The page's part of the server."""
+    page = Page(desk)
+    pictures, conversations = "/api/pictures", "/api/conversations"
+    one = f"{conversations}/{{name}}"
+    return [
+        Route("/api/model", page.model),
+        Route(pictures, page.add_picture, methods=["POST"], max_body_size=MAX_BYTES),
+        Route(f"{pictures}/{{name}}", page.picture),
+        Route(f"{pictures}/{{name}}/seen", page.picture_seen),
+        Route(conversations, page.conversations),
+        Route(conversations, page.new_conversation, methods=["POST"]),
+        Route(one, page.conversation),
+        Route(one, page.delete_conversation, methods=["DELETE"]),
+        Route(f"{one}/ask", page.ask, methods=["POST"]),
+        Route(f"{one}/read", page.read, methods=["POST"]),
+        Route(f"{one}/again", page.again, methods=["POST"]),
+        Route(f"{one}/branch", page.branch, methods=["POST"]),
+        Route(f"{one}/stop", page.stop, methods=["POST"]),
+        Route(f"{one}/seen/{{exchange:int}}/{{image:int}}", page.seen),
+    ]
+
+
+class Page:
+    """What the page asks for."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    async def model(self, _: Request) -> Response:
+        """What answers here."""
+        desk = self._desk
+        return json_reply({
+            **asdict(desk.model), "runtime": desk.runtime.name, "context": desk.runtime.context_length,
+            "sampling": asdict(desk.sampling), "version": __version__, "notice": NOTICE,
+        })
+
+    async def add_picture(self, request: Request) -> Response:
+        """Take a picture file's bytes."""
+        return json_reply(await aside(self._desk.pictures.add, await request.body()))
+
+    async def picture(self, request: Request) -> Response:
+        """One frame through a window, whole."""
+        shot = _asked_shot(request)
+
+        def draw() -> tuple[bytes, dict[str, object]]:
+            picture = self._desk.pictures.view(shot.name, shot.window, shot.frame)
+            return png(picture.rgb), describe(picture)
+
+        return png_reply(*await aside(draw))
+
+    async def picture_seen(self, request: Request) -> Response:
+        """The same as the model would get it."""
+        shot = _asked_shot(request)
+
+        def draw() -> tuple[bytes, dict[str, object]]:
+            image = self._desk.front.image(self._desk.pictures.view(shot.name, shot.window, shot.frame).rgb)
+            seen = {"seen_sha256": image.sha256, "tokens": image.token_count, "tiles": len(image.tiles)}
+            return tiles_png(image), seen
+
+        return png_reply(*await aside(draw))
+
+    async def conversations(self, _: Request) -> Response:
+        """Names and first questions, the newest first."""
+        listed = [
+            {"name": name, "title": conversation.session.exchanges[0].question[:200]}
+            for name, conversation in reversed(self._desk.conversations.items())
+            if conversation.session.exchanges
+        ]
+        return json_reply(listed)
+
+    async def new_conversation(self, _: Request) -> Response:
+        """Open one."""
+        return json_reply({"name": self._desk.open()})
+
+    async def conversation(self, request: Request) -> Response:
+        """Its transcript."""
+        return json_reply(self._conversation(request).session.transcript())
+
+    async def delete_conversation(self, request: Request) -> Response:
+        """Forget one, and stop what is being written in it."""
+        conversation = self._conversation(request)
+        if conversation.turn:
+            conversation.turn.stop()
+        del self._desk.conversations[request.path_params["name"]]
+        return json_reply({})
+
+    async def ask(self, request: Request) -> Response:
+        """Ask a question about pictures; the answer as it is written, one JSON object a line.
+
+        Without a list of pictures, those that wait in the conversation are shown.
+        """
+        conversation = self._free(request)
+        body = await read_object(request)
+        question, shots = text_of(body.get("question"), "question"), _shots(body)
+        session = conversation.session
+        sampling = _sampling(body, self._desk.sampling)
+
+        def work() -> Events:
+            session.sampling = sampling
+            if shots:
+                yield {"stage": "encoding"}
+            if shots is not None:
+                session.attach(*self._pictures(shots), read=True)
+            yield {"stage": "reading"}
+            yield from self._answer(session, question)
+
+        return self._stream(conversation, session, work)
+
+    async def read(self, request: Request) -> Response:
+        """Let the model read pictures before their question comes."""
+        conversation = self._free(request)
+        shots = _shots(await read_object(request)) or []
+        self._desk.read_ahead(conversation, lambda: self._pictures(shots))
+        return json_reply({})
+
+    async def again(self, request: Request) -> Response:
+        """Answer the last question anew, in place of its answer: drawn, since the likeliest answer stays the same."""
+        conversation = self._free(request)
+        body = await read_object(request)
+        kept = conversation.session
+        if not kept.exchanges:
+            raise DataError("nothing was asked")
+        last = kept.exchanges[-1]
+        session = kept.fork(len(kept.exchanges) - 1)
+        sampling = _sampling(body, self._desk.sampling)
+        temperature = sampling.temperature or _OTHER_ANSWER_TEMPERATURE
+        session.sampling = replace(sampling, temperature=temperature, seed=last.sampling.seed + 1)
+
+        def work() -> Events:
+            yield {"stage": "reading"}
+            try:
+                yield from self._answer(session, last.question)
+            finally:
+                if len(session.exchanges) == len(kept.exchanges):
+                    conversation.session = session
+
+        return self._stream(conversation, session, work)
+
+    async def branch(self, request: Request) -> Response:
+        """Another conversation up to an exchange, whose pictures wait there; this one stays."""
+        body = await read_object(request)
+        session = self._conversation(request).session
+        exchange = body.get("exchange")
+        if not isinstance(exchange, int) or not 0 <= exchange < len(session.exchanges):
+            raise DataError("branch: there is no such exchange")
+        return json_reply({"name": self._desk.open(session.fork(exchange))})
+
+    async def stop(self, request: Request) -> Response:
+        """Stop the answer that is being written; what is written stays."""
+        turn = self._conversation(request).turn
+        if turn:
+            turn.stop()
+        return json_reply({})
+
+    async def seen(self, request: Request) -> Response:
+        """What the model saw with an exchange."""
+        try:
+            exchange = self._conversation(request).session.exchanges[request.path_params["exchange"]]
+            image = exchange.shown[request.path_params["image"]].image
+        except IndexError:
+            raise DataError("there is no such picture in the conversation") from None
+        return png_reply(await aside(lambda: tiles_png(image)), {"seen_sha256": image.sha256})
+
+    def _pictures(self, shots: Sequence[Shot]) -> list[Picture]:
+        return [self._desk.pictures.view(shot.name, shot.window, shot.frame) for shot in shots]
+
+    def _answer(self, session: Session, question: str) -> Events:
+        before = len(session.exchanges)
+        try:
+            with closing(session.ask(question)) as pieces:
+                for piece in pieces:
+                    yield {"text": piece}
+        finally:
+            for kept in session.exchanges[before:]:
+                self._desk.record([shown.image.sha256 for shown in kept.shown], kept.question, kept.answer)
+
+    def _stream(self, conversation: Conversation, session: Session, work: Callable[[], Events]) -> Response:
+        before = len(session.exchanges)
+        turn = conversation.turn = self._desk.turns.take(work)
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                async for event in turn.events():
+                    yield json_line(event)
+                yield json_line({"done": len(session.exchanges) > before})
+            except LdrtError as error:
+                yield json_line({"error": str(error)})
+
+        return follow(turn, lines(), "application/x-ndjson")
+
+    def _conversation(self, request: Request) -> Conversation:
+        found = self._desk.conversations.get(request.path_params["name"])
+        if found is None:
+            raise DataError("the conversation is not there any more")
+        return found
+
+    def _free(self, request: Request) -> Conversation:
+        found = self._conversation(request)
+        if found.writing:
+            raise DataError("an answer is still being written: stop it first")
+        return found
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A picture of a request: one frame of a file, through a window."""
+
+    name: str
+    window: Window | None
+    frame: int
+
+
+def _shots(body: dict[str, object]) -> list[Shot] | None:
+    listed = body.get("pictures")
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        raise DataError("pictures: wants a list of {name, frame, window}")
+    return [_shot(one.get("name"), one.get("frame"), one.get("window")) for one in listed]
+
+
+def _asked_shot(request: Request) -> Shot:
+    """Out of the address: /NAME?frame=0&center=40&width=400."""
+    query = request.query_params
+    window = [query["center"], query["width"]] if "center" in query and "width" in query else None
+    return _shot(request.path_params["name"], query.get("frame"), window)
+
+
+def _shot(name: object, frame: object, window: object) -> Shot:
+    try:
+        if window is None:
+            return Shot(str(name), None, int(str(frame or 0)))
+        center, width = (float(str(value)) for value in cast("Iterable[object]", window))
+        return Shot(str(name), (center, width), int(str(frame or 0)))
+    except (TypeError, ValueError, OverflowError):
+        raise DataError("a picture is {name, frame, window}, its window [center, width]") from None
+
+
+def _sampling(body: dict[str, object], default: Sampling) -> Sampling:
+    """What a request says of `default`, within its bounds."""
+    try:
+        return replace(
+            default,
+            max_tokens=int(str(body.get("max_tokens", default.max_tokens))),
+            temperature=float(str(body.get("temperature", default.temperature))),
+            seed=int(str(body.get("seed", default.seed))),
+        )
+    except (TypeError, ValueError, OverflowError):
+        raise DataError("max_tokens, temperature and seed want numbers") from None

@@ -1,0 +1,100 @@
+"""Pictures that a browser brought: their bytes in memory, and views of them as PNG.
+
+A view is drawn by the same code that prepares the picture for the model, so that the window on the page is the window
+of the model. File names never come here; the oldest pictures go when memory runs short.
+"""
+
+from __future__ import annotations
+
+import io
+import secrets
+import threading
+from collections import OrderedDict
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ldrt_edge.dicom import slice_position
+from ldrt_edge.errors import DataError
+from ldrt_edge.image import Picture, Window, read_image_bytes
+from ldrt_edge.runtimes.base import FrontImage
+
+MOST_BYTES = 1 << 30
+_GAP = 4  # pixels between tiles
+_VIEWS_KEPT = 8
+
+
+class Pictures:
+    """Files by a random name, at most `most_bytes` of them together."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._files: OrderedDict[str, bytes] = OrderedDict()
+        self._views: OrderedDict[tuple[str, Window | None, int], Picture] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, data: bytes) -> dict[str, object]:
+        """Keep a picture file that can be read; its name, and what there is to know of its first frame.
+
+        Raises:
+            DataError: it cannot be read, or is larger than what is kept of all.
+        """
+        if len(data) > self._most_bytes:
+            raise DataError(f"the picture: {len(data) >> 20} MiB, and {self._most_bytes >> 20} are kept")
+        picture = read_image_bytes(data)
+        name = secrets.token_urlsafe(12)
+        with self._lock:
+            self._files[name] = data
+            while sum(map(len, self._files.values())) > self._most_bytes:
+                self._files.popitem(last=False)
+        position = slice_position(data) if picture.origin.format == "DICOM" else None
+        return {"name": name, "position": position, **describe(picture)}
+
+    def view(self, name: str, window: Window | None, frame: int) -> Picture:
+        """One frame of a picture through a window.
+
+        Raises:
+            DataError: there is no such picture any more, or it cannot be shown so.
+        """
+        key = (name, window, frame)
+        with self._lock:
+            data = self._files.get(name)
+            if data is None:
+                raise DataError("the picture is not there any more: add it again")
+            self._files.move_to_end(name)
+            known = self._views.get(key)
+        if known is None:
+            known = read_image_bytes(data, window, frame)
+            with self._lock:
+                self._views[key] = known
+                if len(self._views) > _VIEWS_KEPT:
+                    self._views.popitem(last=False)
+        return known
+
+
+def describe(picture: Picture) -> dict[str, object]:
+    """A picture for the page: size, levels of grey and where it came from; no patient data."""
+    height, width = picture.rgb.shape[:2]
+    return {"width": width, "height": height, "levels": picture.levels, **asdict(picture.origin)}
+
+
+def png(rgb: NDArray[np.uint8]) -> bytes:
+    """(height, width, 3) as PNG; packed lightly, since it goes no farther than this machine."""
+    stream = io.BytesIO()
+    Image.fromarray(rgb).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def tiles_png(image: FrontImage) -> bytes:
+    """Exactly the pixels that the model gets: its tiles one to one, in a grid if there are several."""
+    count, size = image.tiles.shape[:2]
+    columns = 1 if count == 1 else 2 if count <= 4 else 3
+    rows = -(-count // columns)
+    side = size + _GAP
+    sheet = np.zeros((rows * side - _GAP, columns * side - _GAP, 3), np.uint8)
+    for place, tile in enumerate(image.tiles):
+        top, left = place // columns * side, place % columns * side
+        sheet[top : top + size, left : left + size] = tile
+    return png(sheet)

@@ -1,0 +1,159 @@
+// What the page says, in five languages. {0}, {1} stand for what is filled in.
+
+export const LANGUAGES = { en: "English", de: "Deutsch", es: "Español", fr: "Français", zh: "中文" };
+
+const STRINGS = {
+  notice: [
+    "For research use only, not for diagnosis.",
+    "Nur für die Forschung, nicht für die Diagnose.",
+    "Solo para investigación, no para diagnóstico.",
+    "Pour la recherche uniquement, pas pour le diagnostic.",
+    "仅供研究使用，不用于诊断。",
+  ],
+  skip: ["To the question", "Zur Frage", "Ir a la pregunta", "Aller à la question", "跳到提问"],
+  conversations: ["Conversations", "Gespräche", "Conversaciones", "Conversations", "对话列表"],
+  conversation: ["Conversation", "Gespräch", "Conversación", "Conversation", "对话"],
+  newConversation: ["New conversation", "Neues Gespräch", "Nueva conversación", "Nouvelle conversation", "新对话"],
+  language: ["Language", "Sprache", "Idioma", "Langue", "语言"],
+  theme: ["Light or dark", "Hell oder dunkel", "Claro u oscuro", "Clair ou sombre", "浅色或深色"],
+  exportJson: ["Save as JSON", "Als JSON sichern", "Guardar como JSON", "Enregistrer en JSON", "保存为 JSON"],
+  exportPdf: ["Print or PDF", "Drucken oder PDF", "Imprimir o PDF", "Imprimer ou PDF", "打印或 PDF"],
+  forget: ["Forget this conversation", "Dieses Gespräch vergessen", "Olvidar esta conversación", "Oublier cette conversation", "删除此对话"],
+  nothingWritten: [
+    "All of this is in memory only. It is gone when the program ends.",
+    "Alles hier liegt nur im Speicher und ist mit dem Programmende fort.",
+    "Todo esto está solo en la memoria y desaparece al cerrar el programa.",
+    "Tout ceci n’est qu’en mémoire et disparaît à la fin du programme.",
+    "所有内容只在内存中，程序结束后即消失。",
+  ],
+  question: ["Question", "Frage", "Pregunta", "Question", "问题"],
+  placeholder: [
+    "Ask about the picture. Enter sends, Shift+Enter starts a line, Esc stops.",
+    "Fragen Sie zum Bild. Enter sendet, Umschalt+Enter beginnt eine Zeile, Esc hält an.",
+    "Pregunte sobre la imagen. Intro envía, Mayús+Intro abre una línea, Esc detiene.",
+    "Interrogez l’image. Entrée envoie, Maj+Entrée ouvre une ligne, Échap arrête.",
+    "就图像提问。Enter 发送，Shift+Enter 换行，Esc 停止。",
+  ],
+  ask: ["Ask", "Fragen", "Preguntar", "Demander", "提问"],
+  stop: ["Stop", "Anhalten", "Detener", "Arrêter", "停止"],
+  picture: ["Picture", "Bild", "Imagen", "Image", "图像"],
+  pictures: ["Pictures", "Bilder", "Imágenes", "Images", "图像"],
+  stageKeys: [
+    "Picture. Drag or Alt+arrows: window. Wheel or + and −: zoom. Shift+drag or arrows: move. Page up and down: frame.",
+    "Bild. Ziehen oder Alt+Pfeile: Fenster. Rad oder + und −: Zoom. Umschalt+Ziehen oder Pfeile: verschieben. Bild auf und ab: Einzelbild.",
+    "Imagen. Arrastrar o Alt+flechas: ventana. Rueda o + y −: zoom. Mayús+arrastrar o flechas: mover. RePág y AvPág: cuadro.",
+    "Image. Glisser ou Alt+flèches : fenêtre. Molette ou + et − : zoom. Maj+glisser ou flèches : déplacer. Page haut et bas : coupe.",
+    "图像。拖动或 Alt+方向键：窗宽窗位；滚轮或 + −：缩放；Shift+拖动或方向键：移动；Page Up/Down：切换帧。",
+  ],
+  drop: [
+    "Drop or paste pictures here: DICOM (also a series), PNG, JPEG, TIFF",
+    "Bilder hier ablegen oder einfügen: DICOM (auch eine Serie), PNG, JPEG, TIFF",
+    "Suelte o pegue imágenes aquí: DICOM (también una serie), PNG, JPEG, TIFF",
+    "Déposez ou collez des images ici : DICOM (aussi une série), PNG, JPEG, TIFF",
+    "将图像拖放或粘贴到此处：DICOM（也可为序列）、PNG、JPEG、TIFF",
+  ],
+  addPicture: ["Add a picture", "Bild hinzufügen", "Añadir imagen", "Ajouter une image", "添加图像"],
+  preset: ["Window preset", "Fenstervorgabe", "Ventana predefinida", "Fenêtre prédéfinie", "预设窗"],
+  asStored: ["Window of the file", "Fenster der Datei", "Ventana del archivo", "Fenêtre du fichier", "文件自带窗"],
+  own: ["Own window", "Eigenes Fenster", "Ventana propia", "Fenêtre libre", "自定义窗"],
+  lung: ["Lung", "Lunge", "Pulmón", "Poumon", "肺窗"],
+  bone: ["Bone", "Knochen", "Hueso", "Os", "骨窗"],
+  soft: ["Soft tissue", "Weichteile", "Tejido blando", "Parties molles", "软组织窗"],
+  brain: ["Brain", "Gehirn", "Cerebro", "Cerveau", "脑窗"],
+  center: ["Center", "Zentrum", "Centro", "Centre", "窗位"],
+  width: ["Width", "Breite", "Ancho", "Largeur", "窗宽"],
+  invert: ["Invert view", "Ansicht umkehren", "Invertir vista", "Inverser la vue", "反相显示"],
+  fit: ["Fit", "Einpassen", "Ajustar", "Ajuster", "适应窗口"],
+  remove: ["Remove", "Entfernen", "Quitar", "Retirer", "移除"],
+  frame: ["Frame {0} of {1}", "Bild {0} von {1}", "Cuadro {0} de {1}", "Coupe {0} sur {1}", "第 {0} 帧，共 {1} 帧"],
+  modelSees: ["The model sees", "Das Modell sieht", "El modelo ve", "Le modèle voit", "模型所见"],
+  seenFacts: [
+    "{0} tile(s), {1} tokens, SHA-256 {2}…",
+    "{0} Kachel(n), {1} Token, SHA-256 {2}…",
+    "{0} tesela(s), {1} tokens, SHA-256 {2}…",
+    "{0} tuile(s), {1} tokens, SHA-256 {2}…",
+    "{0} 块，{1} 个 token，SHA-256 {2}…",
+  ],
+  willShow: [
+    "{0} picture(s) go with the next question.",
+    "{0} Bild(er) gehen mit der nächsten Frage.",
+    "{0} imagen(es) van con la próxima pregunta.",
+    "{0} image(s) accompagnent la prochaine question.",
+    "下一个问题将附带 {0} 幅图像。",
+  ],
+  hasSeen: [
+    "The model has these pictures already; a changed window or frame is shown anew.",
+    "Das Modell hat diese Bilder schon; ein anderes Fenster oder Einzelbild wird neu gezeigt.",
+    "El modelo ya tiene estas imágenes; otra ventana u otro cuadro se muestra de nuevo.",
+    "Le modèle a déjà ces images ; une autre fenêtre ou coupe est montrée à nouveau.",
+    "模型已看过这些图像；更改窗或帧后会重新显示给模型。",
+  ],
+  noPicture: ["No picture: the model answers from text alone.", "Kein Bild: das Modell antwortet nur aus dem Text.", "Sin imagen: el modelo responde solo por el texto.", "Sans image : le modèle répond d’après le texte seul.", "没有图像：模型仅根据文字回答。"],
+  uploading: ["Reading {0} of {1}…", "Lese {0} von {1}…", "Leyendo {0} de {1}…", "Lecture {0} sur {1}…", "正在读取 {0}/{1}…"],
+  waiting: ["Waiting for its turn", "Wartet, bis es an der Reihe ist", "Esperando turno", "En attente", "排队中"],
+  encoding: ["Looking at the picture", "Sieht das Bild an", "Mirando la imagen", "Examine l’image", "正在查看图像"],
+  reading: ["Reading the question", "Liest die Frage", "Leyendo la pregunta", "Lit la question", "正在阅读问题"],
+  writing: ["Writing", "Schreibt", "Escribiendo", "Écrit", "正在作答"],
+  done: ["Answered", "Beantwortet", "Respondido", "Répondu", "已回答"],
+  stopped: ["Stopped", "Angehalten", "Detenido", "Arrêté", "已停止"],
+  noAnswer: ["The model gave no answer.", "Das Modell gab keine Antwort.", "El modelo no dio respuesta.", "Le modèle n’a pas répondu.", "模型没有给出回答。"],
+  finishStopped: ["stopped by you", "von Ihnen angehalten", "detenido por usted", "arrêté par vous", "由您停止"],
+  finishLength: ["cut off by length", "wegen Länge abgeschnitten", "cortado por longitud", "coupé par la longueur", "因长度截断"],
+  copy: ["Copy", "Kopieren", "Copiar", "Copier", "复制"],
+  copied: ["Copied", "Kopiert", "Copiado", "Copié", "已复制"],
+  again: ["Another answer", "Andere Antwort", "Otra respuesta", "Autre réponse", "换个回答"],
+  edit: ["Ask differently", "Anders fragen", "Preguntar de otro modo", "Demander autrement", "修改提问"],
+  you: ["You", "Sie", "Usted", "Vous", "您"],
+  answer: ["Answer", "Antwort", "Respuesta", "Réponse", "回答"],
+  fidelity: [
+    "{0} of tokens as before export (KLD {1}, {2} tokens)",
+    "{0} der Token wie vor dem Export (KLD {1}, {2} Token)",
+    "{0} de los tokens como antes de exportar (KLD {1}, {2} tokens)",
+    "{0} des tokens comme avant l’export (KLD {1}, {2} tokens)",
+    "{0} 的 token 与导出前一致（KLD {1}，{2} 个 token）",
+  ],
+  window: ["window {0} / {1}", "Fenster {0} / {1}", "ventana {0} / {1}", "fenêtre {0} / {1}", "窗位 {0} / 窗宽 {1}"],
+  fullRange: ["full range", "voller Bereich", "rango completo", "plage entière", "全范围"],
+  seed: ["seed {0}, temperature {1}", "Seed {0}, Temperatur {1}", "semilla {0}, temperatura {1}", "graine {0}, température {1}", "种子 {0}，温度 {1}"],
+  timing: [
+    "first word after {0} s, {1} tokens a second",
+    "erstes Wort nach {0} s, {1} Token je Sekunde",
+    "primera palabra tras {0} s, {1} tokens por segundo",
+    "premier mot après {0} s, {1} tokens par seconde",
+    "首字用时 {0} 秒，每秒 {1} 个 token",
+  ],
+  tokenWanted: [
+    "The token from the line that ldrt-edge printed",
+    "Das Token aus der Zeile, die ldrt-edge ausgab",
+    "El token de la línea que mostró ldrt-edge",
+    "Le jeton de la ligne affichée par ldrt-edge",
+    "ldrt-edge 启动时打印的令牌",
+  ],
+  enter: ["Enter", "Öffnen", "Entrar", "Entrer", "进入"],
+};
+
+const CODES = Object.keys(LANGUAGES);
+let place = 0;
+
+export function choose(code) {
+  place = Math.max(CODES.indexOf(code), 0);
+  document.documentElement.lang = CODES[place];
+  for (const node of document.querySelectorAll("[data-t]")) node.textContent = t(node.dataset.t);
+  for (const node of document.querySelectorAll("[data-label]")) {
+    node.setAttribute("aria-label", t(node.dataset.label));
+    node.title = t(node.dataset.label);
+  }
+  for (const node of document.querySelectorAll("[data-placeholder]")) node.placeholder = t(node.dataset.placeholder);
+}
+
+export function preferred() {
+  return navigator.languages.map((name) => name.slice(0, 2)).find((name) => name in LANGUAGES) ?? "en";
+}
+
+export function t(key, ...values) {
+  return values.reduce((text, value, i) => text.replace(`{${i}}`, value), STRINGS[key][place]);
+}
+
+export function number(value, digits = 1) {
+  return value.toLocaleString(CODES[place], { maximumFractionDigits: digits });
+}

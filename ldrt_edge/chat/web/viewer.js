@@ -1,0 +1,304 @@
+// The picture panel: which pictures there are, through which window, and exactly what the model gets of them.
+//
+// Both pictures are drawn by the server, by the code that prepares them for the model. Zoom, position and inversion
+// are of the view alone.
+
+import { picture, send } from "./api.js";
+import { element } from "./markdown.js";
+import { number, t } from "./strings.js";
+
+// Center and width in HU, as CT consoles commonly have them.
+const PRESETS = { lung: [-600, 1500], bone: [400, 1800], soft: [40, 400], brain: [40, 80] };
+const SETTLED_MS = 250;
+const $ = (id) => document.getElementById(id);
+
+export class Viewer {
+  // A slot is one picture, or a series of single-frame files of one size, which is scrolled like one.
+  slots = [];
+  current = null;
+
+  // changed: what goes with the next question may have; settled: it will likely stay so.
+  constructor(changed, settled, failed) {
+    this.changed = changed;
+    this.settled = settled;
+    this.failed = failed;
+    this.listen();
+  }
+
+  async add(files, progress) {
+    const sorted = [...files].sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
+    const taken = [];
+    for (const [i, file] of sorted.entries()) {
+      progress(i + 1, sorted.length);
+      try {
+        taken.push(await (await send("POST", "/api/pictures", { body: file })).json()); // its name stays here
+      } catch (error) {
+        this.failed(error);
+      }
+    }
+    if (!taken.length) return;
+    const [first] = taken;
+    const series = taken.length > 1 && taken.every((one) => first.format === "DICOM" && one.frames === 1 &&
+      one.modality === first.modality && one.width === first.width && one.height === first.height);
+    if (series && taken.every((one) => one.position !== null)) taken.sort((a, b) => a.position - b.position);
+    const groups = series ? [taken] : taken.map((one) => [one]);
+    const added = groups.map((group) => ({
+      files: group, frame: group.length >> 1, window: null, about: group[0], zoom: 1, x: 0, y: 0, invert: false, sent: "",
+    }));
+    this.slots.push(...added);
+    this.show(added[0]);
+  }
+
+  // What the server wants to hear of the pictures that the model has not seen so.
+  unseen() {
+    return this.slots.filter((slot) => slot.sent !== key(slot)).map(shot);
+  }
+
+  markSent() {
+    for (const slot of this.slots) slot.sent = key(slot);
+    this.changed();
+  }
+
+  clear() {
+    this.slots = [];
+    this.show(null);
+  }
+
+  show(slot) {
+    this.current = slot;
+    $("viewer").classList.toggle("empty", !slot);
+    for (const id of ["window-tools", "invert", "fit", "remove", "frames", "seen"]) $(id).hidden = !slot;
+    $("strip").replaceChildren(...this.slots.map((one, i) => {
+      const tab = element("button", `${i + 1}`);
+      tab.setAttribute("role", "tab");
+      tab.setAttribute("aria-selected", one === slot);
+      tab.addEventListener("click", () => this.show(one));
+      return tab;
+    }));
+    $("strip").hidden = this.slots.length < 2;
+    if (slot) {
+      const count = frames(slot);
+      $("frames").hidden = count < 2;
+      $("frame").max = count - 1;
+      this.draw();
+    } else {
+      for (const id of ["view", "seen-view"]) replace($(id), "");
+    }
+    this.changed();
+  }
+
+  // One request at a time: while it runs, only the latest wish is remembered.
+  async draw() {
+    this.wanted = true;
+    this.place();
+    if (this.drawing) return;
+    this.drawing = true;
+    while (this.wanted && this.current) {
+      this.wanted = false;
+      const slot = this.current;
+      try {
+        const drawn = await picture(address(slot));
+        if (slot !== this.current) continue;
+        replace($("view"), drawn.url);
+        slot.about = drawn.about;
+        this.place();
+      } catch (error) {
+        this.failed(error);
+      }
+    }
+    this.drawing = false;
+    clearTimeout(this.settling);
+    this.settling = setTimeout(() => this.drawSeen(), SETTLED_MS);
+    this.changed();
+  }
+
+  async drawSeen() {
+    const slot = this.current;
+    if (!slot) return;
+    try {
+      const { url, about } = await picture(address(slot, "/seen"));
+      if (slot !== this.current) return;
+      replace($("seen-view"), url);
+      $("seen-facts").textContent = t("seenFacts", about.tiles, about.tokens, about.seen_sha256.slice(0, 12));
+      $("seen-facts").title = about.seen_sha256;
+      this.settled();
+    } catch (error) {
+      this.failed(error);
+    }
+  }
+
+  // Put on the page what is known of the current picture.
+  place() {
+    const slot = this.current;
+    if (!slot) return;
+    const { about } = slot;
+    const view = $("view");
+    view.style.transform = `translate(${slot.x}px, ${slot.y}px) scale(${slot.zoom})`;
+    view.classList.toggle("inverted", slot.invert);
+    $("invert").setAttribute("aria-pressed", slot.invert);
+    const grey = about.levels !== null;
+    $("window-tools").hidden = !grey;
+    if (grey) {
+      const [center, width] = slot.window ?? about.window ?? whole(about);
+      for (const [id, value] of [["center", center], ["width", width]]) {
+        if (document.activeElement !== $(id)) $(id).value = Number(value.toPrecision(6));
+      }
+    }
+    this.offerPresets();
+    $("frame").value = slot.frame;
+    $("frame-label").textContent = t("frame", slot.frame + 1, frames(slot));
+    const mapped = about.window ? t("window", number(about.window[0]), number(about.window[1])) : t("fullRange");
+    $("reading").textContent = [about.modality ?? about.format, `${about.width}×${about.height}`,
+      ...(grey ? [mapped] : []), `${number(slot.zoom * 100, 0)} %`].join(" · ");
+  }
+
+  offerPresets() {
+    const { about, window } = this.current;
+    const named = about.modality === "CT" ? Object.keys(PRESETS) : [];
+    const chosen = window ? named.find((name) => `${PRESETS[name]}` === `${window}`) ?? "own" : "asStored";
+    $("preset").replaceChildren(...["asStored", ...named, "own"].map((name) => {
+      const option = new Option(t(name), name, false, name === chosen);
+      option.disabled = name === "own";
+      return option;
+    }));
+  }
+
+  setWindow(center, width) {
+    const slot = this.current;
+    if (!slot || slot.about.levels === null || !Number.isFinite(center) || !(width > 0)) return;
+    slot.window = [center, width];
+    this.draw();
+  }
+
+  // Move the window by shares of the picture's whole range.
+  nudgeWindow(byCenter, byWidth) {
+    const { about, window } = this.current;
+    if (about.levels === null) return;
+    const [center, width] = window ?? about.window ?? whole(about);
+    const step = whole(about)[1];
+    const finest = step / 4096;
+    const round = (value) => (step > 100 ? Math.round(value) : Number(value.toPrecision(4)));
+    this.setWindow(round(center + byCenter * step), Math.max(round(width + byWidth * step), step > 100 ? 1 : finest));
+  }
+
+  setFrame(frame) {
+    const slot = this.current;
+    if (!slot) return;
+    slot.frame = Math.min(Math.max(frame, 0), frames(slot) - 1);
+    this.draw();
+  }
+
+  zoom(by, x = 0, y = 0) {
+    const slot = this.current;
+    const zoom = Math.min(Math.max(slot.zoom * by, 1), 32);
+    slot.x = x - (x - slot.x) * (zoom / slot.zoom);
+    slot.y = y - (y - slot.y) * (zoom / slot.zoom);
+    slot.zoom = zoom;
+    if (zoom === 1) slot.x = slot.y = 0;
+    this.place();
+  }
+
+  move(x, y) {
+    this.current.x += x;
+    this.current.y += y;
+    this.place();
+  }
+
+  invert() {
+    this.current.invert = !this.current.invert;
+    this.place();
+  }
+
+  listen() {
+    const stage = $("stage");
+    stage.addEventListener("pointerdown", (event) => {
+      if (!this.current || event.button) return;
+      stage.setPointerCapture(event.pointerId);
+      stage.focus({ preventScroll: true });
+      this.drag = { x: event.clientX, y: event.clientY, move: event.shiftKey };
+    });
+    stage.addEventListener("pointermove", (event) => {
+      if (!this.drag) return;
+      const x = event.clientX - this.drag.x, y = event.clientY - this.drag.y;
+      Object.assign(this.drag, { x: event.clientX, y: event.clientY });
+      if (this.drag.move || this.current.about.levels === null) this.move(x, y);
+      else this.nudgeWindow(y / 512, x / 512);
+    });
+    for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, () => (this.drag = null));
+    stage.addEventListener("wheel", (event) => {
+      if (!this.current) return;
+      event.preventDefault();
+      const box = stage.getBoundingClientRect();
+      const x = event.clientX - box.left - box.width / 2, y = event.clientY - box.top - box.height / 2;
+      this.zoom(event.deltaY < 0 ? 1.15 : 1 / 1.15, x, y);
+    }, { passive: false });
+    stage.addEventListener("keydown", (event) => this.key(event));
+    $("preset").addEventListener("change", (event) => {
+      const preset = PRESETS[event.target.value];
+      if (preset) this.setWindow(...preset);
+      else {
+        this.current.window = null;
+        this.draw();
+      }
+    });
+    for (const id of ["center", "width"]) {
+      $(id).addEventListener("change", () => this.setWindow($("center").valueAsNumber, $("width").valueAsNumber));
+    }
+    $("frame").addEventListener("input", (event) => this.setFrame(event.target.valueAsNumber));
+    $("invert").addEventListener("click", () => this.invert());
+    $("fit").addEventListener("click", () => this.zoom(0));
+    $("remove").addEventListener("click", () => {
+      this.slots = this.slots.filter((slot) => slot !== this.current);
+      this.show(this.slots.at(-1) ?? null);
+    });
+  }
+
+  key(event) {
+    if (!this.current || event.ctrlKey || event.metaKey) return;
+    const windowed = event.altKey;
+    const does = {
+      ArrowUp: () => (windowed ? this.nudgeWindow(-0.02, 0) : this.move(0, -24)),
+      ArrowDown: () => (windowed ? this.nudgeWindow(0.02, 0) : this.move(0, 24)),
+      ArrowLeft: () => (windowed ? this.nudgeWindow(0, -0.02) : this.move(-24, 0)),
+      ArrowRight: () => (windowed ? this.nudgeWindow(0, 0.02) : this.move(24, 0)),
+      PageUp: () => this.setFrame(this.current.frame - 1),
+      PageDown: () => this.setFrame(this.current.frame + 1),
+      "+": () => this.zoom(1.25),
+      "-": () => this.zoom(0.8),
+      "0": () => this.zoom(0),
+      i: () => this.invert(),
+    }[event.key];
+    if (!does) return;
+    event.preventDefault();
+    does();
+  }
+}
+
+function frames(slot) {
+  return slot.files.length > 1 ? slot.files.length : slot.files[0].frames;
+}
+
+function shot(slot) {
+  const stacked = slot.files.length > 1;
+  return { name: slot.files[stacked ? slot.frame : 0].name, frame: stacked ? 0 : slot.frame, window: slot.window };
+}
+
+function key(slot) {
+  return JSON.stringify(shot(slot));
+}
+
+function address(slot, rest = "") {
+  const { name, frame, window } = shot(slot);
+  const query = new URLSearchParams({ frame, ...(window && { center: window[0], width: window[1] }) });
+  return `/api/pictures/${name}${rest}?${query}`;
+}
+
+function whole({ levels: [low, high] }) {
+  return [(low + high) / 2, high - low || 1];
+}
+
+function replace(image, url) {
+  if (image.src) URL.revokeObjectURL(image.src);
+  if (url) image.src = url;
+  else image.removeAttribute("src");
+}

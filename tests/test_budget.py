@@ -1,0 +1,258 @@
+"""Quantising to a budget: damage foreseen, types allocated, candidates judged on held-out questions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny as builders
+from click.testing import CliRunner
+from gguf import GGUFReader, dequantize
+
+from ldrt_edge import artifact
+from ldrt_edge.bench.gate import Gate, judge
+from ldrt_edge.bench.vqa import Answer, Sample
+from ldrt_edge.cli import cli
+from ldrt_edge.convert import budget, sensitivity
+from ldrt_edge.convert.allocate import allocate, fixed_bytes, plan, useful
+from ldrt_edge.convert.gguf import write_text
+from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
+from ldrt_edge.convert.quantize import Importance, Wanted, quantize, quantize_planned, run_quantizer
+from ldrt_edge.convert.rounding import round_rows
+from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
+from ldrt_edge.convert.source import open_source
+from ldrt_edge.convert.type_plan import TypePlan, read_type_plan, write_type_plan
+from ldrt_edge.errors import ArtifactError, ConfigError, DataError
+from ldrt_edge.release import read_verdict
+from ldrt_edge.train.data.phantom import phantom
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantom(tmp_path_factory.mktemp("data") / "phantom", 12, 0, test_fraction=0.5, languages=("en",))
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: builders.Tiny, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Importance]:
+    """A model whose rows divide by 256, and what matters in it."""
+    merged = tiny("llava15", "llama", hidden=256)
+    return merged, Importance(importance(merged, data, tmp_path_factory.mktemp("wide") / "importance", limit=16))
+
+
+@pytest.fixture(autouse=True)
+def few_types(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only K-quants where a test is fast: the tables of IQ types take half a minute to make."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(sensitivity, "MODEL_TYPES", ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"))
+
+
+def measured(wide: tuple[Path, Importance], data: Path) -> list[Matrix]:
+    merged, given = wide
+    return sensitivities(open_source(merged), data, read_imatrix(imatrix_path(given.folder, given.weighting)), limit=8)
+
+
+def test_rows_round_as_in_the_file(wide: tuple[Path, Importance], tmp_path: Path) -> None:
+    merged, given = wide
+    path = imatrix_path(given.folder, "balanced")
+    write_text(merged, tmp_path / "full.gguf", "f32")
+    weights = {t.name: t.data for t in GGUFReader(tmp_path / "full.gguf").tensors}
+    for type_, imatrix in (("Q4_0", None), ("IQ3_XXS", path)):
+        types = dict.fromkeys([name for name in weights if name.startswith("blk.0.") and "norm" not in name], type_)
+        run_quantizer(tmp_path / "full.gguf", tmp_path / "out.gguf", Wanted("Q8_0", types, imatrix), 1)
+        means = read_imatrix(path) if imatrix else {}
+        for tensor in GGUFReader(tmp_path / "out.gguf").tensors:
+            if tensor.name in types:
+                stored = dequantize(tensor.data, tensor.tensor_type)
+                assert np.array_equal(stored, round_rows(weights[tensor.name], type_, means.get(tensor.name)))
+
+
+def test_damage_is_foreseen(wide: tuple[Path, Importance], data: Path, tmp_path: Path) -> None:
+    merged, given = wide
+    preset = quantize(merged, tmp_path / "preset", "q4", importance=given)
+    stored = GGUFReader(preset / "model-Q4_K_M.gguf").tensors
+    size = sum(int(tensor.n_bytes) for tensor in stored if len(tensor.shape) == 2)
+    model = [matrix for matrix in measured(wide, data) if matrix.part == "model"]
+
+    chosen = allocate(model, target_bytes=size)
+    ours = quantize_planned(merged, tmp_path / "ours", replace(chosen, mmproj={"*": "F16"}), given)
+
+    assert chosen.expected["bytes"] <= size
+    klds = [artifact.read(folder).metrics["fidelity"]["mean_kld"] for folder in (ours, preset)]
+    assert klds[0] < 0.75 * klds[1]
+    assert 0.5 < chosen.expected["kld"] / klds[0] < 2
+
+
+@pytest.mark.slow
+def test_every_type_that_rows_admit_is_an_option(wide: tuple[Path, Importance], data: Path) -> None:
+    found = measured(wide, data)
+    by_name = {matrix.name: matrix for matrix in found}
+    assert {"blk.1.ffn_down.weight", "output.weight", "mm.2.weight", "v.blk.1.attn_out.weight"} <= by_name.keys()
+    types = {option.type for option in by_name["blk.0.attn_q.weight"].options}
+    assert {"IQ2_XXS", "IQ4_XS", "Q4_K", "Q5_1", "F16"} <= types
+    assert {option.type for option in by_name["mm.0.weight"].options} == {"Q6_K", "Q8_0", "F16"}
+    for matrix in found:
+        damage = {option.type: option.damage for option in matrix.options}
+        assert 0 < damage["F16"] < damage["Q8_0"] < damage["Q6_K"] < 10
+
+
+def test_allocation_is_the_best_there_is() -> None:
+    rng = np.random.default_rng(0)
+    matrices = [
+        Matrix(str(i), "model", 100, tuple(Option(str(j), int(rng.integers(1, 90)), rng.random()) for j in range(4)))
+        for i in range(5)
+    ]
+    combinations = list(itertools.product(*(matrix.options for matrix in matrices)))
+    for target in (120, 180, 240):
+        fitting = [c for c in combinations if sum(o.nbytes for o in c) <= target]
+        best = min(sum(option.damage for option in c) for c in fitting)
+        chosen = allocate(matrices, target_bytes=target + 7, fixed=7)
+        assert chosen.expected["kld"] == pytest.approx(best, rel=2e-3)
+        assert chosen == allocate(matrices, target_bytes=target + 7, fixed=7)
+        smallest = min(sum(o.nbytes for o in c) for c in combinations if sum(o.damage for o in c) <= best + 1e-9)
+        assert allocate(matrices, max_damage=best + 1e-9).expected["bytes"] <= smallest * 1.002
+    with pytest.raises(ConfigError, match=r"the least possible is 0\.00 MB"):
+        allocate(matrices, target_bytes=5)
+    with pytest.raises(ConfigError, match="the least possible is an estimated KLD"):
+        allocate(matrices, max_damage=0.0)
+
+
+def test_what_is_larger_and_worse_is_no_option() -> None:
+    small, same, worse, good = Option("a", 1, 3.0), Option("b", 1, 2.0), Option("c", 2, 2.5), Option("d", 3, 1.0)
+    assert useful([good, worse, same, small]) == [same, good]
+
+
+def test_a_plan_comes_back_as_it_was_written(
+    wide: tuple[Path, Importance], data: Path, tmp_path: Path
+) -> None:
+    (merged, given), found = wide, measured(wide, data)
+    path = plan(merged, data, given, tmp_path / "plan.yaml", bits_per_weight=6.5, limit=8)
+
+    read = read_type_plan(path)
+
+    fixed = fixed_bytes(open_source(merged), found)
+    size = int(6.5 / 8 * sum(matrix.weights for matrix in found)) + fixed
+    expected = allocate(found, fixed, target_bytes=size)
+    assert (read.model, read.mmproj) == (expected.model, expected.mmproj)
+    out = quantize_planned(merged, tmp_path / "edge", read, given)
+    stored = sum(int(t.n_bytes) for file in out.glob("*.gguf") for t in GGUFReader(file).tensors)
+    assert stored == expected.expected["bytes"] <= size
+    write_type_plan(TypePlan({"*": "Q8_0"}, {"*": "F16"}), path)
+    assert read_type_plan(path).model == {"*": "Q8_0"}
+    with pytest.raises(ConfigError, match="one of --target-size, --bpw and --max-kld"):
+        plan(merged, data, given, path, bits_per_weight=4, max_kld=0.1)
+
+
+def samples(right: list[bool], texts: list[str] | None = None) -> list[Sample]:
+    texts = texts or ["same"] * len(right)
+    return [
+        Sample(
+            id=str(i), image_sha256=str(i), group=str(i), kind="", language="en", task="", answer_type="open",
+            question="", answer="", subject=Answer(text, correct, 0.0, ""), blind=None, blind_any=None, reference=None,
+            flip=None, kld=None, top1=None,
+        )
+        for i, (correct, text) in enumerate(zip(right, texts, strict=True))
+    ]  # fmt: skip
+
+
+def test_only_what_is_shown_is_released() -> None:
+    rng = np.random.default_rng(1)
+    right = (rng.random(400) < 0.6).tolist()
+    little = [r and i % 100 != 0 for i, r in enumerate(right)]
+    much = [r and i % 5 != 0 for i, r in enumerate(right)]
+
+    good = judge(samples(right), samples(little), 5.0, None)
+    assert good.released and good.loss > 0 and good.loss_high <= 5
+    few = judge(samples(right), samples(little), 1.5, None)
+    assert not few.released and few.loss < 1.5 < few.loss_high
+    assert few.needed and few.needed > 400 and f"about {few.needed} would be needed" in few.reason
+    bad = judge(samples(right), samples(much), 5.0, None)
+    assert not bad.released and bad.needed is None and "over budget" in bad.reason
+
+
+def test_the_number_of_questions_needed_is_about_enough() -> None:
+    def ask(count: int) -> budget.Verdict:
+        right = [True] * count
+        return judge(samples(right), samples([i % 80 != 0 for i in range(count)]), 2.0, None)
+
+    needed = ask(800).needed
+    assert needed and needed > 800
+    assert ask(int(1.2 * needed)).released
+    assert not ask(int(0.8 * needed)).released
+
+
+def test_changed_answers_count_too() -> None:
+    right, texts = [True] * 300, ["same"] * 270 + ["other"] * 30
+    assert judge(samples(right), samples(right, texts), 5.0, 20.0).released
+    verdict = judge(samples(right), samples(right, texts), 5.0, 8.0)
+    assert not verdict.released and verdict.flips == pytest.approx(10) and verdict.needed is None
+
+
+def test_the_smallest_within_budget_is_released(
+    wide: tuple[Path, Importance], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged, given = wide
+    monkeypatch.setattr(budget, "BITS", (8.5, 7.0, 6.6))
+    gate = Gate(merged, data, max_loss=60.0, limit=8)
+    sizes = iter((True, True, False))
+
+    def stricter(edge: Path) -> budget.Verdict:
+        return replace(gate(edge), released=next(sizes))
+
+    out = tmp_path / "edge"
+    verdict = budget.quantize_to_budget(merged, out, data, given, stricter, {"max_loss": 60.0}, limit=8)
+
+    manifest = artifact.verify(out, "gguf")
+    assert verdict.released and read_verdict(manifest.metrics) == verdict
+    assert [step["released"] for step in manifest.metrics["search"]] == [True, True, False]
+    assert [step["bits"] for step in manifest.metrics["search"]] == [8.5, 7.0, 6.6]
+    held = sum(path.stat().st_size for path in out.glob("*.gguf"))
+    assert held == manifest.metrics["search"][1]["bytes"]
+    assert {entry.path for entry in manifest.files} >= {"model-PLANNED.gguf", "mmproj-PLANNED.gguf", "plan.yaml"}
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    again = budget.quantize_to_budget(merged, out, data, given, stricter, {"max_loss": 60.0}, limit=8)
+    assert again == verdict
+
+
+def test_what_cannot_be_shown_is_not_released(
+    wide: tuple[Path, Importance], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged, given = wide
+    monkeypatch.setattr(budget, "BITS", (8.5, 7.0))
+    words = ["quantize", str(merged), "--importance", str(given.folder), "--data", str(data), "--max-loss", "0.5"]
+
+    done = CliRunner().invoke(cli, [*words, "--limit", "8", "--out", str(tmp_path / "edge"), "--json"])
+
+    assert isinstance(done.exception, ArtifactError)
+    assert "not released" in str(done.exception) and "would be needed" in str(done.exception)
+    release = json.loads(done.stdout.splitlines()[-1])["metrics"]["release"]
+    assert release["released"] is False and release["needed"] > release["questions"]
+    assert len(artifact.read(tmp_path / "edge").metrics["search"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--q4", "--max-loss", "1"], "one of --q4"),
+        (["--max-loss", "1"], "wants --data and --importance"),
+        (["--q4", "--limit", "3"], "go with --max-loss"),
+        (["--q4", "--weighting", "pooled"], "goes with --importance"),
+        (["--to", "mlx", "--plan", "x"], "does not go with --to mlx"),
+        (["--plan", "x", "--mmproj", "f16"], "goes with a preset"),
+    ],
+)
+def test_options_that_do_not_go_together(words: list[str], reason: str) -> None:
+    done = CliRunner().invoke(cli, ["quantize", "merged", *words])
+    assert isinstance(done.exception, ConfigError) and reason in str(done.exception)
+
+
+def test_the_gate_needs_held_out_rows_and_a_budget(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    merged = tiny("llava15", "llama")
+    only_training = phantom(tmp_path / "training", 2, 0, test_fraction=0.0, languages=("en",))
+    with pytest.raises(DataError, match="held-out rows only"):
+        Gate(merged, only_training, 1.0)
+    with pytest.raises(ConfigError, match="--max-loss wants more than 0 points"):
+        Gate(merged, data, 0.0)

@@ -1,0 +1,333 @@
+"""The page in a real browser: headless Chromium, a real server, a tiny model."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from serving import Server, tiny_edge
+
+from ldrt_edge.front import Front
+from ldrt_edge.image import read_image
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
+SECRET = "DOE_JANE_1950"
+LANGUAGES = ("en", "de", "es", "fr", "zh")
+
+
+@pytest.fixture(scope="module")
+def edge(tiny, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+    return tiny_edge(tiny("llava15", "smollm2"), tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def server(edge: Path) -> Iterator[Server]:
+    opened = Server(edge, "--max-tokens", "3000")
+    yield opened
+    notes = opened.close()
+    assert "Traceback" not in notes and SECRET not in notes
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as play:
+        as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=as_root)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Any]:
+    """The page, open; afterwards: it asked nobody else, and nothing went wrong in it."""
+    context = browser.new_context(locale="en-GB", viewport={"width": 1400, "height": 850}, accept_downloads=True)
+    opened = context.new_page()
+    asked: list[str] = []
+    faults: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("console", lambda line: faults.append(line.text) if "Content Security" in line.text else None)
+    opened.goto(server.address)
+    opened.locator("#model-facts").get_by_text("llamacpp").wait_for()
+    opened.click("#new")  # not the last test's conversation
+    yield opened
+    origin = f"http://127.0.0.1:{server.port}/"
+    assert not faults and all(url.startswith((origin, f"blob:{origin}")) for url in asked)
+    assert not any(SECRET in url for url in asked)
+    context.close()
+
+
+@pytest.fixture
+def ct(tmp_path: Path) -> Path:
+    path = tmp_path / f"{SECRET}.dcm"
+    shutil.copyfile(str(get_testdata_file("CT_small.dcm")), path)
+    return path
+
+
+def drop(page: Any, *paths: Path) -> None:
+    """Drop files on the page as a person would, but for the hand."""
+    files = [(path.name, base64.b64encode(path.read_bytes()).decode()) for path in paths]
+    transfer = page.evaluate_handle(
+        """files => {
+            const transfer = new DataTransfer();
+            for (const [name, data] of files) {
+                transfer.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name));
+            }
+            return transfer;
+        }""",
+        files,
+    )
+    page.dispatch_event("#stage", "drop", {"dataTransfer": transfer})
+    page.locator("#seen-view[src]").wait_for()
+
+
+def expect(locator: Any) -> Any:
+    return sync_api.expect(locator)
+
+
+def seen(page: Any) -> str:
+    """The hash under "the model sees"."""
+    return str(page.locator("#seen-facts").get_attribute("title"))
+
+
+def answer(page: Any, question: str) -> None:
+    """Ask, and stop the answer when it has begun."""
+    before = page.locator(".facts").count()
+    page.fill("#question", question)
+    page.press("#question", "Enter")
+    expect(page.locator("#status")).to_contain_text("Writing")
+    page.keyboard.press("Escape")
+    expect(page.locator(".facts")).to_have_count(before + 1, timeout=20_000)
+
+
+def test_a_picture_is_dropped_windowed_asked_about_stopped_and_exported(
+    page: Any, edge: Path, ct: Path, tmp_path: Path
+) -> None:
+    front = Front.load(edge)
+    drop(page, ct)
+    expect(page.locator("#reading")).to_contain_text("CT · 128×128")
+    assert seen(page) == front.image(read_image(ct).rgb).sha256
+    page.select_option("#preset", "soft")
+    expected = front.image(read_image(ct, (40, 400)).rgb).sha256
+    expect(page.locator("#seen-facts")).to_have_attribute("title", expected)
+    expect(page.locator("#hint")).to_contain_text("go with the next question")
+
+    page.fill("#question", "How many vertebrae?")
+    page.press("#question", "Enter")
+    expect(page.locator("#status")).to_contain_text("Writing")
+    page.keyboard.press("Escape")
+    expect(page.locator(".facts")).to_contain_text("stopped by you")
+    for told in ("f16", "window 40 / 400", expected[:12], "seed 0", "first word", "not for diagnosis", "KLD"):
+        expect(page.locator(".facts")).to_contain_text(told)
+    expect(page.locator("#hint")).to_contain_text("has these pictures already")
+
+    with page.expect_download() as download:
+        page.click("#export-json")
+    assert download.value.suggested_filename == "ldrt-edge-conversation.json"
+    saved = tmp_path / "saved.json"
+    download.value.save_as(saved)
+    talk = json.loads(saved.read_text())
+    assert talk["turns"][0]["images"][0]["seen_sha256"] == expected and "not for diagnosis" in talk["notice"]
+    assert SECRET not in saved.read_text() and "CompressedSamples" not in saved.read_text()
+
+
+def test_dragging_changes_the_window_and_the_next_question_shows_it_anew(page: Any, ct: Path) -> None:
+    drop(page, ct)
+    answer(page, "What is this?")
+    before = seen(page)
+    box = page.locator("#stage").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 40, box["y"] + 160, steps=6)
+    page.mouse.up()
+    expect(page.locator("#seen-facts")).not_to_have_attribute("title", before)
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
+    answer(page, "And now?")
+    expect(page.locator("article").nth(1).locator(".question img")).to_have_count(1)
+    answer(page, "And in words?")
+    expect(page.locator("article").nth(2).locator(".question img")).to_have_count(0)
+
+
+def test_zoom_and_inversion_are_of_the_view_alone(page: Any, ct: Path) -> None:
+    drop(page, ct)
+    before = seen(page)
+    page.locator("#stage").focus()
+    for key in ("+", "+", "i", "ArrowRight"):
+        page.keyboard.press(key)
+    expect(page.locator("#view")).to_have_class("inverted")
+    expect(page.locator("#reading")).to_contain_text("156 %")
+    page.wait_for_timeout(500)
+    assert seen(page) == before
+
+
+def test_frames_and_a_series_in_the_order_of_its_slices(page: Any, edge: Path, tmp_path: Path) -> None:
+    slices = []
+    for name, z in (("a", 30), ("b", 10), ("c", 20)):
+        header = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+        header.ImagePositionPatient, header.ImageOrientationPatient = [0, 0, z], [1, 0, 0, 0, 1, 0]
+        header.PixelData = (header.pixel_array // z).tobytes()
+        slices.append(tmp_path / f"{name}.dcm")
+        header.save_as(slices[-1])
+    drop(page, *slices)
+    expect(page.locator("#frame-label")).to_have_text("Frame 2 of 3")
+    hashes = []
+    for place in range(3):
+        page.locator("#frame").fill(str(place))
+        page.locator("#stage").focus()
+        page.wait_for_timeout(600)
+        hashes.append(seen(page))
+    front = Front.load(edge)
+    assert hashes == [front.image(read_image(slices[i]).rgb).sha256 for i in (1, 2, 0)], "from z = 10 to 30"
+    answer(page, "What lies above?")
+    expect(page.locator(".facts")).to_contain_text(hashes[2][:12])
+    page.click("#new")
+    drop(page, Path(str(get_testdata_file("rtdose.dcm"))))
+    expect(page.locator("#frame-label")).to_have_text("Frame 1 of 15")
+    page.locator("#stage").focus()
+    page.keyboard.press("PageDown")
+    expect(page.locator("#frame-label")).to_have_text("Frame 2 of 15")
+
+
+def test_another_answer_a_branch_a_reload_and_forgetting(page: Any, ct: Path) -> None:
+    drop(page, ct)
+    answer(page, "First question")
+    page.get_by_role("button", name="Another answer").click()
+    expect(page.locator("#status")).to_contain_text("Writing")
+    page.click("#stop")
+    expect(page.locator(".facts")).to_contain_text("seed 1, temperature 0.7")
+    page.get_by_role("button", name="Ask differently").click()
+    expect(page.locator("#question")).to_have_value("First question")
+    expect(page.locator("article")).to_have_count(0)
+    answer(page, "Second question")
+    expect(page.locator(".question img")).to_have_count(1)
+    expect(page.locator("#conversations [aria-current]")).to_have_text("Second question")
+    assert "First question" in page.locator("#conversations button").all_inner_texts()
+    assert "token" not in page.url
+    page.reload()
+    expect(page.locator(".question p")).to_have_text("Second question")
+    expect(page.locator(".question img[src^='blob:']")).to_have_count(1)
+    page.click("#forget")
+    expect(page.locator("article")).to_have_count(0)
+    expect(page.locator("#conversations")).not_to_contain_text("Second question")
+
+
+def test_bad_files_and_refused_questions_are_said_and_the_question_stays(page: Any, tmp_path: Path) -> None:
+    bad = tmp_path / f"{SECRET}.png"
+    bad.write_bytes(b"no picture")
+    page.set_input_files("#file", bad)
+    expect(page.locator("#status.wrong")).to_contain_text("not a readable picture")
+    page.fill("#question", "what is <image> here?")
+    page.press("#question", "Enter")
+    expect(page.locator("#status.wrong")).to_contain_text("control token")
+    expect(page.locator("#question")).to_have_value("what is <image> here?")
+
+
+def test_several_pictures_of_a_paste(page: Any, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{seed}.png")
+    drop(page, tmp_path / "1.png", tmp_path / "2.png")
+    expect(page.locator("#strip button")).to_have_count(2)
+    expect(page.locator("#window-tools")).to_be_hidden()
+    expect(page.locator("#hint")).to_contain_text("2 picture(s)")
+    answer(page, "Which is brighter?")
+    expect(page.locator(".question img")).to_have_count(2)
+
+
+def test_what_a_model_writes_is_never_html(page: Any) -> None:
+    text = (
+        "# A *title*\n\n- one **bold** item\n- `code <b>`\n\n3. three\n\n```\n<i>raw</i>\n```\n"
+        "<img src=x onerror=alert(1)> [link](http://evil.example) ![x](http://evil.example/x.png) a_b_c 2*3*4"
+    )
+    html = page.evaluate(
+        """async text => {
+            const { render } = await import("/markdown.js");
+            const box = document.createElement("div");
+            box.append(render(text));
+            return box.innerHTML;
+        }""",
+        text,
+    )
+    for wanted in (
+        "<h3>A <em>title</em></h3>", "<ul><li>one <strong>bold</strong> item</li>",
+        "<li><code>code &lt;b&gt;</code></li></ul>", '<ol start="3"><li>three</li></ol>', 
+        "<pre><code>&lt;i&gt;raw&lt;/i&gt;</code></pre>",
+        "&lt;img src=x onerror=alert(1)&gt; [link](http://evil.example)", "a_b_c 2*3*4",
+    ):
+        assert wanted in html, html
+    assert "<img" not in html and "<a" not in html
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_control_has_a_name_in_every_language(page: Any, ct: Path, language: str) -> None:
+    drop(page, ct)
+    page.select_option("#language", language)
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, select, input, textarea, [role=img]")]
+            .filter((node) => !(node.ariaLabel || node.labels?.[0]?.textContent.trim() || node.textContent.trim()))
+            .map((node) => node.outerHTML)"""
+    )
+    assert nameless == []
+    shown = page.locator("body").inner_text()
+    assert "undefined" not in shown and "{0}" not in shown
+    assert page.locator("html").get_attribute("lang") == language
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 768, 1024, 1600])
+def test_nothing_sticks_out_at_any_width(page: Any, ct: Path, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    drop(page, ct)
+    answer(page, "A question of some length, to see whether it wraps where the page is narrow?")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for wanted in ("#question", "#send", ".notice", ".facts"):
+        expect(page.locator(wanted)).to_be_in_viewport()
+
+
+def test_all_of_it_with_the_keyboard(page: Any, ct: Path) -> None:
+    page.set_input_files("#file", ct)
+    page.locator("#seen-view[src]").wait_for()
+    page.locator("body").press("Tab")
+    reached = set()
+    for _ in range(40):
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        page.keyboard.press("Tab")
+    assert {"new", "question", "send", "stage", "file", "preset", "center", "invert", "language", "theme"} <= reached
+
+
+def test_without_the_token_the_page_asks_for_it(browser: Any, server: Server) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    page.fill("#token", "wrong")
+    page.press("#token", "Enter")
+    page.fill("#token", server.token)
+    page.press("#token", "Enter")
+    page.locator("#model-facts").get_by_text("llamacpp").wait_for()
+    context.close()
+
+
+def test_a_print_has_the_answer_its_picture_and_the_notice(page: Any, ct: Path) -> None:
+    drop(page, ct)
+    answer(page, "What is printed?")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    for wanted in (".question img", ".answer", ".facts", ".notice"):
+        expect(page.locator(wanted).first).to_be_visible()
+    for other in ("#composer", "#viewer", "#list", ".buttons"):
+        expect(page.locator(other).first).to_be_hidden()
+    assert io.BytesIO(page.pdf()).read(5) == b"%PDF-"

@@ -1,0 +1,496 @@
+"""The server over real HTTP: the command in a process of its own, a tiny model, the openai client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from serving import Server, tiny_edge
+
+from ldrt_edge import artifact
+from ldrt_edge.chat.audit import verify
+from ldrt_edge.chat.session import Session
+from ldrt_edge.front import Front, Message
+from ldrt_edge.image import read_image_bytes
+from ldrt_edge.runtimes.base import Sampling, load
+
+LONG = 3000  # tokens: an answer that goes on until it is stopped
+
+
+@pytest.fixture(scope="module")
+def edge(tiny, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+    return tiny_edge(tiny("llava15", "smollm2"), tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+    return Path(tmp_path_factory.mktemp("log") / "audit.log")
+
+
+@pytest.fixture(scope="module")
+def server(edge: Path, log: Path) -> Iterator[Server]:
+    opened = Server(edge, "--audit", str(log), "--max-tokens", "24")
+    yield opened
+    assert "Traceback" not in opened.close()
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=server.token, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def ct() -> bytes:
+    return Path(str(get_testdata_file("CT_small.dcm"))).read_bytes()
+
+
+def new(server: Server) -> str:
+    return f"/api/conversations/{server.json('POST', '/api/conversations', {})['name']}"
+
+
+def film() -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+# --- who is let in --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/api/model", "/api/conversations", "/v1/models", "/v1/nothing"])
+@pytest.mark.parametrize("given", ["", "Bearer ", "Bearer wrong", "Basic abc"])
+def test_without_the_token_there_is_nothing(server: Server, path: str, given: str) -> None:
+    status, _, data = server.send("GET", path, authorization=given)
+    assert status == 401 and "token" in json.loads(data)["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/app.js", "/api/model", "/v1/models"])
+def test_other_hosts_and_other_pages_are_refused(server: Server, path: str) -> None:
+    own = f"127.0.0.1:{server.port}"
+    for host in ("evil.example", f"evil.example:{server.port}", "127.0.0.1", f"127.0.0.1.evil.example:{server.port}"):
+        assert server.send("GET", path, host=host)[0] == 421, "DNS rebinding"
+    for origin in ("https://evil.example", "null", "http://127.0.0.1:1", f"https://{own}"):
+        assert server.send("GET", path, origin=origin)[0] == 403, "another page in the same browser"
+    assert server.send("GET", path, origin=f"http://{own}")[0] == 200
+    assert server.send("GET", path, host=f"localhost:{server.port}")[0] == 200
+
+
+def test_a_websocket_is_no_way_in(server: Server) -> None:
+    status, _, _ = server.send(
+        "GET", "/api/model", connection="Upgrade", upgrade="websocket", authorization="",
+        sec_websocket_key="AAAAAAAAAAAAAAAAAAAAAA==", sec_websocket_version="13",
+    )
+    assert status == 401
+
+
+def test_the_port_listens_on_loopback_only(server: Server) -> None:
+    addresses = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    assert f"0100007F:{server.port:04X}" in addresses and f"00000000:{server.port:04X}" not in addresses
+
+
+@pytest.mark.parametrize("path", ["/", "/app.js", "/api/model", "/nothing"])
+def test_every_reply_forbids_other_content(server: Server, path: str) -> None:
+    _, headers, _ = server.send("GET", path)
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "http" not in policy
+    assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "path", ["/../session.py", "/web/app.js", "/%2e%2e/session.py", "/..%2fsession.py", "//etc/passwd", "/app.js/../x"]
+)
+def test_no_path_of_a_request_reaches_the_disk(server: Server, path: str) -> None:
+    status, _, data = server.send("GET", path)
+    assert status == 404 and b"import" not in data
+
+
+def test_the_pages_files_name_no_other_place(server: Server) -> None:
+    for path in ("/", "/app.js", "/api.js", "/viewer.js", "/markdown.js", "/strings.js", "/style.css", "/icon.svg"):
+        status, _, data = server.send("GET", path, authorization="")
+        text = data.decode().replace("http://www.w3.org/2000/svg", "")
+        assert status == 200 and "http" not in text and "innerHTML" not in text and "//cdn" not in text
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_view_is_the_picture_through_its_window_and_the_model_sees_its_tiles(
+    server: Server, edge: Path, ct: bytes
+) -> None:
+    told = server.json("POST", "/api/pictures", ct)
+    assert (told["modality"], told["frames"], told["levels"]) == ("CT", 1, [-896.0, 1167.0])
+    status, headers, data = server.send("GET", f"/api/pictures/{told['name']}?center=40&width=400")
+    expected = read_image_bytes(ct, (40, 400))
+    assert status == 200 and np.array_equal(np.asarray(Image.open(io.BytesIO(data))), expected.rgb)
+    assert json.loads(headers["x-picture"])["window"] == [40, 400]
+    _, headers, data = server.send("GET", f"/api/pictures/{told['name']}/seen?center=40&width=400")
+    image = Front.load(edge).image(expected.rgb)
+    assert json.loads(headers["x-picture"])["seen_sha256"] == image.sha256
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image.tiles[0]), "the exact pixels"
+
+
+def test_frames_of_a_dose_grid(server: Server) -> None:
+    dose = Path(str(get_testdata_file("rtdose.dcm"))).read_bytes()
+    told = server.json("POST", "/api/pictures", dose)
+    assert told["modality"] == "RTDOSE" and told["frames"] == 15
+    views = {server.send("GET", f"/api/pictures/{told['name']}?frame={frame}")[2] for frame in (0, 7)}
+    assert len(views) == 2
+    status, _, data = server.send("GET", f"/api/pictures/{told['name']}?frame=15")
+    assert status == 400 and b"frame 15" in data
+
+
+def test_bad_uploads_are_one_line_each(server: Server, ct: bytes) -> None:
+    for data in (b"", b"nothing", b"<html><script>", ct[:2000], film()[:200], b"%PDF-1.4"):
+        status, _, reply = server.send("POST", "/api/pictures", data)
+        message = json.loads(reply)["error"]["message"]
+        assert status == 400 and "\n" not in message and "CompressedSamples" not in message
+
+
+def test_an_upload_beyond_the_limit_is_refused_early(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+        raw.sendall(
+            f"POST /api/pictures HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAuthorization: Bearer {server.token}\r\n"
+            f"Content-Length: {1 << 40}\r\n\r\n".encode()
+        )
+        assert b" 413 " in raw.recv(100)
+
+
+def test_oldest_pictures_go_when_memory_runs_short(ct: bytes) -> None:
+    from ldrt_edge.chat.pictures import Pictures
+    from ldrt_edge.errors import DataError
+
+    kept = Pictures(most_bytes=int(2.5 * len(ct)))
+    names = [str(kept.add(ct)["name"]) for _ in range(3)]
+    with pytest.raises(DataError, match="not there any more"):
+        kept.view(names[0], None, 0)
+    assert kept.view(names[2], None, 0).rgb.shape == (128, 128, 3)
+
+
+def test_slices_of_a_series_know_their_place() -> None:
+    import pydicom
+
+    from ldrt_edge.dicom import slice_position
+
+    for z in (-12.5, 40.0):
+        header = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+        header.ImagePositionPatient, header.ImageOrientationPatient = [1, 2, z], [1, 0, 0, 0, 1, 0]
+        stream = io.BytesIO()
+        header.save_as(stream)
+        assert slice_position(stream.getvalue()) == z
+
+
+# --- conversations --------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_is_the_sessions_and_what_it_rests_on_is_told(server: Server, edge: Path, ct: bytes) -> None:
+    name = server.json("POST", "/api/pictures", ct)["name"]
+    talk = new(server)
+    body = {"question": "How many beams?", "pictures": [{"name": name, "frame": 0, "window": [40, 400]}]}
+    events = server.events(f"{talk}/ask", body)
+    assert [event["stage"] for event in events if "stage" in event] == ["encoding", "reading"]
+    assert events[-1] == {"done": True}
+    text = "".join(event.get("text", "") for event in events)
+
+    runtime = load(edge, threads=1)
+    session = Session(runtime, Front.load(edge), Sampling(max_tokens=24))
+    session.attach(read_image_bytes(ct, (40, 400)))
+    assert text == "".join(session.ask("How many beams?"))
+    runtime.close()
+
+    (turn,) = server.json("GET", talk)["turns"]
+    assert turn["answer"] == text and turn["sampling"]["seed"] == 0 and turn["timings"]["ttft_ms"] > 0
+    (image,) = turn["images"]
+    assert image["window"] == [40, 400] and image["seen_sha256"] == session.exchanges[0].shown[0].image.sha256
+    status, _, seen = server.send("GET", f"{talk}/seen/0/0")
+    tile = session.exchanges[0].shown[0].image.tiles[0]
+    assert status == 200 and np.array_equal(np.asarray(Image.open(io.BytesIO(seen))), tile)
+    assert {"name": talk.rpartition("/")[2], "title": "How many beams?"} in server.json("GET", "/api/conversations")
+
+
+def test_several_pictures_and_a_follow_up_that_starts_at_once(server: Server, ct: bytes) -> None:
+    names = [server.json("POST", "/api/pictures", data)["name"] for data in (ct, film())]
+    talk = new(server)
+    server.events(f"{talk}/ask", {"question": "What is the same?", "pictures": [{"name": name} for name in names]})
+    server.events(f"{talk}/ask", {"question": "And what differs?", "pictures": []})
+    first, second = server.json("GET", talk)["turns"]
+    assert len(first["images"]) == 2 and second["images"] == []
+    assert second["timings"]["reused_tokens"] > 32, "both pictures were in the cache"
+
+
+def test_pictures_are_read_while_the_question_is_typed(server: Server) -> None:
+    name = server.json("POST", "/api/pictures", film())["name"]
+    talk, pictures = new(server), [{"name": name}]
+    for shown in ([{"name": "gone"}], pictures, pictures):
+        server.json("POST", f"{talk}/read", {"pictures": shown})
+    assert server.json("GET", talk)["turns"] == []
+    server.events(f"{talk}/ask", {"question": "How many?", "pictures": pictures})
+    (turn,) = server.json("GET", talk)["turns"]
+    assert turn["timings"]["reused_tokens"] > 16 and turn["timings"]["prefill_tokens"] < 20 and len(turn["images"]) == 1
+
+
+def test_another_answer_takes_the_place_of_the_last_and_a_branch_leaves_it(server: Server, ct: bytes) -> None:
+    name = server.json("POST", "/api/pictures", ct)["name"]
+    talk = new(server)
+    server.events(f"{talk}/ask", {"question": "How many?", "pictures": [{"name": name}]})
+    (before,) = server.json("GET", talk)["turns"]
+    assert server.events(f"{talk}/again", {})[-1] == {"done": True}
+    (after,) = server.json("GET", talk)["turns"]
+    assert after["question"] == "How many?" and after["images"] == before["images"]
+    assert after["answer"] != before["answer"]
+    assert (after["sampling"]["seed"], after["sampling"]["temperature"]) == (1, 0.7)
+
+    branch = f"/api/conversations/{server.json('POST', f'{talk}/branch', {'exchange': 0})['name']}"
+    server.events(f"{branch}/ask", {"question": "How large?"})
+    (other,) = server.json("GET", branch)["turns"]
+    assert other["question"] == "How large?" and other["images"] == before["images"], "the picture waited there"
+    assert server.json("GET", talk)["turns"] == [after]
+    assert server.send("POST", f"{talk}/branch", {"exchange": 7})[0] == 400
+
+
+def test_refused_questions_change_nothing(server: Server) -> None:
+    talk = new(server)
+    for question in ("", "what is <image> here?", "very " * 6000):
+        assert "error" in server.events(f"{talk}/ask", {"question": question})[-1]
+    for body in (
+        {}, {"question": 3}, {"question": "\ud800"}, {"question": "?", "pictures": 3}, {"question": "?", "seed": -1},
+        {"question": "?", "pictures": [{"name": "x", "window": [1]}]}, {"question": "?", "temperature": "warm"},
+        {"question": "?", "max_tokens": 0}, {"question": "?", "max_tokens": 1e999},
+    ):
+        assert server.send("POST", f"{talk}/ask", body)[0] == 400, body
+    assert "error" in server.events(f"{talk}/ask", {"question": "?", "pictures": [{"name": "gone"}]})[-1]
+    assert server.send("POST", f"{talk}/ask", b"[" * 100_000)[0] == 400
+    assert server.send("POST", f"{talk}/ask", b" " * (5 << 20))[0] == 413
+    assert server.json("GET", talk)["turns"] == []
+
+
+def test_forgotten_is_forgotten(server: Server) -> None:
+    talk = new(server)
+    server.events(f"{talk}/ask", {"question": "How many?"})
+    server.json("DELETE", talk)
+    assert server.send("GET", talk)[0] == 400
+
+
+# --- stop, disconnect, queue ----------------------------------------------------------------------------------------
+
+
+class Asking(threading.Thread):
+    """A client that reads an answer as it comes."""
+
+    def __init__(self, server: Server, talk: str) -> None:
+        super().__init__(daemon=True)
+        self._connection = server.connect()
+        body = json.dumps({"question": "Go on", "max_tokens": LONG})
+        self._connection.request("POST", f"{talk}/ask", body, {"authorization": f"Bearer {server.token}"})
+        self.begun, self.events = threading.Event(), []  # type: ignore[var-annotated]
+        self.reply = self._connection.getresponse()
+        self.start()
+
+    def run(self) -> None:
+        for line in self.reply:
+            self.events.append(json.loads(line))
+            if "text" in self.events[-1]:
+                self.begun.set()
+
+    def leave(self) -> None:
+        """Hang up."""
+        sock = self._connection.sock or self.reply.fp.raw._sock  # type: ignore[union-attr]
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_stop_keeps_what_was_said(server: Server) -> None:
+    talk = new(server)
+    asking = Asking(server, talk)
+    assert asking.begun.wait(30)
+    assert server.send("POST", f"{talk}/ask", {"question": "meanwhile"})[0] == 400, "one answer at a time"
+    server.json("POST", f"{talk}/stop", {})
+    asking.join(30)
+    said = "".join(event.get("text", "") for event in asking.events)
+    (turn,) = server.json("GET", talk)["turns"]
+    assert asking.events[-1] == {"done": True} and turn["finish"] == "stopped"
+    assert said and turn["answer"].startswith(said.strip()) and turn["tokens"] < LONG
+
+
+def test_a_client_that_leaves_frees_the_model(server: Server) -> None:
+    talk = new(server)
+    asking = Asking(server, talk)
+    assert asking.begun.wait(30)
+    asking.leave()
+    started = time.monotonic()
+    server.events(f"{new(server)}/ask", {"question": "Next", "max_tokens": 2})
+    assert time.monotonic() - started < 30
+    (turn,) = server.json("GET", talk)["turns"]
+    assert turn["finish"] == "stopped" and turn["tokens"] < LONG
+
+
+def test_questions_wait_in_order_and_too_many_are_told_to_come_again(server: Server) -> None:
+    talks = [new(server) for _ in range(9)]
+    waiting = [Asking(server, talk) for talk in talks]
+    assert waiting[0].begun.wait(30) and not any(other.begun.is_set() for other in waiting[1:])
+    status, headers, data = server.send("POST", f"{new(server)}/ask", {"question": "One more"})
+    assert status == 429 and int(headers["retry-after"]) > 0 and json.loads(data)["error"]["type"] == "rate_limit_error"
+    for talk in reversed(talks[1:]):
+        server.json("POST", f"{talk}/stop", {})
+    server.json("POST", f"{talks[0]}/stop", {})
+    for one in waiting:
+        one.join(30)
+        assert "done" in one.events[-1]
+    assert server.events(f"{new(server)}/ask", {"question": "Now", "max_tokens": 2})[-1]["done"]
+
+
+# --- OpenAI's API ---------------------------------------------------------------------------------------------------
+
+
+def _with_picture(question: str) -> list[dict[str, Any]]:
+    url = "data:image/png;base64," + base64.b64encode(film()).decode()
+    parts = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": url}}]
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+
+
+def test_the_openai_client_gets_the_models_answer(client: Any, edge: Path) -> None:
+    (model,) = client.models.list().data
+    assert client.models.retrieve(model.id).id == model.id == edge.name
+    made = client.chat.completions.create(model=model.id, messages=_with_picture("How many?"), logprobs=True, seed=3)
+    runtime, front = load(edge, threads=1), Front.load(edge)
+    image = front.image(read_image_bytes(film()).rgb)
+    prompt = front.prompt([Message("user", "Be brief.\n\nHow many?", (image,))])
+    tokens = list(runtime.generate(prompt, Sampling(max_tokens=24)))
+    runtime.close()
+    (choice,) = made.choices
+    assert choice.message.content == front.decode([token.id for token in tokens]).strip()
+    assert [told.logprob for told in choice.logprobs.content] == pytest.approx([t.logprob for t in tokens], abs=1e-4)
+    assert made.usage.prompt_tokens == len(prompt.ids) and made.usage.completion_tokens == len(tokens) == 24
+    assert choice.finish_reason == "length"
+
+
+def test_a_stream_joins_to_the_whole_answer(client: Any, edge: Path) -> None:
+    asked: dict[str, Any] = {"model": edge.name, "messages": _with_picture("How many?")}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == whole.choices[0].message.content and sum(map(bool, pieces)) > 1
+    assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "gpt-9"}, "there is only"),
+        ({"messages": []}, "list of messages"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, "role 'tool'"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "ends with a question"),
+        ({"messages": [{"role": "user", "content": "<image>"}]}, "control token"),
+        ({"messages": [{"role": "user", "content": "x " * 9000}]}, "the model holds"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
+        ({"n": 2}, "n: this server"),
+        ({"stop": ["x"]}, "stop: this server"),
+        ({"temperature": -1}, "sampling wants"),
+        ({"max_tokens": "many"}, "max_tokens: wants a number"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_in_openais_shape(
+    client: Any, edge: Path, change: dict[str, Any], said: str
+) -> None:
+    from openai import BadRequestError
+
+    asked = {"model": edge.name, "messages": [{"role": "user", "content": "?"}]} | change
+    with pytest.raises(BadRequestError, match=said):
+        client.chat.completions.create(**asked)
+
+
+def test_nothing_is_fetched_from_elsewhere(client: Any, edge: Path) -> None:
+    from openai import BadRequestError
+
+    for url in ("http://127.0.0.1:1/a.png", "file:///etc/passwd", "data:image/png,abc", "data:image/png;base64,%%%%"):
+        parts = [{"type": "image_url", "image_url": {"url": url}}]
+        with pytest.raises(BadRequestError, match="image_url"):
+            client.chat.completions.create(model=edge.name, messages=[{"role": "user", "content": parts}])
+
+
+# --- what is left behind --------------------------------------------------------------------------------------------
+
+
+def test_every_answer_is_in_the_audit_log(server: Server, client: Any, edge: Path, log: Path) -> None:
+    before = verify(log).lines
+    server.events(f"{new(server)}/ask", {"question": "Logged?", "max_tokens": 2})
+    client.chat.completions.create(model=edge.name, messages=[{"role": "user", "content": "Logged?"}], max_tokens=2)
+    assert verify(log).lines == before + 2
+    lines = [json.loads(line) for line in log.read_text().splitlines()[-2:]]
+    assert lines[0]["question"] == lines[1]["question"]
+    assert lines[0]["model"] == artifact.identity(edge).manifest_sha256
+
+
+def test_a_taken_port_and_a_broken_log_are_one_line(server: Server, edge: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "audit.log"
+    broken.write_text("{}\n")
+    for options, said in ((("--port", str(server.port)), "choose another"), (("--audit", str(broken)), "line 1")):
+        with pytest.raises(AssertionError, match=said) as caught:
+            Server(edge, *options)
+        assert "Traceback" not in str(caught.value)
+
+
+def test_nothing_is_written_and_ctrl_c_ends_it_while_it_answers(edge: Path, ct: bytes, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    prefix = ("env", "-C", str(home), f"HOME={home}", f"TMPDIR={home}")
+    server = Server(edge, prefix=prefix)
+    name = server.json("POST", "/api/pictures", ct)["name"]
+    server.events(f"{new(server)}/ask", {"question": "What?", "pictures": [{"name": name}], "max_tokens": 4})
+    asking = Asking(server, new(server))
+    assert asking.begun.wait(30)
+    notes = server.close()
+    assert server.process.returncode == 0 and "Traceback" not in notes
+    assert list(home.iterdir()) == []
+
+
+def _in_namespace() -> bool:
+    tools = shutil.which("unshare") and shutil.which("ip")
+    return bool(tools) and subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _in_namespace(), reason="no network namespaces here")
+def test_it_answers_where_there_is_no_network_at_all(edge: Path) -> None:
+    """In a namespace whose only interface is a loopback: the client runs in there too."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[2]); from pathlib import Path; from serving import Server\n"
+        "server = Server(Path(sys.argv[1]))\n"
+        "talk = '/api/conversations/' + server.json('POST', '/api/conversations', {})['name']\n"
+        "print(server.events(talk + '/ask', {'question': 'Anybody?', 'max_tokens': 4})[-1])\n"
+        "server.close()"
+    )
+    inside = 'ip link set lo up; ip -o link show | wc -l; exec "$0" -c "$1" "$2" "$3"'
+    command = ["unshare", "-rn", "sh", "-c", inside, sys.executable, script, str(edge), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == ["1", "{'done': True}"], done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_its_only_sockets_are_on_loopback(edge: Path, ct: bytes, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    prefix = ("strace", "-f", "-qq", "-e", "trace=connect,bind,sendto", "-o", str(trace))
+    server = Server(edge, prefix=prefix)
+    name = server.json("POST", "/api/pictures", ct)["name"]
+    events = server.events(f"{new(server)}/ask", {"question": "?", "pictures": [{"name": name}], "max_tokens": 4})
+    assert events[-1] == {"done": True}
+    for child in psutil.Process(server.process.pid).children():
+        child.send_signal(signal.SIGINT)
+    server.process.communicate(timeout=30)
+    internet = [line for line in trace.read_text().splitlines() if "AF_INET" in line]
+    assert internet and all('"127.0.0.1"' in line or '"::1"' in line for line in internet), internet
