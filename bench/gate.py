@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ldrt_edge.bench.metrics import normalise
 from ldrt_edge.bench.statistics import paired_difference, rate
-from ldrt_edge.bench.vqa import Model, Sample, answer_rows, choose_rows
-from ldrt_edge.dataset import Dataset
+from ldrt_edge.bench.vqa import Model, Sample, answer_rows
+from ldrt_edge.dataset import Dataset, choose_rows
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.release import Verdict

@@ -33,8 +33,7 @@ import psutil
 from numpy.typing import NDArray
 
 from ldrt_edge import artifact, console
-from ldrt_edge.bench.vqa import group_by_image
-from ldrt_edge.dataset import Dataset, Row, Split
+from ldrt_edge.dataset import Dataset, Row, Split, group_by_image
 from ldrt_edge.errors import DataError, LdrtError, RuntimeLoadError
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image

@@ -23,8 +23,8 @@ from ldrt_edge.bench.fidelity import fidelity
 from ldrt_edge.bench.latency import measure, weights
 from ldrt_edge.bench.page import render
 from ldrt_edge.bench.schema import SCHEMA, DatasetIdentity, Environment, ModelIdentity, Report, summarise
-from ldrt_edge.bench.vqa import Model, Sample, answer_rows, choose_rows, draw_controls
-from ldrt_edge.dataset import Dataset, Row, Split
+from ldrt_edge.bench.vqa import Model, Sample, answer_rows, draw_controls
+from ldrt_edge.dataset import Dataset, Row, Split, choose_rows
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.base import load

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ import numpy as np
 
 from ldrt_edge import console
 from ldrt_edge.bench.metrics import correct, normalise, token_f1
-from ldrt_edge.dataset import Dataset, Row
+from ldrt_edge.dataset import Dataset, Row, group_by_image
 from ldrt_edge.errors import DataError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front, conversation
@@ -146,25 +146,6 @@ def answer_rows(
     return samples
 
 
-def choose_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
-    """Whole pictures in a seeded order, turn about by kind, until `limit` rows are reached (at least two pictures)."""
-    by_image = group_by_image(rows)
-    if limit is None or limit >= len(rows):
-        return [row for members in by_image.values() for row in members]
-    rng = np.random.default_rng(seed)
-    kinds: dict[str, list[str]] = {}
-    for image in sorted(by_image):
-        kinds.setdefault(by_image[image][0].kind, []).append(image)
-    shuffled = {kind: [str(image) for image in rng.permutation(images)] for kind, images in kinds.items()}
-    turns = sorted((turn, kind, image) for kind, images in shuffled.items() for turn, image in enumerate(images))
-    chosen: list[Row] = []
-    for count, (_, _, image) in enumerate(turns):
-        if len(chosen) >= limit and count >= 2:
-            break
-        chosen.extend(by_image[image])
-    return chosen
-
-
 def draw_controls(rows: Sequence[Row], seed: int) -> Controls:
     """Draw both blind controls over the pictures of `rows`.
 
@@ -181,14 +162,6 @@ def draw_controls(rows: Sequence[Row], seed: int) -> Controls:
         if len(members) > 1:
             same_kind.update(_derange(members, seed))
     return Controls(same_kind, any_kind)
-
-
-def group_by_image(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by their picture, in the order of first appearance."""
-    by_image: dict[str, list[Row]] = {}
-    for row in rows:
-        by_image.setdefault(row.image, []).append(row)
-    return by_image
 
 
 def read_samples(path: Path) -> list[Sample]:

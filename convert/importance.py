@@ -28,12 +28,11 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
 from ldrt_edge import artifact, console
-from ldrt_edge.bench.vqa import choose_rows
 from ldrt_edge.convert.gguf import check_choice, identity
 from ldrt_edge.convert.plan import mmproj_plan, text_plan
 from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, is_tied, open_source
 from ldrt_edge.convert.weights import canonical
-from ldrt_edge.dataset import Dataset, Row
+from ldrt_edge.dataset import Dataset, Row, choose_rows
 from ldrt_edge.errors import ArtifactError, DataError, require
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image

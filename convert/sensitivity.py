@@ -28,14 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldrt_edge import console
-from ldrt_edge.bench.vqa import choose_rows
 from ldrt_edge.convert.importance import MeanSquares, matrices
 from ldrt_edge.convert.plan import FilePlan, TensorPlan, mmproj_plan, text_plan
 from ldrt_edge.convert.rounding import round_rows
 from ldrt_edge.convert.source import EMBEDDINGS, Source
 from ldrt_edge.convert.type_plan import MMPROJ_TYPES, MODEL_TYPES, NEED_IMPORTANCE, fits, nbytes, quantizable
 from ldrt_edge.convert.weights import canonical
-from ldrt_edge.dataset import Dataset
+from ldrt_edge.dataset import Dataset, choose_rows
 from ldrt_edge.errors import DataError, require
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import conversation

@@ -401,9 +401,10 @@ def _to_budget(
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
+@_json_option
 def plan(
     merged: Path, dataset: Path, importance: Path, weighting: str | None, target_size: float | None, bpw: float | None,
-    max_kld: float | None, limit: int, seed: int, out: Path,
+    max_kld: float | None, limit: int, seed: int, out: Path, as_json: bool,
 ) -> None:
     """Choose a GGUF type for every matrix: least damage to the answers within a size, or least size within a damage.
 
@@ -417,7 +418,7 @@ def plan(
     made = run(
         merged, dataset, given, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
     )
-    click.echo(made)
+    click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
 
 @cli.command()

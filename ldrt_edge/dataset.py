@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -153,6 +153,35 @@ class DatasetWriter:
     def add(self, row: Row) -> None:
         """Append one row."""
         self._rows.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+
+def choose_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """Whole pictures in a seeded order, turn about by kind, until `limit` rows are reached (at least two pictures)."""
+    by_image = group_by_image(rows)
+    if limit is None or limit >= len(rows):
+        return [row for members in by_image.values() for row in members]
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    kinds: dict[str, list[str]] = {}
+    for image in sorted(by_image):
+        kinds.setdefault(by_image[image][0].kind, []).append(image)
+    shuffled = {kind: [str(image) for image in rng.permutation(images)] for kind, images in kinds.items()}
+    turns = sorted((turn, kind, image) for kind, images in shuffled.items() for turn, image in enumerate(images))
+    chosen: list[Row] = []
+    for count, (_, _, image) in enumerate(turns):
+        if len(chosen) >= limit and count >= 2:
+            break
+        chosen.extend(by_image[image])
+    return chosen
+
+
+def group_by_image(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by their picture, in the order of first appearance."""
+    by_image: dict[str, list[Row]] = {}
+    for row in rows:
+        by_image.setdefault(row.image, []).append(row)
+    return by_image
 
 
 def assign_splits(

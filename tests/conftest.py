@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,3 +62,19 @@ def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return assemble(tmp_path_factory.mktemp("base") / "starter")
     except MissingExtraError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[..., Path]:
+    """Copies a model folder, with settings of its config.json changed."""
+
+    def make(folder: Path, name: str = "copy", **changes: Any) -> Path:
+        out = tmp_path / name
+        shutil.copytree(folder, out)
+        config = json.loads((out / "config.json").read_text())
+        for part in ("text_config", "vision_config"):
+            config[part] |= changes.pop(part, {})
+        (out / "config.json").write_text(json.dumps(config | changes))
+        return out
+
+    return make

@@ -23,9 +23,9 @@ from ldrt_edge.bench.metrics import correct, normalise, token_f1
 from ldrt_edge.bench.report import bench
 from ldrt_edge.bench.schema import learn_prior
 from ldrt_edge.bench.statistics import paired_difference, rate
-from ldrt_edge.bench.vqa import Model, answer_rows, choose_rows, draw_controls, read_samples
+from ldrt_edge.bench.vqa import Model, answer_rows, draw_controls, read_samples
 from ldrt_edge.convert.gguf import convert
-from ldrt_edge.dataset import AnswerType, Dataset, DatasetWriter, Row, Turn
+from ldrt_edge.dataset import AnswerType, Dataset, DatasetWriter, Row, Turn, choose_rows
 from ldrt_edge.errors import ArtifactError, ConfigError, DataError, RuntimeLoadError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front, conversation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -18,7 +17,7 @@ import pytest
 import tiny as builders
 import torch
 from gguf import GGUFReader
-from safetensors.torch import load_file, save_file
+from tiny import edit_tensors
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ldrt_edge import artifact
@@ -33,28 +32,6 @@ from ldrt_edge.front import Front
 
 FAMILIES = ("llava15", "llavanext")
 TEXTS = ("llama", "mistral", "smollm2")
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[..., Path]:
-    """Copies a model folder, with settings of its config.json changed."""
-
-    def make(folder: Path, name: str = "copy", **changes: Any) -> Path:
-        out = tmp_path / name
-        shutil.copytree(folder, out)
-        config = json.loads((out / "config.json").read_text())
-        for part in ("text_config", "vision_config"):
-            config[part] |= changes.pop(part, {})
-        (out / "config.json").write_text(json.dumps(config | changes))
-        return out
-
-    return make
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_an_export_holds_what_a_laptop_needs_and_how_close_it_is(tiny: builders.Tiny, tmp_path: Path) -> None:

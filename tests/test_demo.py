@@ -43,7 +43,7 @@ def test_the_exports_compute_what_the_merged_model_computes(line: Path) -> None:
     f16 = artifact.read(line / "gguf-f16").metrics["fidelity"]
     assert f16["mean_kld"] <= 5e-4 and f16["top1_agreement"] + f16["undecided"] >= 0.996
     report = json.loads((line / "report" / "report.json").read_text())
-    assert report["fidelity"]["mean_kld"] < 0.2 and report["fidelity"]["top1_agreement"] > 0.8
+    assert report["fidelity"]["mean_kld"] < 0.2 and report["fidelity"]["top1_agreement"] > 0.6
     assert report["vqa"]["overall"]["accuracy"]["n"] >= 16
     assert report["latency"]["decode_tok_per_s"]["median"] > 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import torch
 from mlx.utils import tree_flatten
 from mlx_vlm.utils import load_model
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from tiny import edit_tensors
 from tokenizers import Tokenizer
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -68,22 +67,6 @@ def runtime(folder: Folder) -> Iterator[MlxRuntime]:
     loaded.close()
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[..., Path]:
-    """Copies a model folder, with settings of its config.json changed."""
-
-    def make(folder: Path, name: str = "copy", **changes: Any) -> Path:
-        out = tmp_path / name
-        shutil.copytree(folder, out)
-        config = json.loads((out / "config.json").read_text())
-        for part in ("text_config", "vision_config"):
-            config[part] |= changes.pop(part, {})
-        (out / "config.json").write_text(json.dumps(config | changes))
-        return out
-
-    return make
-
-
 def write_folder(source: Path, out: Path, type_: str = "f32", shard_bytes: int = 1 << 30) -> Path:
     opened = open_source(source)
     write(opened, mlx_plan(opened, type_), out, shard_bytes)
@@ -97,12 +80,6 @@ def picture(seed: int, height: int = 90, width: int = 70) -> NDArray[np.uint8]:
 def ask(runtime: MlxRuntime | HfRuntime, question: str, *seeds: int) -> Prompt:
     images = tuple(runtime.front.image(picture(seed)) for seed in seeds)
     return runtime.front.prompt([Message("user", question, images)])
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "mlx"})
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 import tiny as builders
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from tiny import edit_tensors
 
 from ldrt_edge import artifact, golden
 from ldrt_edge.cli import cli
@@ -118,12 +118,6 @@ def edit_json(path: Path, **changes: Any) -> None:
     for key, value in changes.items():
         data[key] = data[key] | value if isinstance(value, dict) else value
     path.write_text(json.dumps(data))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def swap_projector(folder: Path) -> None:

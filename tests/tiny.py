@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import sentencepiece
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -116,6 +117,16 @@ def build(
     if text == "mistral":  # transformers 5 reads this setting and forgets to save it
         _edit(folder / "tokenizer_config.json", legacy=True)
     return folder
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite the tensors of a folder's one weight file."""
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
 
 
 def to_hub_layout(folder: Path, out: Path, shards: int = 2) -> Path:
