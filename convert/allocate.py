@@ -18,7 +18,7 @@ from ldrt_edge.convert.plan import mmproj_plan, text_plan
 from ldrt_edge.convert.quantize import Importance, lossless, planned_bytes
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
 from ldrt_edge.convert.source import Source, open_source
-from ldrt_edge.convert.type_plan import TypePlan, nbytes, write_type_plan
+from ldrt_edge.convert.type_plan import TypePlan, nbytes, refuse_existing, write_type_plan
 from ldrt_edge.errors import ConfigError
 
 _GAP = 1e-3
@@ -41,9 +41,10 @@ def plan(
     target_bytes: of all tensors of both files. bits_per_weight: of the same. max_kld: of the sum of estimated damages.
 
     Raises:
-        ConfigError: no bound or several, or one that cannot be met.
+        ConfigError: no bound or several, or one that cannot be met; or `out` exists.
         ArtifactError, DataError: the model, the importance or the dataset is wrong.
     """
+    refuse_existing(out)
     if sum(bound is not None for bound in (target_bytes, bits_per_weight, max_kld)) != 1:
         raise ConfigError("plan wants one of --target-size, --bpw and --max-kld")
     source = open_source(merged)

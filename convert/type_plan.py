@@ -73,11 +73,28 @@ def read_type_plan(path: Path) -> TypePlan:
 
 
 def write_type_plan(plan: TypePlan, path: Path) -> None:
-    """Write a plan file."""
+    """Write a plan file; it appears when whole, and never in the place of one that somebody may have edited.
+
+    Raises:
+        ConfigError: there is a file of that name already.
+    """
+    refuse_existing(path)
     data = {
         "format": FORMAT, "model": dict(plan.model), "mmproj": dict(plan.mmproj), "expected": dict(plan.expected),
     }  # fmt: skip
-    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    part = path.with_name(f".{path.name}.partial")
+    part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    part.rename(path)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write over a plan, before minutes are spent on another.
+
+    Raises:
+        ConfigError: there is a file of that name.
+    """
+    if path.exists():
+        raise ConfigError(f"--out {path}: there is such a file already, perhaps edited: choose another name")
 
 
 def assign(types: Mapping[str, str], tensors: Iterable[TensorPlan]) -> dict[str, str]:

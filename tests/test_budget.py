@@ -140,10 +140,14 @@ def test_a_plan_comes_back_as_it_was_written(
     out = quantize_planned(merged, tmp_path / "edge", read, given)
     stored = sum(int(t.n_bytes) for file in out.glob("*.gguf") for t in GGUFReader(file).tensors)
     assert stored == expected.expected["bytes"] <= size
-    write_type_plan(TypePlan({"*": "Q8_0"}, {"*": "F16"}), path)
-    assert read_type_plan(path).model == {"*": "Q8_0"}
+    patterns = tmp_path / "patterns.yaml"
+    write_type_plan(TypePlan({"*": "Q8_0"}, {"*": "F16"}), patterns)
+    assert read_type_plan(patterns).model == {"*": "Q8_0"}
     with pytest.raises(ConfigError, match="one of --target-size, --bpw and --max-kld"):
-        plan(merged, data, given, path, bits_per_weight=4, max_kld=0.1)
+        plan(merged, data, given, tmp_path / "other.yaml", bits_per_weight=4, max_kld=0.1)
+    with pytest.raises(ConfigError, match="such a file already"):
+        plan(merged, data, given, patterns, bits_per_weight=4)
+    assert read_type_plan(patterns).model == {"*": "Q8_0"}, "a plan that somebody edited is not lost"
 
 
 def samples(right: list[bool], texts: list[str] | None = None) -> list[Sample]:

@@ -62,18 +62,7 @@ def test_hub_and_transformers_5_layouts_give_identical_files(
         assert (tmp_path / f"{kind}-hub").read_bytes() == (tmp_path / f"{kind}-transformers5").read_bytes()
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32},
-        {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64,
-         "attention_factor": 1.3},
-        {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 64},
-    ],
-    ids=["linear", "yarn", "yarn-own-attention", "llama3"],
-)  # fmt: skip
+@pytest.mark.parametrize("rope", builders.ROPES.values(), ids=builders.ROPES)
 def test_rope_scaling_survives(tiny: builders.Tiny, copy: Callable[..., Path], tmp_path: Path, rope: Any) -> None:
     folder = copy(tiny("llava15", "smollm2"), text_config={"rope_parameters": rope})
 

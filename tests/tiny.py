@@ -38,6 +38,19 @@ Text = Literal["llama", "mistral", "smollm2"]
 Tiny = Callable[..., Path]
 """The `tiny` fixture: (family, text, *, layout="transformers5" | "hub", **options of `build`) -> folder."""
 
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32},
+    "yarn-own-attention": {
+        "rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64,
+        "attention_factor": 1.3,
+    },
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+"""Every kind of RoPE scaling that exports know, as transformers 5 says it."""
 PATCH = 14
 CHATML_END = "<|im_end|>"
 _CORPUS = (

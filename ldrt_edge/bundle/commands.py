@@ -55,23 +55,27 @@ def pack(edge: Path, report: Path, out: Path, as_json: bool, **options: Any) -> 
 @click.argument("name", type=PATH)
 @click.option("--passphrase", prompt="Passphrase (empty for none)", default="", hide_input=True, show_default=False,
               confirmation_prompt=True)  # fmt: skip
-def keygen(name: Path, passphrase: str) -> None:
+@_json
+def keygen(name: Path, passphrase: str, as_json: bool) -> None:
     """Make a key pair, NAME.key (keep it secret) and NAME.pub (give it to those who shall trust you)."""
     from ldrt_edge.bundle.keys import keygen as run
 
-    for path in run(name, passphrase or None):
-        click.echo(path)
+    made = [str(path) for path in run(name, passphrase or None)]
+    click.echo(json.dumps({"paths": made}) if as_json else "\n".join(made))
 
 
 @bundle.command()
 @click.argument("public_key", type=PATH)
-def trust(public_key: Path) -> None:
+@_json
+def trust(public_key: Path, as_json: bool) -> None:
     """Trust a NAME.pub: bundles that its owner signs will open. Compare the key that is shown with its owner's."""
     from ldrt_edge.bundle.keys import trust as run
     from ldrt_edge.bundle.keys import trust_folder
 
     signer = run(public_key)
-    click.echo(f"{signer.trusted_as}: {signer.key}\n{trust_folder() / f'{signer.trusted_as}.pub'}")
+    kept = trust_folder() / f"{signer.trusted_as}.pub"
+    told = {"path": str(kept), **asdict(signer)}
+    click.echo(json.dumps(told) if as_json else f"{signer.trusted_as}: {signer.key}\n{kept}")
 
 
 @bundle.command()
@@ -108,11 +112,13 @@ def verify(path: Path, trust_once: bool, as_json: bool) -> None:
 @click.argument("path", type=PATH, metavar="NAME.ldrt")
 @click.option("--out", type=PATH, help="Default: in your own folder, where chat finds it again.")
 @trust_once_option
-def install(path: Path, out: Path | None, trust_once: bool) -> None:
+@_json
+def install(path: Path, out: Path | None, trust_once: bool, as_json: bool) -> None:
     """Verify a bundle, unpack it, and ask the model its golden questions; no network is used."""
     from ldrt_edge.bundle.open import install as run
 
-    click.echo(run(path, out, trust_once))
+    folder = run(path, out, trust_once)
+    click.echo(json.dumps({"path": str(folder)}) if as_json else folder)
 
 
 @click.command()
