@@ -5,12 +5,13 @@
 Nothing is downloaded: about 14 GB of bf16 weights are drawn, merged with a random adapter, converted, quantised and
 asked a question. Each stage runs in a process of its own, whose wall time and peak memory are printed; with
 `--converter`, llama.cpp's official text converter and its quantiser run on the same files beside ours. FOLDER needs
-about 60 GB and can be deleted afterwards. What is done already is not done again.
+about 50 GB and can be deleted afterwards. What is done already is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -39,11 +40,15 @@ _WRITE_TEXT = (
 )
 _STOCK_QUANTIZE = (
     "import ctypes, sys, llama_cpp as l; p = l.llama_model_quantize_default_params(); "
-    "p.ftype = l.LLAMA_FTYPE_MOSTLY_Q4_K_M; "
+    "p.ftype, p.nthread = l.LLAMA_FTYPE_MOSTLY_Q4_K_M, int(sys.argv[3]); "
     "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(p)))"
 )
-_Q4_K_M = "15"
-"""llama.cpp's number of the file type."""
+_LEFTOVERS = {"text": ("ours.gguf", "ours-q4.gguf"), "upstream": ("upstream.gguf", "upstream-q4.gguf")}
+"""Files that no later stage reads: 18 GB each pair."""
+_QUANTIZE = (
+    "import sys; from ldrt_edge.convert.quantize_worker import Job, main; "
+    "sys.exit(main(Job(sys.argv[1], sys.argv[2], 15, int(sys.argv[3]))))"  # 15: llama.cpp's number of Q4_K_M
+)
 
 
 @dataclass(frozen=True)
@@ -74,19 +79,19 @@ def run(
     picture = folder / "picture.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)).save(picture)
     ours, theirs = folder / "ours.gguf", folder / "upstream.gguf"
+    ours_q4, theirs_q4 = folder / "ours-q4.gguf", folder / "upstream-q4.gguf"
     threads = physical_cores()
-    quantize = [sys.executable, "-m", "ldrt_edge.convert.quantize_worker", ours, folder / "ours-q4.gguf", _Q4_K_M]
     ldrt = [sys.executable, "-c", "from ldrt_edge.cli import main; main()"]
     gguf, mlx = folder / "gguf-q4", folder / "mlx-q4"
     commands: dict[str, list[tuple[str, list[Any]]]] = {
         "merge": [("merge, proof included", [*ldrt, "merge", "--base", base, "--adapter", adapter, "--out", merged])],
         "text": [
             ("ours: text to GGUF", [sys.executable, "-c", _WRITE_TEXT, merged, ours]),
-            ("ours: quantiser", [*quantize, threads]),
+            ("ours: quantiser", [sys.executable, "-c", _QUANTIZE, ours, ours_q4, threads]),
         ],
         "upstream": [
             ("upstream: text to GGUF", [sys.executable, converter, merged, "--outtype", "bf16", "--outfile", theirs]),
-            ("upstream: quantiser", [sys.executable, "-c", _STOCK_QUANTIZE, theirs, folder / "upstream-q4.gguf"]),
+            ("upstream: quantiser", [sys.executable, "-c", _STOCK_QUANTIZE, theirs, theirs_q4, threads]),
         ],
         "gguf": [("quantize --q4, parity included", [*ldrt, "quantize", merged, "--q4", "--out", gguf])],
         "mlx": [("quantize --to mlx --q4", [*ldrt, "quantize", merged, "--to", "mlx", "--q4", "--out", mlx])],
@@ -94,7 +99,12 @@ def run(
     }
     if converter is None:
         commands["upstream"] = []
-    return [_measure(label, command) for stage in stages for label, command in commands[stage]]
+    costs = []
+    for stage in stages:
+        costs += [_measure(label, command) for label, command in commands[stage]]
+        for name in _LEFTOVERS.get(stage, ()):
+            (folder / name).unlink(missing_ok=True)
+    return costs
 
 
 def make_base(out: Path, layers: int) -> Path:
@@ -116,6 +126,7 @@ def make_base(out: Path, layers: int) -> Path:
                 "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
                 "projection_dim": 768,
             },
+            architectures=["LlavaForConditionalGeneration"],
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
         )  # fmt: skip
         config.save_pretrained(draft.path)
@@ -165,17 +176,19 @@ def make_adapter(base: Path, out: Path) -> None:
 
 
 def _tokenizer(folder: Path) -> Any:
-    """A byte-level tokenizer, a processor and Vicuna's chat form: all that a front end reads."""
-    transformers = require("transformers", "train")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bare = Tokenizer(models.BPE())
-    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bare.train_from_iterator([_QUESTION], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bare, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    )
+    """Llama's kind of tokenizer (SentencePiece, bytes as fallback), a processor and Vicuna's chat form."""
+    transformers, sentencepiece = require("transformers", "train"), require("sentencepiece", "train")
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([_QUESTION]), model_writer=trained, model_type="bpe", vocab_size=300,
+        hard_vocab_limit=False, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(trained.getvalue())
+    words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    described = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, **words}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({
@@ -201,7 +214,9 @@ def _measure(label: str, command: Sequence[Any]) -> Cost:
     if status:
         raise ConfigError(f"{label}: ended with status {os.waitstatus_to_exitcode(status)}")
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Cost(label, round(time.perf_counter() - started, 1), peak)
+    cost = Cost(label, round(time.perf_counter() - started, 1), peak)
+    console.say(f"{cost.stage}: {cost.seconds:.1f} s, peak {cost.peak_bytes / 1e9:.2f} GB")
+    return cost
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

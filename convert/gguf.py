@@ -69,7 +69,7 @@ def write_mmproj(folder: Path, out: Path, type_: MmprojType) -> None:
 
 
 def write(plan: FilePlan, path: Path, label: str) -> None:
-    """Write a planned file, one tensor in memory at a time."""
+    """Write a planned file, some rows of a tensor in memory at a time."""
     writer = plan.metadata
     for tensor in plan.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, "float32", tensor.nbytes, raw_dtype=tensor.type)  # type: ignore[arg-type]
@@ -82,7 +82,8 @@ def write(plan: FilePlan, path: Path, label: str) -> None:
         with console.bar(f"GGUF {label}", plan.nbytes / 1e6) as bar:
             for tensor in plan.tensors:
                 stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
-                stream.write(plan.encoded(tensor).data)  # not numpy's tofile, which hides why a write failed
+                for block in plan.blocks(tensor):
+                    stream.write(block.data)  # not numpy's tofile, which hides why a write failed
                 bar.advance(tensor.nbytes / 1e6, "(MB)")
             stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
     finally:

@@ -38,6 +38,9 @@ _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16, "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }  # fmt: skip
+_BLOCK_WEIGHTS = 1 << 22
+_EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}
+"""Exponent bits; all of them are set in what is not a number or infinite."""
 _VISION_LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.out_proj": "attn_out", "layer_norm1": "ln1", "layer_norm2": "ln2",
@@ -56,7 +59,11 @@ class TensorPlan:
     source: str | NDArray[np.float32]
     shape: tuple[int, ...]
     type: GGMLQuantizationType = GGMLQuantizationType.F32
-    rearrange: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
+    rearrange: Callable[[NDArray[Any]], NDArray[Any]] | None = None
+
+    def arranged(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The checkpoint's values in llama.cpp's order."""
+        return np.ascontiguousarray(values if self.rearrange is None else self.rearrange(values))
 
     @property
     def nbytes(self) -> int:
@@ -80,16 +87,33 @@ class FilePlan:
 
     def values(self, tensor: TensorPlan) -> NDArray[np.float32]:
         """A tensor's values in llama.cpp's order."""
-        values = self.weights.read(tensor.source) if isinstance(tensor.source, str) else tensor.source
-        return np.ascontiguousarray(values if tensor.rearrange is None else tensor.rearrange(values))
+        return tensor.arranged(self.weights.read(tensor.source)) if isinstance(tensor.source, str) else tensor.source
 
-    def encoded(self, tensor: TensorPlan) -> NDArray[Any]:
-        """A tensor as the file stores it.
+    def blocks(self, tensor: TensorPlan) -> Iterator[NDArray[Any]]:
+        """A tensor as the file stores it, in blocks of whole rows: the memory it takes does not grow with the tensor.
+
+        What the checkpoint holds in the wanted type is copied bit by bit.
 
         Raises:
             ArtifactError: a value is beyond the range of half precision, or not a number.
         """
-        values = self.values(tensor)
+        if not isinstance(tensor.source, str):
+            yield self._encode(tensor, tensor.source)
+            return
+        stored = self.weights.entries[tensor.source].dtype
+        exponent = _EXPONENTS.get(stored) if stored == tensor.type.name else None
+        count = tensor.shape[0]
+        step = max(1, _BLOCK_WEIGHTS * count // math.prod(tensor.shape)) if tensor.rearrange is None else count
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            if exponent is not None:
+                bits = tensor.arranged(self.weights.bits(tensor.source, rows))
+                if not ((bits & exponent) == exponent).any():
+                    yield bits
+                    continue
+            yield self._encode(tensor, tensor.arranged(self.weights.read(tensor.source, rows)))
+
+    def _encode(self, tensor: TensorPlan, values: NDArray[np.float32]) -> NDArray[Any]:
         name = tensor.source if isinstance(tensor.source, str) else tensor.name
         check_values(values, name, self.weights.folder, half=tensor.type == GGMLQuantizationType.F16)
         return np.asarray(quantize(values, tensor.type))
@@ -229,13 +253,13 @@ def _type(name: str, shape: tuple[int, ...], wanted: str) -> GGMLQuantizationTyp
     return GGMLQuantizationType[wanted.upper()]
 
 
-def _interleave(heads: int) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+def _interleave(heads: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
     """Rows of each head from halves (transformers' rotary order) to pairs (llama.cpp's).
 
     Source: `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
     """
 
-    def rearrange(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def rearrange(values: NDArray[Any]) -> NDArray[Any]:
         halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
         return halves.swapaxes(1, 2).reshape(values.shape)
 

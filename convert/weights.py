@@ -26,6 +26,7 @@ _RENAMES = (
     (r"^language_model\.model\.", "language_model."),
     (r"^vision_tower\.vision_model\.", "vision_tower."),
 )
+_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,24 @@ class Weights:
         if problems:
             raise ArtifactError(all_problems(problems, f"{folder}: tensors stored twice"))
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """One tensor as float32. The file is opened for it alone, so that no mapped page outlives the call."""
-        entry = self.entries[name]
-        with _open(entry.path) as file:
-            return np.asarray(file.get_tensor(entry.key).float().numpy())
+    def read(self, name: str, rows: slice = _ALL) -> NDArray[np.float32]:
+        """One tensor, or some of its rows, as float32."""
+        return np.asarray(self._tensor(name, rows).float().numpy())
+
+    def bits(self, name: str, rows: slice = _ALL) -> NDArray[np.uint16]:
+        """The same of a tensor stored in 16 bits, f16 or bf16, as it is stored."""
+        return np.asarray(self._tensor(name, rows).view(require("torch", "train").uint16).numpy())
 
     @property
     def count(self) -> int:
         """Number of values in all tensors."""
         return sum(entry.count for entry in self.entries.values())
+
+    def _tensor(self, name: str, rows: slice) -> Any:
+        """A copy: the file is opened for it alone, so that no mapped page outlives the call."""
+        entry = self.entries[name]
+        with _open(entry.path) as file:
+            return file.get_slice(entry.key)[rows].clone()
 
     def dtypes(self) -> set[str]:
         """The safetensors dtypes that occur."""

@@ -179,7 +179,7 @@ def read(folder: Path, *kinds: Kind) -> Manifest:
             metrics=dict(data["metrics"]), version=data["version"], libraries=dict(data["libraries"]),
             git_commit=data["git_commit"], schema=data["schema"], sha256=hashlib.sha256(raw).hexdigest(),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a manifest that this version reads ({error!r})") from error
     if manifest.schema != SCHEMA:
         raise ArtifactError(f"{path}: schema {manifest.schema}, this version reads {SCHEMA}")

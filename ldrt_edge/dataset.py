@@ -217,7 +217,7 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
         row = Row(turns=turns, **data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: line {number} is not a dataset row ({error})") from error
     if len(turns) < 2 or turns[-1].role != "assistant":
         raise DataError(f"{path}: line {number}: a row ends with an assistant turn that answers a user turn")

@@ -168,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: larger than {_FILE_LIMIT_BYTES >> 20} MiB, refused")
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not JSON ({error})") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path}: not a JSON object")

@@ -140,7 +140,7 @@ def _read(edge: Path) -> list[Record]:
         raise ArtifactError(f"{edge}: it carries no golden answers: convert or quantise it again")
     try:
         records = [_record(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not golden answers that this version reads ({error})") from error
     if not records:
         raise ArtifactError(f"{path}: no golden answers in it: convert or quantise again")

@@ -44,7 +44,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         tensors = {name: StoredTensor(tuple(map(int, e["shape"])), str(e["dtype"])) for name, e in entries.items()}
         spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
         end = max((last for _, last in spans.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path.name} is corrupt: its header cannot be read") from error
     if size != 8 + length + end:
         raise ArtifactError(f"{path.name} is truncated or corrupt: {size} bytes, its header says {8 + length + end}")

@@ -7,12 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from ldrt_edge import artifact
-from ldrt_edge.errors import ArtifactError
+from ldrt_edge.chat import audit
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import ArtifactError, LdrtError
+from ldrt_edge.front_config import read_json
+from ldrt_edge.tensor_file import read_header
+from ldrt_edge.train.data.imports import import_llava
 
 
 def write(out: Path, text: str = "hello", config: dict[str, object] | None = None) -> artifact.Manifest:
@@ -148,3 +154,37 @@ def test_two_processes_do_not_write_the_same_artefact(tmp_path: Path) -> None:
         first.kill()
     with artifact.create(out, "report", {}, resumable=True) as draft:
         assert (draft.path / "file.txt").read_text() == "first", "what a killed run left is taken up"
+
+
+DEEP = b"[" * 200_000
+"""Deeper than Python's JSON reader goes."""
+
+
+def _deep_row(path: Path) -> None:
+    with artifact.create(path.parent / "data", "dataset", {}) as draft:
+        (draft.path / "rows.jsonl").write_bytes(DEEP + b"\n")
+    Dataset(path.parent / "data").rows("train")
+
+
+def _deep_header(path: Path) -> None:
+    path.write_bytes(len(DEEP).to_bytes(8, "little") + DEEP)
+    read_header(path)
+
+
+DOORS: dict[str, Callable[[Path], object]] = {
+    "manifest.json": lambda path: artifact.read(path.parent),
+    "config.json": read_json,
+    "model.safetensors": _deep_header,
+    "rows.jsonl": _deep_row,
+    "llava.json": lambda path: import_llava(path.parent, path.parent / "out"),
+    "audit.jsonl": audit.verify,
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_json_nested_absurdly_deep_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(DEEP)
+    with pytest.raises(LdrtError) as refusal:
+        DOORS[name](path)
+    assert "\n" not in str(refusal.value)

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn
 import mlx_vlm
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ from ldrt_edge.runtimes import mlx as mlx_runtime
 from ldrt_edge.runtimes.base import Prompt, Sampling, load
 from ldrt_edge.runtimes.hf import HfRuntime, normalise
 from ldrt_edge.runtimes.mlx import MlxRuntime
+from ldrt_edge.runtimes.mlx_host import use_numpy
 
 FAMILIES = ("llava15", "llavanext")
 TEXTS = ("llama", "mistral", "smollm2")
@@ -564,3 +566,22 @@ def test_the_starter(starter: Path, tmp_path: Path) -> None:
 
     assert found["f32"].max_abs_logit_diff <= 5e-3 and found["f32"].top1.all()
     assert found["f32"].kld.mean() <= 1e-6 < found["mixed_4_6"].kld.mean() < found["q4"].kld.mean()
+
+
+@pytest.mark.parametrize("scheme", [None, (4, 64, "affine"), (3, 32, "affine"), (4, 32, "mxfp4"), (4, 16, "nvfp4")])
+def test_products_by_numpy_are_mlxs_own(scheme: tuple[int, int, str] | None) -> None:
+    mx.random.seed(0)
+    network = mlx.nn.Sequential(mlx.nn.Linear(128, 64), mlx.nn.Embedding(96, 64))
+    if scheme:
+        bits, group, mode = scheme
+        mlx.nn.quantize(network, group_size=group, bits=bits, mode=mode, class_predicate=lambda _, m: True)
+    rows = mx.random.normal((2, 40, 128))
+
+    def products() -> NDArray[np.float32]:
+        linear, table = network.layers
+        return np.array(table.as_linear(linear(rows)))
+
+    wanted = products()
+    use_numpy(network)
+    assert type(network.layers[0]).__module__.endswith("mlx_host")
+    np.testing.assert_allclose(products(), wanted, atol=1e-4 * float(np.abs(wanted).max()))

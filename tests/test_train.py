@@ -231,6 +231,17 @@ def test_vision_tokens_are_carried_to_the_merged_model(tiny: Tiny, data: Path, t
     assert image.token_count == pooled
 
 
+def test_the_projector_starts_out_amplified(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    base = resolve_base(str(tiny("llava15", "smollm2")))
+    still = ["instruct.learning_rate=1e-12", "instruct.projector_learning_rate=1e-12", "instruct.epochs=0.2"]
+    recipe = load_recipe("starter", [*FAST, *still, "projector_gain=3"])
+    saved = load_file(train(base, [data], tmp_path / "adapter", recipe) / "adapter_model.safetensors")
+    before = load_file(base.folder / "model.safetensors")
+    for name in ("linear_2.weight", "linear_2.bias"):
+        found, given = (next(t for n, t in state.items() if n.endswith(name)) for state in (saved, before))
+        torch.testing.assert_close(found, 3 * given)
+
+
 def test_metrics_are_written_as_training_goes(trained: tuple[Base, Path, Path]) -> None:
     _, adapter, _ = trained
     lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]

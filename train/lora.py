@@ -70,6 +70,7 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     console.say(f"{questions} questions in {len(rows)} packed rows, {'bf16' if bf16 else 'fp32'} on {device}")
 
     model = build(base.folder, front, recipe, device, bf16)
+    model.amplify(recipe.projector_gain)
     store = FeatureStore(model.llava, front) if recipe.cache_features else None
     if store is not None:
         store.fill([*rows, *held_out])

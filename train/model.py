@@ -86,6 +86,13 @@ class PackedLlava(nn.Module):
             linear.bias += linear.weight @ mean.to(linear.weight)
             linear.weight *= torch.where(live, deviation, 0).to(linear.weight)
 
+    def amplify(self, gain: float) -> None:
+        """Multiply the projector's output."""
+        linear: Any = self._projector().linear_2
+        with torch.no_grad():
+            linear.weight *= gain
+            linear.bias *= gain
+
     def folded_projector(self) -> dict[str, torch.Tensor]:
         """The trained projector as stock LLaVA weights on raw features: `linear_1.weight`, … in float32."""
         state = {name: tensor.detach().float() for name, tensor in self._projector().state_dict().items()}

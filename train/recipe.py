@@ -69,6 +69,8 @@ class Recipe:
     cache_features: run the frozen tower once per image and keep its features on disk.
     standardise_features: train the projector on features of zero mean and unit deviation (the same function, better
         conditioned; folded back into the stock weights on save). For projectors that start from random weights.
+    projector_gain: factor on the projector's output before training. Random projectors learn to be read faster when
+        image tokens start out larger than words.
     vision_tokens: pool the image tokens after the projector to this many.
     length_bucket: sequences are padded to a multiple of this, so that kernels compiled per shape are reused.
     """
@@ -91,6 +93,7 @@ class Recipe:
     gradient_checkpointing: bool = False
     cache_features: bool = False
     standardise_features: bool = False
+    projector_gain: PositiveFloat = 1.0
     vision_tokens: PositiveInt | None = None
     length_bucket: PositiveInt = 32
     save_steps: PositiveInt = 200

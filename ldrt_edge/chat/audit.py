@@ -117,7 +117,7 @@ def _verify(path: Path, data: bytes) -> Chain:
         try:
             line = json.loads(raw)
             whole = tuple(line) == _FIELDS and raw == _dump(line)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             whole = False
         if not whole:
             raise DataError(f"{path}: line {number} is not a line of an audit log, or was cut off")

@@ -2,8 +2,8 @@
 
 On a machine without such a GPU it runs on the processor, where MLX has no fast half precision: there half-precision
 tensors are widened to float32 as they are read, so an unquantised model takes twice its file's size in memory, and a
-4-bit one an eighth more. That is for checking exports; its speed says nothing about Apple's (mlx-cpu 0.32.4 comes with
-the reference BLAS: 3 GFLOP/s a core, where numpy's reaches 50).
+4-bit one an eighth more; and numpy multiplies matrices (`mlx_host.py`). That is for checking exports; its speed says
+nothing about Apple's.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class MlxRuntime(CachedRuntime):
         started = time.perf_counter()
         self.front = Front.load(folder)
         self.network = load_network(folder, widen=not on_gpu())
+        if not on_gpu():
+            from ldrt_edge.runtimes.mlx_host import use_numpy
+
+            use_numpy(self.network)
         self.load_ms = (time.perf_counter() - started) * 1e3
         architecture = self.network.architecture
         self.context_length = min(context_length or CONTEXT, architecture.context_length)

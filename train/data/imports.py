@@ -240,7 +240,7 @@ def _read_records(path: Path) -> list[tuple[str, Json]]:
         if path.suffix == ".jsonl":
             return list(_json_lines(path, text))
         data = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, list) or not data:
         raise DataError(f"{path}: wanted a JSON list of rows")
@@ -252,5 +252,5 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Json]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number} is not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}: line {number} is not JSON ({error})") from error
