@@ -1,22 +1,39 @@
-"""When two answers count as the same: normalisation, exact match and token F1.
+"""When two answers count as the same, and how near they come: normalisation, exact match and overlap measures.
 
 Both the reference and the model's answer pass through `normalise`, in this order:
 
 1. Unicode NFKC, then case folding: "２ Gy" is "2 gy", "STRASSE" is "strasse".
 2. Numbers to one spelling: "0.50" is "0.5", "+3" is "3", "007" is "7". A comma before digits is a decimal comma
    ("1,0" is "1"), but in English and Chinese one before exactly three digits groups thousands ("1,000" is "1000").
-   "6×0.5" is "6 x 0.5", "5cm" is "5 cm".
+   "0.5×6" and "0.5 Gy x 6" are "0.5 x 6", "5cm" is "5 cm".
 3. Punctuation to spaces (Unicode category P), but for the point and the minus sign of a number.
-4. The unit "Gy" behind a number goes ("3 Gy" is "3"): the questions name their unit.
-5. English only: the articles a, an, the go; zero … ten become digits (the VQA v2 evaluator's rule).
-6. A whole answer that means yes or no, in one of the six languages, becomes "yes" or "no".
+4. The unit "Gy" (戈瑞) behind a number goes ("3 Gy" is "3"): the questions name their unit.
+5. Articles go, by language, unless nothing else is left: English a, an, the; German, Spanish, French and Portuguese
+   theirs ("das Knie" is "knie", "l'épaule" is "épaule"). Chinese has none.
+6. Words for zero to ten become digits, by language ("un" is "1" where it is the whole answer).
+7. Chinese is written without spaces: those beside a Chinese character go ("共 3 次" is "共3次").
+8. A whole answer that means yes or no, in one of the six languages, becomes "yes" or "no".
 
 Exact match compares the normalised texts. One rule more for a reference of "yes" or "no": there the answer's first
 word decides, so that "Yes, two of them." is "yes"; it must be a word for yes or no, so "cannot be told" stays wrong.
 
-Token F1 is SQuAD's, over the words of the normalised texts, with each Chinese character a word of its own.
+Three measures say how near an open answer comes, each from 0 to 1 on the normalised texts:
 
-Source: SQuAD v1.1 `evaluate-v1.1.py` (token F1, articles); VQA v2 `vqaEval.py` (number words).
+- Token F1 is SQuAD's, over words, with each Chinese character a word of its own.
+- ROUGE-L is rouge-score's F measure of the longest common subsequence, over the same words: its own tokenizer knows
+  the letters a to z only.
+- chrF is sacreBLEU's chrF2 of one sentence, over characters: no words are needed, so it is the measure for languages
+  that do not space them, and kind to inflected ones.
+
+All three count "1.0 Gy left" against "6.0 Gy left" as near: they grade wording, exact match judges the fact. Similarity
+of sentence embeddings is left out for that reason: it takes the wrong number, side or negation for nearly the same
+sentence.
+
+`RULES` counts changes of these rules: scores judged by other rules are not compared.
+
+Source: SQuAD v1.1 `evaluate-v1.1.py` (token F1, English articles); MLQA `mlqa_evaluation_v1.py` (German and Spanish
+articles, Chinese characters as words); VQA v2 `vqaEval.py` (number words); Lin, "ROUGE", ACL 2004 workshop; Popović,
+"chrF", WMT 2015.
 """
 
 from __future__ import annotations
@@ -24,18 +41,48 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from ldrt_edge.dataset import Row
+from ldrt_edge.errors import require
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.chrf import CHRF
+
+RULES = 2
 
 _YES = {"yes", "yeah", "yep", "true", "ja", "jawohl", "sí", "si", "oui", "sim", "是", "是的", "有", "对", "會", "会"}
 _NO = {"no", "nope", "false", "nein", "non", "não", "nao", "否", "不", "不是", "没有", "沒有", "不会", "不會", "不对"}
-_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_DIGITS)}
-_ARTICLES = {"a", "an", "the"}
-_NUMBER = re.compile(r"(?<![\w.,])([-−+])?(\d+(?:[.,]\d+)*)(?![.,]?\d)(?=([^\W\d_])?)")
-_TIMES = re.compile(r"(?<=\d)\s*[x×]\s*(?=\d)")
-_UNIT = re.compile(r"(?<=\d)\s*gy(?![a-z])")
+_NUMBER_WORDS = {
+    language: {word: str(value) for value, words in enumerate(line.split()) for word in words.split("/")}
+    for language, line in {
+        "en": "zero one two three four five six seven eight nine ten",
+        "de": "null eins/ein/eine zwei drei vier fünf sechs sieben acht neun zehn",
+        "es": "cero uno/un/una dos tres cuatro cinco seis siete ocho nueve diez",
+        "fr": "zéro un/une deux trois quatre cinq six sept huit neuf dix",
+        "pt": "zero um/uma dois/duas três quatro cinco seis sete oito nove dez",
+        "zh": "零 一 二/两 三 四 五 六 七 八 九 十",
+    }.items()
+}
+_ARTICLES = {
+    language: frozenset(words.split())
+    for language, words in {
+        "en": "a an the",
+        "de": "der die das den dem des ein eine einen einem eines einer",
+        "es": "el la los las un una unos unas",
+        "fr": "le la l les un une des",
+        "pt": "o a os as um uma uns umas",
+    }.items()
+}
+_NUMBER = re.compile(r"(?<![.,])(?<![^\W\u3400-\u9fff])([-−+])?(\d+(?:[.,]\d+)*)(?![.,]?\d)(?=([^\W\d_])?)")
+_TIMES = re.compile(r"(?<=\d)\s*(?:gy|戈瑞)?\s*[x×]\s*(?=\d)")
+_UNIT = re.compile(r"(?<=\d)\s*(?:gy(?![a-z])|戈瑞)")
 _CHINESE = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+")
+_BESIDE_CHINESE = re.compile(r"(?<=[\u3400-\u9fff])\s+|\s+(?=[\u3400-\u9fff])")
 _POINT, _MINUS = "\ue000", "\ue001"  # private use: they survive the removal of punctuation
 
 
@@ -57,6 +104,31 @@ def token_f1(row: Row, answer: str) -> float:
     return 2 * shared / (wanted.total() + given.total())
 
 
+def rouge_l(row: Row, answer: str) -> float:
+    """ROUGE-L between `answer` and the reference, 0 to 1.
+
+    Raises:
+        MissingExtraError: rouge-score is not installed.
+    """
+    wanted, given = normalise(row.answer, row.language), normalise(answer, row.language)
+    return float(_rouge().score(wanted, given)["rougeL"].fmeasure)
+
+
+def chrf(row: Row, answer: str) -> float:
+    """chrF2 between `answer` and the reference, 0 to 1.
+
+    Raises:
+        MissingExtraError: sacreBLEU is not installed.
+    """
+    wanted, given = normalise(row.answer, row.language), normalise(answer, row.language)
+    return float(_chrf().sentence_score(given, [wanted]).score) / 100
+
+
+def overlap_installed() -> bool:
+    """Whether the extra `bench`, which `rouge_l` and `chrf` need, is installed."""
+    return all(find_spec(name) for name in ("rouge_score", "sacrebleu"))
+
+
 def normalise(text: str, language: str) -> str:
     """One spelling for all answers that mean the same; `language` is BCP 47 ("en", "zh-Hans")."""
     language = language.partition("-")[0].lower()
@@ -64,16 +136,36 @@ def normalise(text: str, language: str) -> str:
     numbered = _NUMBER.sub(lambda found: _number(found, language), _TIMES.sub(" x ", folded))
     spaced = "".join(" " if unicodedata.category(letter).startswith("P") else letter for letter in numbered)
     unitless = _UNIT.sub(" ", spaced.replace(_POINT, ".").replace(_MINUS, "-"))
-    kept = unitless.split()
-    if language == "en":
-        kept = [_NUMBER_WORDS.get(word, word) for word in kept if word not in _ARTICLES]
-    whole = " ".join(kept)
+    said = unitless.split()
+    kept = [word for word in said if word not in _ARTICLES.get(language, ())] or said
+    numbers = _NUMBER_WORDS.get(language, {})
+    whole = _BESIDE_CHINESE.sub("", " ".join(numbers.get(word, word) for word in kept))
     return _polarity(whole) or whole
 
 
 def words(normalised: str) -> list[str]:
     """The words of a normalised answer; each Chinese character is one."""
     return _CHINESE.findall(normalised)
+
+
+class _Words:
+    """The tokenizer that rouge-score is given."""
+
+    @staticmethod
+    def tokenize(text: str) -> Sequence[str]:
+        return words(text)
+
+
+@cache
+def _rouge() -> RougeScorer:
+    scorer: RougeScorer = require("rouge_score.rouge_scorer", "bench").RougeScorer(["rougeL"], tokenizer=_Words())
+    return scorer
+
+
+@cache
+def _chrf() -> CHRF:
+    scorer: CHRF = require("sacrebleu.metrics.chrf", "bench").CHRF()
+    return scorer
 
 
 def _polarity(word: str) -> str:

@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from ldrt_edge.bench.schema import Report, Slice, Vqa
+from ldrt_edge.bench.significance import McNemar, NonInferiority, Power
 from ldrt_edge.bench.statistics import Difference, Rate
 from ldrt_edge.bench.vqa import Sample
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.image import read_image
 
-_TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _FLIPS_SHOWN, _WRONG_SHOWN, _TASKS_SHOWN = 30, 12, 24
 _THUMBNAIL_PIXELS, _THUMBNAIL_QUALITY = 144, 70
 _LEFT, _RIGHT, _TOP, _ROW = 215, 80, 30, 34  # margins and row height of the picture, in its own units
 _WIDTH, _LABEL = 780, 25
-_ONE_POINT = 0.01
 
 
 def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Sequence[Row]) -> str:
@@ -36,15 +35,12 @@ def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Se
     files = {row.image_sha256: dataset.image_path(row) for row in rows}
     flips = [sample for flip in ("worse", "better", "other") for sample in samples if sample.flip == flip]
     wrong = [s for s in samples if not s.subject.correct and not s.flip]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        percent=percent, interval=interval, points=points, span=points_interval, size=byte_size, number=number
-    )
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return template("report.html.jinja").render(
         report=report,
         vqa=report.vqa,
+        whole=whole(report.vqa),
         verdicts=verdicts(report),
+        certainty=certainty(report),
         picture=draw(report.vqa),
         flips=flips[:_FLIPS_SHOWN],
         flips_total=len(flips),
@@ -52,6 +48,19 @@ def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Se
         wrong_total=len(wrong),
         thumbnail=cache(lambda sha256: thumbnail(files[sha256])),
     )
+
+
+def template(name: str) -> Template:
+    """A page of this folder, with the filters that write figures."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(
+        percent=percent, interval=interval, points=points, span=points_interval, size=byte_size, number=number,
+        p=p_value,
+    )  # fmt: skip
+    return environment.get_template(name)
 
 
 @dataclass(frozen=True)
@@ -83,13 +92,14 @@ def verdicts(report: Report) -> list[Verdict]:
             gain.ci_low > 0,
         ),
     ]
-    if vqa.loss and vqa.flips:
+    if vqa.loss and vqa.non_inferiority and vqa.flips:
         loss, flips = vqa.loss, vqa.flips
         change = Difference(-loss.value, -loss.ci_high, -loss.ci_low, loss.n, loss.clusters)
         found.append(
             Verdict(
                 points(change),
-                f"points against {report.reference.name if report.reference else ''}: {_loss_claim(loss)}",
+                f"points against {report.reference.name if report.reference else ''}: "
+                f"{_loss_claim(loss, vqa.non_inferiority)}",
                 f"interval {points_interval(change)}; {flips.worse + flips.better + flips.other} answers changed, "
                 f"{flips.worse} for the worse and {flips.better} for the better",
                 loss.ci_low <= 0,
@@ -107,6 +117,60 @@ def verdicts(report: Report) -> list[Verdict]:
             )
         )
     return found
+
+
+def certainty(report: Report) -> list[str]:
+    """What may be concluded and what would take more questions, in plain sentences."""
+    vqa = report.vqa
+    gain = vqa.image_gain_test
+    found = [
+        f"What the picture is worth: {gain.first_only} questions were right with the right picture only, "
+        f"{gain.second_only} with the wrong one only; {_test(gain)}."
+    ]
+    if not (report.reference and vqa.loss and vqa.loss_test and vqa.non_inferiority):
+        return [*found, _power("what the picture is worth", vqa.image_gain_power)]
+    subject, reference, test = report.subject.name, report.reference.name, vqa.loss_test
+    return [
+        *found,
+        f"The loss: {test.first_only} questions only {reference} got right and {test.second_only} only {subject}; "
+        f"{_test(test)}.",
+        _non_inferiority(subject, reference, vqa.loss, vqa.non_inferiority),
+        _power("the loss", vqa.loss_power),
+    ]
+
+
+def _non_inferiority(subject: str, reference: str, loss: Difference, held: NonInferiority) -> str:
+    margin = _margin(held.margin)
+    if held.verdict == "non-inferior":
+        return (
+            f"{subject} is not worse than {reference} by more than {margin}: even the upper end of the loss's 95% "
+            f"interval, {_signed(loss.ci_high)}, is within that margin."
+        )
+    if held.verdict == "inferior":
+        return (
+            f"{subject} is worse than {reference} by more than {margin}: even the lower end of the loss's 95% "
+            f"interval, {_signed(loss.ci_low)}, is beyond that margin."
+        )
+    return (
+        f"It is not shown that {subject} loses at most {margin} against {reference}: the 95% interval of the loss "
+        f"reaches from {_signed(loss.ci_low)} to {_signed(loss.ci_high)}."
+    )
+
+
+def _power(what: str, power: Power | None) -> str:
+    if power is None:
+        return f"How many questions it would take to see a point of {what} cannot be told: nothing varies here."
+    return (
+        f"To see {_margin(power.difference)} of {what} takes about {_rounded(power.questions_needed)} questions in "
+        f"{_rounded(power.clusters_needed)} clusters of pictures; here are {power.questions} in {power.clusters}, "
+        f"which show a difference of {power.detectable * 100:.1f} points ({power.power:.0%} power, two-sided 5%, "
+        f"measured design effect {power.design_effect:.1f})."
+    )
+
+
+def _test(test: McNemar) -> str:
+    by_cluster, alone = _p(test.p_clustered), _p(test.p_exact)
+    return f"McNemar's test, p by clusters of pictures {by_cluster} (over single questions {alone})"
 
 
 @dataclass(frozen=True)
@@ -150,10 +214,7 @@ class Picture:
 def draw(vqa: Vqa) -> Picture:
     """Place the rates of all tasks, with the right and with a wrong picture."""
     tasks = sorted(vqa.by["task"].items(), key=lambda item: -item[1].image_gain.value)
-    whole = Slice(
-        vqa.overall.accuracy, vqa.overall.token_f1, vqa.blind, vqa.prior, vqa.image_gain, vqa.reference, vqa.loss
-    )
-    shown = [("all questions", whole), *tasks[:_TASKS_SHOWN]]
+    shown = [("all questions", whole(vqa)), *tasks[:_TASKS_SHOWN]]
     lines = tuple(
         Line(
             label=label if len(label) <= _LABEL else label[: _LABEL - 1] + "…",
@@ -172,6 +233,14 @@ def draw(vqa: Vqa) -> Picture:
     bottom = _TOP + _ROW * len(lines) + 12
     grid = tuple((_x(share / 100), f"{share}%") for share in range(0, 101, 20))
     return Picture(_WIDTH, int(bottom + 30), _LEFT, bottom, grid, lines, len(tasks) - len(tasks[:_TASKS_SHOWN]))
+
+
+def whole(vqa: Vqa) -> Slice:
+    """All questions as one slice."""
+    return Slice(
+        **vars(vqa.overall), blind=vqa.blind, prior=vqa.prior, image_gain=vqa.image_gain,
+        image_gain_test=vqa.image_gain_test, reference=vqa.reference, loss=vqa.loss, loss_test=vqa.loss_test,
+    )  # fmt: skip
 
 
 def thumbnail(path: Path) -> str:
@@ -208,17 +277,35 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def p_value(test: McNemar) -> str:
+    """A test's p by clusters as "0.034" or "<0.001"; Holm's where it is one of several."""
+    return _p(test.p_clustered if test.p_holm is None else test.p_holm)
+
+
 def byte_size(count: int) -> str:
     """Bytes as "105 MB" or "4.1 GB" (powers of ten)."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def _loss_claim(loss: Difference) -> str:
+def _loss_claim(loss: Difference, held: NonInferiority) -> str:
     if loss.ci_low > 0:
         return "something was lost"
-    if loss.ci_high <= _ONE_POINT:
-        return "at most one point lost"
+    if held.verdict == "non-inferior":
+        return f"at most {_margin(held.margin)} lost"
     return "no loss shown, none ruled out"
+
+
+def _margin(share: float) -> str:
+    return f"{share * 100:g} point{'s' * (round(share * 100, 9) != 1)}"
+
+
+def _rounded(count: int) -> str:
+    """Two significant digits: it is an estimate."""
+    return f"{round(count, 2 - len(str(count))):,}"
+
+
+def _p(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _mark(rate: Rate) -> Mark:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from ldrt_edge import __version__, artifact
+from ldrt_edge import __version__, artifact, console
 from ldrt_edge.bench.fidelity import fidelity
 from ldrt_edge.bench.latency import measure, weights
+from ldrt_edge.bench.metrics import overlap_installed
 from ldrt_edge.bench.page import render
 from ldrt_edge.bench.schema import SCHEMA, DatasetIdentity, Environment, ModelIdentity, Report, summarise
 from ldrt_edge.bench.vqa import Model, Sample, answer_rows, draw_controls
@@ -44,6 +45,7 @@ def bench(
     threads: int | None = None,
     runs: int = 5,
     seed: int = 0,
+    margin: float = 1.0,
 ) -> Path:
     """Measure the model in `edge` on a dataset, beside the model it was made from, and write a report artefact.
 
@@ -57,6 +59,7 @@ def bench(
         threads: CPU threads; None for one a physical core.
         runs: timings that count; 0 leaves latency out (null).
         seed: of the wrong pictures, the choice of pictures and the intervals.
+        margin: points of accuracy; a loss within it counts as none (non-inferiority).
 
     Raises:
         ConfigError: an option is out of range.
@@ -65,19 +68,23 @@ def bench(
     """
     if runs < 0 or (limit is not None and limit < 1) or (threads is not None and threads < 1):
         raise ConfigError("bench wants --runs of at least 0, --limit and --threads of at least 1")
+    if margin <= 0:
+        raise ConfigError("--margin wants more than 0 points")
     artifact.read(edge, "gguf", "mlx", "merged", "base")
     if reference:
         artifact.read(reference, "merged", "base")
     dataset = Dataset(data)
     rows = _questions(dataset, split, limit, seed)
-    settings = _Settings(split, limit, threads or physical_cores(), runs, seed)
+    settings = _Settings(split, limit, threads or physical_cores(), runs, seed, margin)
     inputs = [edge, data, *([reference] if reference else [])]
     with artifact.create(out, "report", asdict(settings), inputs, seed, resumable=True) as draft:
         if draft.complete:
             return out
+        if not overlap_installed():
+            console.say("ROUGE-L and chrF are left out: for them, pip install 'ldrt-edge[bench]' and bench again")
         environment = _environment(settings, _command(edge, data, out, reference, settings))
         samples = _ask(edge, reference, dataset, rows, draft.path / SAMPLES, settings)
-        vqa = summarise(samples, (row for row in dataset if row.split != split), seed)
+        vqa = summarise(samples, (row for row in dataset if row.split != split), seed, margin / 100)
         report = Report(
             schema=SCHEMA,
             subject=_model(edge),
@@ -109,6 +116,7 @@ class _Settings:
     threads: int = 1
     runs: int = 5
     seed: int = 0
+    margin: float = 1.0
 
 
 def _questions(dataset: Dataset, split: Split, limit: int | None, seed: int) -> list[Row]:

@@ -7,17 +7,27 @@ schema grows; nothing in it is renamed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from ldrt_edge.bench.fidelity import Fidelity
 from ldrt_edge.bench.latency import Latency
-from ldrt_edge.bench.metrics import normalise
+from ldrt_edge.bench.metrics import RULES, normalise
+from ldrt_edge.bench.significance import McNemar, NonInferiority, Power, holm, mcnemar, non_inferiority, power
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
-from ldrt_edge.bench.vqa import Answer, Sample
-from ldrt_edge.dataset import Row
+from ldrt_edge.bench.vqa import Answer, Sample, cluster_labels
+from ldrt_edge.dataset import AnswerType, Row
 
 SCHEMA = "ldrt-edge/report/1"
+ONE_POINT = 0.01
+FIELDS: Mapping[str, Callable[[Sample], str]] = {
+    "task": lambda sample: sample.task,
+    "language": lambda sample: sample.language,
+    "answer_type": lambda sample: sample.answer_type,
+    "kind": lambda sample: sample.kind,
+    "source": lambda sample: sample.source,
+}
+"""What the questions are sliced by; `kind` is the kind of picture, or its modality."""
 Prior = Mapping[tuple[str, str], str]
 """The most frequent answer, normalised, by (task, language)."""
 
@@ -71,23 +81,36 @@ class Environment:
 
 @dataclass(frozen=True)
 class Score:
-    """Exact match over all questions, and token F1 over the open ones (None without any)."""
+    """How good the answers are; `bench.metrics` says how they are graded.
+
+    accuracy: exact match over all questions; closed_accuracy and exact_match over the closed and over the open ones.
+    token_f1, rouge_l, chrf: over the open ones. None where there are no such questions, nothing to grade (a prior), or
+        for lack of the extra `bench` (rouge_l, chrf).
+    """
 
     accuracy: Rate
-    token_f1: Rate | None
+    closed_accuracy: Rate | None = None
+    exact_match: Rate | None = None
+    token_f1: Rate | None = None
+    rouge_l: Rate | None = None
+    chrf: Rate | None = None
 
 
-@dataclass(frozen=True)
-class Slice:
-    """The questions of one task, language or answer type."""
+@dataclass(frozen=True, kw_only=True)
+class Slice(Score):
+    """The questions of one task, language, answer type, kind of picture or source.
 
-    accuracy: Rate
-    token_f1: Rate | None
+    Its fields are those of `Vqa`; the tests' `p_holm` is corrected over all slices of the report that are not the
+    whole again.
+    """
+
     blind: Score
     prior: Score
     image_gain: Difference
+    image_gain_test: McNemar
     reference: Score | None
     loss: Difference | None
+    loss_test: McNemar | None
 
 
 @dataclass(frozen=True)
@@ -106,22 +129,31 @@ class Flips:
 class Vqa:
     """Answers to the questions.
 
+    rules: `bench.metrics.RULES`, by which the answers were judged.
     blind, blind_any: with a wrong picture of the same kind, with any wrong picture (`bench.vqa` says how drawn).
     prior: a guesser that knows the commonest answer to each (task, language) and no picture; `prior_from` says whether
         it learnt them on the training rows or, for lack of these, on the very questions (which flatters it).
     image_gain: accuracy with the right picture minus that with the wrong one, paired.
     loss: the reference model's accuracy minus the subject's, paired; positive means that something was lost.
+    image_gain_test, loss_test: whether these differ from nothing. image_gain_power, loss_power: how many questions it
+        takes to see one point of them; None where nothing varies. non_inferiority: the loss held against the margin.
     """
 
+    rules: int
     overall: Score
     blind: Score
     blind_any: Score
     prior: Score
     prior_from: str
     image_gain: Difference
+    image_gain_test: McNemar
+    image_gain_power: Power | None
     by: Mapping[str, Mapping[str, Slice]]
     reference: Score | None
     loss: Difference | None
+    loss_test: McNemar | None
+    loss_power: Power | None
+    non_inferiority: NonInferiority | None
     flips: Flips | None
 
 
@@ -139,37 +171,41 @@ class Report:
     latency: Latency | None
 
 
-def summarise(samples: Sequence[Sample], training: Iterable[Row], seed: int) -> Vqa:
-    """All answer rates of a run; `training` teaches the blind guesser its prior."""
+def summarise(samples: Sequence[Sample], training: Iterable[Row], seed: int, margin: float) -> Vqa:
+    """All answer rates of a run; `training` teaches the blind guesser its prior, `margin` is a share."""
     prior = learn_prior((row.task, row.language, row.answer) for row in training)
     own = learn_prior((sample.task, sample.language, sample.answer) for sample in samples)
     known = sum((sample.task, sample.language) in prior for sample in samples)
     sources = (["training rows"] if known else []) + (["these questions"] if known < len(samples) else [])
-    total = _slice(samples, own | prior, seed)
-    fields: dict[str, Callable[[Sample], str]] = {
-        "task": lambda sample: sample.task,
-        "language": lambda sample: sample.language,
-        "answer_type": lambda sample: sample.answer_type,
-        "kind": lambda sample: sample.kind,
-    }
+    clusters = dict(zip([sample.id for sample in samples], cluster_labels(samples), strict=True))
+    total = _slice(samples, clusters, own | prior, seed)
     by = {
         name: {
-            value: _slice([sample for sample in samples if of(sample) == value], own | prior, seed)
+            value: _slice([sample for sample in samples if of(sample) == value], clusters, own | prior, seed)
             for value in sorted({of(sample) for sample in samples})
         }
-        for name, of in fields.items()
+        for name, of in FIELDS.items()
     }
+    labels = list(clusters.values())
+    given, blind = _right(samples, _subject), _right(samples, _blind)
+    expected = _right(samples, _reference) if total.reference else None
     return Vqa(
-        overall=Score(total.accuracy, total.token_f1),
+        rules=RULES,
+        overall=score(samples, _subject, clusters, seed),
         blind=total.blind,
-        blind_any=_score(samples, lambda sample: sample.blind_any, seed),
+        blind_any=score(samples, _blind_any, clusters, seed),
         prior=total.prior,
         prior_from=" and ".join(sources),
         image_gain=total.image_gain,
-        by=by,
+        image_gain_test=total.image_gain_test,
+        image_gain_power=power(given, blind, labels, ONE_POINT),
+        by=_corrected(by),
         reference=total.reference,
         loss=total.loss,
-        flips=_flips(samples, seed) if total.reference else None,
+        loss_test=total.loss_test,
+        loss_power=power(expected, given, labels, ONE_POINT) if expected else None,
+        non_inferiority=non_inferiority(total.loss, margin) if total.loss else None,
+        flips=_flips(samples, labels, seed) if total.reference else None,
     )
 
 
@@ -181,45 +217,112 @@ def learn_prior(answers: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str]
     return {key: min(found.items(), key=lambda item: (-item[1], item[0]))[0] for key, found in counts.items()}
 
 
-def _slice(samples: Sequence[Sample], prior: Prior, seed: int) -> Slice:
-    own = _score(samples, lambda sample: sample.subject, seed)
-    clusters = [sample.group for sample in samples]
-    given = [sample.subject.correct for sample in samples]
-    blind = [_present(sample.blind).correct for sample in samples]
-    expected = [sample.reference.correct for sample in samples if sample.reference]
-    return Slice(
-        accuracy=own.accuracy,
-        token_f1=own.token_f1,
-        blind=_score(samples, lambda sample: sample.blind, seed),
-        prior=_prior_score(samples, prior, seed),
-        image_gain=paired_difference(given, blind, clusters, seed),
-        reference=_score(samples, lambda sample: sample.reference, seed) if expected else None,
-        loss=paired_difference(expected, given, clusters, seed) if expected else None,
-    )
+def score(
+    samples: Sequence[Sample], of: Callable[[Sample], Answer], clusters: Mapping[str, Hashable], seed: int
+) -> Score:
+    """Grade one answer to each sample; `clusters` by the sample's id."""
+    answers = [of(sample) for sample in samples]
 
+    def over(values: Sequence[float | None], answer_type: AnswerType) -> Rate | None:
+        return _rate(samples, values, clusters, seed, answer_type)
 
-def _score(samples: Sequence[Sample], of: Callable[[Sample], Answer | None], seed: int) -> Score:
-    opened = [sample for sample in samples if sample.answer_type == "open"]
+    right = [answer.correct for answer in answers]
+    whole = _rate(samples, right, clusters, seed)
+    assert whole is not None, "no samples"
     return Score(
-        rate([_present(of(sample)).correct for sample in samples], [sample.group for sample in samples], seed),
-        rate([_present(of(sample)).token_f1 for sample in opened], [sample.group for sample in opened], seed)
-        if opened else None,
+        accuracy=whole,
+        closed_accuracy=over(right, "closed"),
+        exact_match=over(right, "open"),
+        token_f1=over([answer.token_f1 for answer in answers], "open"),
+        rouge_l=over([answer.rouge_l for answer in answers], "open"),
+        chrf=over([answer.chrf for answer in answers], "open"),
     )
 
 
-def _prior_score(samples: Sequence[Sample], prior: Prior, seed: int) -> Score:
+def _rate(
+    samples: Sequence[Sample], values: Sequence[float | None], clusters: Mapping[str, Hashable], seed: int,
+    answer_type: AnswerType | None = None,
+) -> Rate | None:
+    """Over the samples of one answer type; None where there are none, or one has no value."""
+    chosen = [
+        (value, clusters[sample.id])
+        for sample, value in zip(samples, values, strict=True)
+        if answer_type in (None, sample.answer_type)
+    ]
+    known = [value for value, _ in chosen if value is not None]
+    return rate(known, [label for _, label in chosen], seed) if chosen and len(known) == len(chosen) else None
+
+
+def _slice(samples: Sequence[Sample], clusters: Mapping[str, Hashable], prior: Prior, seed: int) -> Slice:
+    labels = [clusters[sample.id] for sample in samples]
+    given, blind = _right(samples, _subject), _right(samples, _blind)
+    expected = _right(samples, _reference) if any(sample.reference for sample in samples) else None
+    return Slice(
+        **vars(score(samples, _subject, clusters, seed)),
+        blind=score(samples, _blind, clusters, seed),
+        prior=_prior_score(samples, clusters, prior, seed),
+        image_gain=paired_difference(given, blind, labels, seed),
+        image_gain_test=mcnemar(given, blind, labels),
+        reference=score(samples, _reference, clusters, seed) if expected else None,
+        loss=paired_difference(expected, given, labels, seed) if expected else None,
+        loss_test=mcnemar(expected, given, labels) if expected else None,
+    )
+
+
+def _corrected(by: Mapping[str, Mapping[str, Slice]]) -> dict[str, dict[str, Slice]]:
+    """The slices with Holm's correction over all of them, for each of the two tests.
+
+    A field with one value only is the whole again, and no further test.
+    """
+    parts = [part for values in by.values() if len(values) > 1 for part in values.values()]
+    gains = iter(holm([part.image_gain_test for part in parts]))
+    losses = iter(holm([part.loss_test for part in parts if part.loss_test]))
+
+    def corrected(part: Slice) -> Slice:
+        return replace(part, image_gain_test=next(gains), loss_test=next(losses) if part.loss_test else None)
+
+    return {
+        name: {value: corrected(part) if len(values) > 1 else part for value, part in values.items()}
+        for name, values in by.items()
+    }
+
+
+def _prior_score(samples: Sequence[Sample], clusters: Mapping[str, Hashable], prior: Prior, seed: int) -> Score:
     guessed = [
         normalise(sample.answer, sample.language) == prior[sample.task, sample.language] for sample in samples
     ]
-    return Score(rate(guessed, [sample.group for sample in samples], seed), None)
+    whole = _rate(samples, guessed, clusters, seed)
+    assert whole is not None, "no samples"
+    closed, opened = (_rate(samples, guessed, clusters, seed, kind) for kind in ("closed", "open"))
+    return Score(whole, closed, opened)
 
 
-def _flips(samples: Sequence[Sample], seed: int) -> Flips:
+def _flips(samples: Sequence[Sample], labels: Sequence[Hashable], seed: int) -> Flips:
     counts = Counter(sample.flip for sample in samples)
-    flipped = rate([sample.flip is not None for sample in samples], [sample.group for sample in samples], seed)
+    flipped = rate([sample.flip is not None for sample in samples], labels, seed)
     return Flips(
         flipped.value, flipped.ci_low, flipped.ci_high, counts["worse"], counts["better"], counts["other"]
     )
+
+
+def _right(samples: Sequence[Sample], of: Callable[[Sample], Answer]) -> list[bool]:
+    return [of(sample).correct for sample in samples]
+
+
+def _subject(sample: Sample) -> Answer:
+    return sample.subject
+
+
+def _blind(sample: Sample) -> Answer:
+    return _present(sample.blind)
+
+
+def _blind_any(sample: Sample) -> Answer:
+    return _present(sample.blind_any)
+
+
+def _reference(sample: Sample) -> Answer:
+    return _present(sample.reference)
 
 
 def _present(answer: Answer | None) -> Answer:

@@ -1,12 +1,16 @@
 """Rates and paired differences with intervals that respect clusters.
 
 Questions about one picture (or one article) stand and fall together, so the cluster is what gets resampled, never the
-row: where half of the variance lies between pictures, an interval over rows that claims 95% holds the truth two times
-in three (the coverage test in tests/test_bench.py shows both).
+row: where half of the variance lies between pictures, an interval over rows that claims 95% holds the truth seven
+times in ten (the simulations in tests/test_statistics.py show both).
 
 The method is the cluster bootstrap: draw as many clusters as there are, with replacement, and take the ratio of sums.
 The interval is the expanded percentile interval, which widens the percentiles by Student's t and C/(C-1) so that few
 clusters do not promise too much. All draws come from the seed.
+
+Near 0 or 1 that is not enough for a rate: nine of ten right on 15 pictures were covered 86 times in 100. So each end of
+a rate's interval is the farther one of the bootstrap's and of Student's interval on the logit scale, whose standard
+error is the linearised one between clusters.
 
 Where nothing varies between clusters the bootstrap's interval has no width, which is no evidence of certainty. Then
 the fall-back is Wilson's interval for as many independent trials as there are clusters: 0 wrong of C clusters says "at
@@ -15,7 +19,9 @@ the same everywhere (no answer changed), the interval is ± that bound. It is on
 many rows as one trial.
 
 Source: Field and Welsh, "Bootstrapping clustered data", JRSS B 69 (2007); Hesterberg, "What teachers should know about
-the bootstrap", The American Statistician 69 (2015), section 5.3 (expanded percentile); Wilson, JASA 22 (1927).
+the bootstrap", The American Statistician 69 (2015), section 5.3 (expanded percentile); Korn and Graubard, "Confidence
+intervals for proportions with small expected number of positive counts", Survey Methodology 24 (1998) (logit); Wilson,
+JASA 22 (1927).
 """
 
 from __future__ import annotations
@@ -56,16 +62,30 @@ class Difference:
     clusters: int
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two sums, 0 or more, and its 95% interval."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    clusters: int
+
+
 def rate(values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -> Rate:
     """The mean of `values` (each 0 to 1) with an interval clustered by `clusters` (one label a value).
 
     Raises:
         ValueError: no values, or not one label a value.
     """
-    sums, counts = _by_cluster(values, clusters)
+    sums, counts = by_cluster(values, clusters)
     value, low, high = _interval(sums, counts, seed)
     if high - low < _FLAT:
         low, high = _wilson(value, len(sums))
+    else:
+        ends = _logit_interval(sums, counts)
+        low, high = min(low, ends[0]), max(high, ends[1])
     return Rate(value, max(low, 0.0), min(high, 1.0), int(counts.sum()), len(sums))
 
 
@@ -77,9 +97,7 @@ def paired_difference(
     Raises:
         ValueError: no values, or the three are not equally long.
     """
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} values against {len(second)}: a paired difference wants pairs")
-    sums, counts = _by_cluster((np.asarray(first, float) - np.asarray(second, float)).tolist(), clusters)
+    sums, counts = by_cluster(pairs(first, second), clusters)
     value, low, high = _interval(sums, counts, seed)
     if high - low < _FLAT:
         bound = _wilson(0.0, len(sums))[1]
@@ -87,14 +105,74 @@ def paired_difference(
     return Difference(value, max(low, -1.0), min(high, 1.0), int(counts.sum()), len(sums))
 
 
-def _by_cluster(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[FloatVector, FloatVector]:
-    """Sum and number of the values in each cluster: two (clusters,) vectors."""
+def paired_ratio(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable], seed: int = 0
+) -> Ratio:
+    """The sum of `first` over the sum of `second`, none of them negative, row by row, with a clustered interval.
+
+    With ones for `second` it is a mean. Where it is the same in all clusters the interval has no width.
+
+    Raises:
+        ValueError: no values, the three are not equally long, or `second` sums to 0.
+    """
+    above, counts = by_cluster(first, clusters)
+    below, _ = by_cluster(second, clusters)
+    if not below.sum() > 0:
+        raise ValueError("a ratio to a sum of 0")
+    return Ratio(*_interval(above, below, seed), int(counts.sum()), len(above))
+
+
+def pairs(first: Sequence[float], second: Sequence[float]) -> FloatVector:
+    """`first - second`, row by row: (rows,).
+
+    Raises:
+        ValueError: not equally long.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} values against {len(second)}: a paired difference wants pairs")
+    return np.asarray(first, np.float64) - np.asarray(second, np.float64)
+
+
+def by_cluster(
+    values: Sequence[float] | FloatVector, clusters: Sequence[Hashable]
+) -> tuple[FloatVector, FloatVector]:
+    """Sum and number of the values in each cluster: two (clusters,) vectors.
+
+    Raises:
+        ValueError: no values, or not one label a value.
+    """
     if not len(values) or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values with {len(clusters)} cluster labels")
     number: dict[Hashable, int] = {}
     labels = np.array([number.setdefault(label, len(number)) for label in clusters])
     sums = np.bincount(labels, weights=np.asarray(values, float))
     return sums.astype(np.float64), np.bincount(labels).astype(np.float64)
+
+
+def clustered_variance(sums: FloatVector, counts: FloatVector) -> float:
+    """The variance of the ratio of sums, linearised, from the spread between two clusters or more."""
+    clusters, value = len(sums), sums.sum() / counts.sum()
+    return float(clusters / (clusters - 1) * ((sums - counts * value) ** 2).sum() / counts.sum() ** 2)
+
+
+def joined(*columns: Sequence[Hashable]) -> list[Hashable]:
+    """One cluster label a row: rows that share a label in any column, directly or through others, get the same.
+
+    With an image and an article for each row, an image that two articles print makes one cluster of both.
+    """
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(node: Hashable) -> Hashable:
+        while (above := parent.setdefault(node, node)) != node:
+            parent[node] = parent[above]
+            node = above
+        return node
+
+    rows = list(zip(*([(n, label) for label in column] for n, column in enumerate(columns)), strict=True))
+    for first, *others in rows:
+        for other in others:
+            parent[root(other)] = root(first)
+    return [root(row[0]) for row in rows]
 
 
 def _interval(sums: FloatVector, counts: FloatVector, seed: int) -> tuple[float, float, float]:
@@ -111,6 +189,15 @@ def _interval(sums: FloatVector, counts: FloatVector, seed: int) -> tuple[float,
     tail = _expanded_tail(clusters)
     low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return value, float(min(low, value)), float(max(high, value))
+
+
+def _logit_interval(sums: FloatVector, counts: FloatVector) -> tuple[float, float]:
+    from scipy.special import expit, logit, stdtrit
+
+    value = sums.sum() / counts.sum()
+    half = stdtrit(len(sums) - 1, (1 + CONFIDENCE) / 2) * np.sqrt(clustered_variance(sums, counts))
+    half /= value * (1 - value)  # the logit's slope
+    return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
 
 def _expanded_tail(clusters: int) -> float:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ldrt_edge import console
-from ldrt_edge.bench.metrics import correct, normalise, token_f1
+from ldrt_edge.bench.metrics import chrf, correct, normalise, overlap_installed, rouge_l, token_f1
+from ldrt_edge.bench.statistics import joined
 from ldrt_edge.dataset import Dataset, Row, group_by_image
 from ldrt_edge.errors import DataError
 from ldrt_edge.fidelity import compare_logits
@@ -54,12 +55,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one question, seeing the picture with this sha256 (of the dataset's file)."""
+    """What a model said to one question, seeing the picture with this sha256 (of the dataset's file).
+
+    rouge_l, chrf: None where the extra `bench` was not installed.
+    """
 
     text: str
     correct: bool
     token_f1: float
     image_sha256: str
+    rouge_l: float | None = None
+    chrf: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Sample:
     flip: Flip | None
     kld: tuple[float, ...] | None
     top1: tuple[bool, ...] | None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,11 @@ def draw_controls(rows: Sequence[Row], seed: int) -> Controls:
     return Controls(same_kind, any_kind)
 
 
+def cluster_labels(samples: Sequence[Sample]) -> list[Hashable]:
+    """What stands and falls together: questions about one picture or of one group (article, study)."""
+    return joined([sample.image_sha256 for sample in samples], [sample.group for sample in samples])
+
+
 def read_samples(path: Path) -> list[Sample]:
     """Samples of a `samples.jsonl`, up to the first line that a killed run left unfinished."""
     samples = []
@@ -215,7 +227,8 @@ def _reply(model: Model, row: Row, image: FrontImage) -> _Reply:
 
 
 def _judge(row: Row, text: str, shown: Row) -> Answer:
-    return Answer(text, correct(row, text), token_f1(row, text), shown.image_sha256)
+    overlap = (rouge_l(row, text), chrf(row, text)) if overlap_installed() else (None, None)
+    return Answer(text, correct(row, text), token_f1(row, text), shown.image_sha256, *overlap)
 
 
 def _sample(row: Row, reply: _Reply, blind: Answer | None, blind_any: Answer | None, expected: _Reply | None) -> Sample:
@@ -229,6 +242,7 @@ def _sample(row: Row, reply: _Reply, blind: Answer | None, blind_any: Answer | N
         id=row.id, image_sha256=row.image_sha256, group=row.group, kind=row.kind, language=row.language, task=row.task,
         answer_type=row.answer_type, question=row.question, answer=row.answer, subject=subject, blind=blind,
         blind_any=blind_any, reference=reference, flip=_flip(row, subject, reference), kld=kld, top1=top1,
+        source=row.source,
     )
 
 

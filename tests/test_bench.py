@@ -9,23 +9,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldrt_edge import artifact
 from ldrt_edge.bench import peers
+from ldrt_edge.bench.compare import compare, lines
 from ldrt_edge.bench.latency import measure, peak_rss_bytes
-from ldrt_edge.bench.metrics import correct, normalise, token_f1
 from ldrt_edge.bench.report import bench
 from ldrt_edge.bench.schema import learn_prior
-from ldrt_edge.bench.statistics import paired_difference, rate
 from ldrt_edge.bench.vqa import Model, answer_rows, draw_controls, read_samples
+from ldrt_edge.cli import cli
 from ldrt_edge.convert.gguf import convert
-from ldrt_edge.dataset import AnswerType, Dataset, DatasetWriter, Row, Turn, choose_rows
+from ldrt_edge.dataset import Dataset, DatasetWriter, Row, Turn, choose_rows
 from ldrt_edge.errors import ArtifactError, ConfigError, DataError, RuntimeLoadError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front, conversation
@@ -45,96 +47,10 @@ TASKS = {"colour", "red", "tone"}
 IMAGES, TESTED = 12, 8
 
 
-def row(answer: str, language: str = "en", answer_type: AnswerType = "closed", **changes: str) -> Row:
-    blank = Row("1", "images/1.png", "0", (Turn("user", "?"), Turn("assistant", answer)), language, "t", answer_type,
-                "test", "CC0-1.0", "g", "k", "test")
+def row(answer: str, **changes: str) -> Row:
+    blank = Row("1", "images/1.png", "0", (Turn("user", "?"), Turn("assistant", answer)), "en", "t", "closed", "test",
+                "CC0-1.0", "g", "k", "test")
     return replace(blank, **changes)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("language", "given", "wanted"),
-    [
-        ("en", "0.50", "0.5"),
-        ("en", "The answer: 3.0 Gy.", "answer 3"),
-        ("en", "1.0Gy", "1"),
-        ("en", "3 gym", "3 gym"),
-        ("en", "1,000", "1000"),
-        ("en", "1,5", "1.5"),
-        ("de", "1,0 Gy", "1"),
-        ("de", "1,000", "1"),
-        ("fr", "１,５ ＧＹ", "1.5"),
-        ("de", "6×0,50 Gy", "6 x 0.5"),
-        ("en", "-5", "-5"),
-        ("en", "0.5-1.0 Gy", "0.5 1"),
-        ("en", "12.05.2020", "12 5 2020"),
-        ("en", "An X-ray", "x ray"),
-        ("fr", "a", "a"),
-        ("en", "Three", "3"),
-        ("de", "STRASSE", normalise("Straße", "de")),
-        ("pt-BR", "Não.", "no"),
-        ("es", "¡Sí!", "yes"),
-        ("zh-Hans", "是的。", "yes"),
-        ("zh", "3 Gy的剂量", "3 的剂量"),
-        ("en", " - ", ""),
-    ],
-)
-def test_answers_are_normalised_as_documented(language: str, given: str, wanted: str) -> None:
-    assert normalise(given, language) == wanted
-    assert normalise(wanted, language) == wanted, "normalising twice changes nothing"
-
-
-def test_a_yes_or_no_is_read_from_the_first_word() -> None:
-    assert correct(row("yes"), "Yes, two of them.")
-    assert not correct(row("yes"), "No, not yes.")
-    assert not correct(row("no"), "Cannot be told.")
-    assert not correct(row("no"), "nothing")
-    assert correct(row("没有", "zh"), "没有颜色条。")
-    assert correct(row("是", "zh"), "是的")
-    assert not correct(row("left"), "left or right")
-
-
-def test_token_f1_is_squads() -> None:
-    opened = row("right upper lobe", answer_type="open")
-    assert token_f1(opened, "the right lobe") == pytest.approx(2 * 2 / (3 + 2))
-    assert token_f1(opened, "Right upper lobe.") == 1
-    assert token_f1(opened, "") == 0
-    assert token_f1(row("左膝", "zh"), "右膝") == pytest.approx(0.5)
-
-
-def test_clustered_intervals_hold_what_they_promise() -> None:
-    """Half of the variance between clusters: a clustered interval covers, one over rows does not."""
-    rng = np.random.default_rng(0)
-    truth, repeats, covered, naive = 0.7, 300, 0, 0
-    for repeat in range(repeats):
-        chances = rng.beta(truth, 1 - truth, 40)  # intra-cluster correlation 0.5
-        sizes = rng.integers(2, 9, 40)
-        values = np.concatenate([rng.random(size) < chance for size, chance in zip(sizes, chances, strict=True)])
-        found = rate(values.tolist(), np.repeat(np.arange(40), sizes).tolist(), seed=repeat)
-        covered += found.ci_low <= truth <= found.ci_high
-        naive += abs(values.mean() - truth) <= 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / len(values))
-    assert covered / repeats > 0.9
-    assert naive / repeats < 0.75
-
-
-def test_paired_differences_see_what_unpaired_rates_do_not() -> None:
-    clusters = [i // 4 for i in range(400)]
-    before = [i % 2 for i in range(400)]
-    after = [0 if i % 40 == 1 else value for i, value in enumerate(before)]
-    found = paired_difference(before, after, clusters)
-    assert found.value == pytest.approx(0.025)
-    assert 0 < found.ci_low < found.value < found.ci_high < 0.06
-    assert found == paired_difference(before, after, clusters), "the seed decides"
-
-
-def test_certainty_is_never_claimed() -> None:
-    everything = rate([1.0] * 60, [i // 3 for i in range(60)])
-    assert (everything.value, everything.ci_high) == (1, 1)
-    assert everything.ci_low == pytest.approx(20 / (20 + 1.96**2), abs=1e-3), "Wilson with 20 clusters"
-    assert rate([0.0, 1.0], ["a", "a"]).ci_high > 0.9, "one cluster says little"
-    unchanged = paired_difference([1, 0, 1], [1, 0, 1], "abc")
-    assert unchanged.ci_low < -0.5 and unchanged.ci_high > 0.5
-    with pytest.raises(ValueError, match="0 values"):
-        rate([], [])
 
 
 def test_divergence_of_logits() -> None:
@@ -246,6 +162,13 @@ def edited(merged: Path, out: Path, edit: Callable[[dict[str, torch.Tensor]], No
     return out
 
 
+def cover_its_eyes(weights: dict[str, torch.Tensor]) -> None:
+    """An edit after which nothing of the picture reaches the language model."""
+    for name, tensor in weights.items():
+        if "multi_modal_projector" in name:
+            weights[name] = 0 * tensor
+
+
 def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_path: Path) -> None:
     edge = convert(merged, tmp_path / "edge", type_="f16")
     out = bench(edge, data, tmp_path / "report", merged, threads=1, runs=2)
@@ -262,9 +185,12 @@ def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_
 
     vqa, interval = report["vqa"], {"value", "ci_low", "ci_high", "n", "clusters"}
     for name in ("overall", "blind", "blind_any", "prior", "reference"):
-        assert set(vqa[name]) == {"accuracy", "token_f1"}
-        assert set(vqa[name]["accuracy"]) == interval
-    assert set(vqa["by"]) == {"task", "language", "answer_type", "kind"}
+        assert set(vqa[name]) == {"accuracy", "closed_accuracy", "exact_match", "token_f1", "rouge_l", "chrf"}
+        assert set(vqa[name]["accuracy"]) == set(vqa[name]["exact_match"]) == interval
+    assert set(vqa["by"]) == {"task", "language", "answer_type", "kind", "source"}
+    assert vqa["by"]["answer_type"]["closed"]["accuracy"] == vqa["overall"]["closed_accuracy"]
+    assert vqa["by"]["answer_type"]["open"]["chrf"] == vqa["overall"]["chrf"]
+    assert vqa["overall"]["rouge_l"]["n"] == TESTED and vqa["by"]["answer_type"]["closed"]["rouge_l"] is None
     assert set(vqa["by"]["task"]) == TASKS and set(vqa["by"]["language"]) == {"en", "de", "zh"}
     for part in vqa["by"]["task"].values():
         assert set(part["accuracy"]) == set(part["blind"]["accuracy"]) == interval
@@ -272,7 +198,16 @@ def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_
     assert vqa["overall"]["accuracy"]["n"] == TESTED * len(TASKS)
     assert vqa["overall"]["accuracy"]["clusters"] == TESTED
     assert vqa["overall"]["token_f1"]["n"] == TESTED
-    assert vqa["prior_from"] == "training rows"
+    assert vqa["prior_from"] == "training rows" and vqa["prior"]["closed_accuracy"]["n"] == TESTED * 2
+    for name in ("image_gain_test", "loss_test"):
+        assert set(vqa[name]) == {"first_only", "second_only", "p_exact", "p_clustered", "p_holm"}
+        assert vqa[name]["p_holm"] is None
+        for part in vqa["by"]["task"].values():
+            assert part[name]["p_clustered"] <= part[name]["p_holm"] <= 1
+        assert vqa["by"]["source"]["drawn"][name] == vqa[name], "one source: the whole again, not corrected"
+    assert vqa["non_inferiority"]["margin"] == 0.01
+    gained = vqa["image_gain_power"]
+    assert gained["questions_needed"] > gained["questions"] == TESTED * 3 and gained["clusters"] == TESTED
 
     assert vqa["reference"]["accuracy"]["value"] == 1, "it learnt them by heart"
     assert vqa["loss"]["value"] == pytest.approx(1 - vqa["overall"]["accuracy"]["value"])
@@ -335,11 +270,6 @@ def test_the_blind_control_sees_what_the_picture_is_worth(merged: Path, data: Pa
     assert all(report[name] is None for name in ("reference", "fidelity", "latency"))
     assert report["vqa"]["loss"] is report["vqa"]["flips"] is None
 
-    def cover_its_eyes(weights: dict[str, torch.Tensor]) -> None:
-        for name, tensor in weights.items():
-            if "multi_modal_projector" in name:
-                weights[name] = 0 * tensor
-
     blindfold = edited(merged, tmp_path / "blindfold", cover_its_eyes)
     samples = read_samples(bench(blindfold, data, tmp_path / "blind", threads=1, runs=0) / "samples.jsonl")
     assert all(sample.blind and sample.subject.text == sample.blind.text for sample in samples)
@@ -361,10 +291,15 @@ def test_a_damaged_model_shows_as_loss_flips_and_divergence(merged: Path, data: 
     report = json.loads((out / "report.json").read_text())
     flips = report["vqa"]["flips"]
     assert flips["worse"] > 0 == flips["better"], "the reference is right everywhere"
+    assert report["vqa"]["loss_test"]["first_only"] == flips["worse"]
+    assert report["vqa"]["non_inferiority"]["verdict"] != "non-inferior"
+    assert report["vqa"]["loss_power"]["design_effect"] >= 1
     assert flips["worse"] / report["dataset"]["questions"] == pytest.approx(report["vqa"]["loss"]["value"])
     assert report["fidelity"]["mean_kld"] > 0.01
     page = (out / "report.html").read_text()
     assert "right → wrong" in page and "data:image/jpeg" in page
+    assert "by more than 1 point" in page or "loses at most 1 point" in page
+    assert "To see 1 point of the loss takes about" in page and "McNemar&#39;s test, p by clusters" in page
 
 
 def test_a_killed_run_goes_on_where_it_stopped(merged: Path, data: Path, tmp_path: Path) -> None:
@@ -418,3 +353,62 @@ def test_bench_refuses_what_it_cannot_measure(merged: Path, data: Path, tmp_path
     with pytest.raises(DataError, match="no rows in split 'train'"):
         bench(merged, long, tmp_path / "out", split="train")
     assert not (tmp_path / "out").exists()
+
+
+def test_reports_about_the_same_questions_stand_side_by_side(merged: Path, data: Path, tmp_path: Path) -> None:
+    blindfold = edited(merged, tmp_path / "blindfold", cover_its_eyes)
+    seeing = bench(merged, data, tmp_path / "seeing", merged, threads=1, runs=0)
+    blind = bench(blindfold, data, tmp_path / "blind", merged, threads=1, runs=0)
+
+    found = compare([seeing, blind])
+
+    assert [column.report for column in found.columns] == ["seeing", "blind"] and found.reference == "merged"
+    first, second = found.columns
+    assert first.gain is None and second.gain and second.gain_test and second.loss
+    assert second.gain.value == pytest.approx(-second.loss.value) and second.gain_test.first_only == 0
+    assert second.gain_test.p_holm == second.gain_test.p_clustered
+    report = json.loads((blind / "report.json").read_text())
+    assert second.score.accuracy.value == report["vqa"]["overall"]["accuracy"]["value"]
+    shown = dict(lines(found))
+    assert shown["right"][0].startswith("100.0%") and "chrF" in shown and "peak memory" not in shown
+
+    done = CliRunner().invoke(cli, ["compare", str(seeing), str(blind), "--out", str(tmp_path / "both"), "--json"])
+    assert json.loads(done.stdout)["columns"][1]["gain"]["value"] == second.gain.value
+    page = _Page()
+    page.feed((tmp_path / "both" / "comparison.html").read_text())
+    assert page.fetched == [] and "seeing" in page.text and "blindfold" in page.text
+    assert artifact.verify(tmp_path / "both", "report").inputs[1].manifest_sha256 == artifact.read(blind).sha256
+
+
+def test_what_cannot_be_compared_is_refused_with_every_reason(merged: Path, data: Path, tmp_path: Path) -> None:
+    whole = bench(merged, data, tmp_path / "whole", merged, threads=1, runs=0)
+
+    def changed(name: str, edit: Callable[[dict[str, Any]], None], keep: int = 999) -> Path:
+        """A report as `whole` but for some of what it says of itself."""
+        with artifact.create(tmp_path / name, "report", {}) as draft:
+            report = json.loads((whole / "report.json").read_text())
+            edit(report)
+            (draft.path / "report.json").write_text(json.dumps(report))
+            asked = (whole / "samples.jsonl").read_text().splitlines(keepends=True)
+            (draft.path / "samples.jsonl").write_text("".join(asked[:keep]))
+        return tmp_path / name
+
+    elsewhere = changed("elsewhere", lambda report: report["dataset"].update(manifest_sha256="0" * 64))
+    fewer = changed("fewer", lambda report: None, keep=12)
+    graded = changed("graded", lambda report: report["vqa"].update(rules=1))
+    held = changed("held", lambda report: report["reference"].update(manifest_sha256="1" * 64))
+    free = changed("free", lambda report: report.update(reference=None))
+    assert len(compare([whole, free]).columns) == 2, "a report without a reference has no loss to mix"
+    for report, reason in (
+        (elsewhere, "elsewhere asks another dataset than whole"),
+        (fewer, "fewer lacks 12 of the 24 questions of whole"),
+        (graded, "graded was graded by rules 1, whole by rules 2"),
+        (held, "held has another reference than whole"),
+        (merged, "holds a merged"),
+    ):
+        with pytest.raises(ArtifactError, match=reason):
+            compare([whole, report])
+    with pytest.raises(ArtifactError, match=r"another dataset.*lacks 12.*another reference"):
+        compare([whole, elsewhere, fewer, held])
+    with pytest.raises(ConfigError, match="which reports"):
+        compare([whole])
