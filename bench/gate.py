@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ldrt_edge.bench.metrics import normalise
 from ldrt_edge.bench.statistics import paired_difference, rate
-from ldrt_edge.bench.vqa import Model, Sample, answer_rows
+from ldrt_edge.bench.vqa import Model, Sample, answer_rows, cluster_labels
 from ldrt_edge.dataset import Dataset, choose_rows
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
@@ -21,10 +21,11 @@ from ldrt_edge.release import Verdict
 from ldrt_edge.runtimes.base import Runtime
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
+from ldrt_edge.runtimes.mlx import MlxRuntime
 
 
 class Gate:
-    """Judges GGUF pairs against the merged model that they were made from.
+    """Judges GGUF pairs and MLX folders against the merged model that they were made from.
 
     Args:
         merged: the reference.
@@ -51,8 +52,8 @@ class Gate:
         self._max_loss, self._max_flips = max_loss, max_flips
 
     def __call__(self, edge: Path) -> Verdict:
-        """Ask the GGUF pair in a folder, which need not be a finished artefact."""
-        given = self._ask(LlamaCppRuntime(edge), edge)
+        """Ask the export in a folder, which need not be a finished artefact."""
+        given = self._ask(LlamaCppRuntime(edge) if any(edge.glob("*.gguf")) else MlxRuntime(edge), edge)
         return judge(self._expected, given, self._max_loss, self._max_flips, self._seed)
 
     @cached_property
@@ -70,7 +71,7 @@ def judge(
     reference: Sequence[Sample], subject: Sequence[Sample], max_loss: float, max_flips: float | None, seed: int = 0
 ) -> Verdict:
     """Hold the same questions' answers of two models against each other."""
-    clusters = [sample.group for sample in reference]
+    clusters = cluster_labels(reference)
     loss = paired_difference(
         [sample.subject.correct for sample in reference], [sample.subject.correct for sample in subject], clusters, seed
     )

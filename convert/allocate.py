@@ -13,12 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ldrt_edge.convert.importance import imatrix_path, read_imatrix
-from ldrt_edge.convert.plan import mmproj_plan, text_plan
-from ldrt_edge.convert.quantize import Importance, lossless, planned_bytes
+from ldrt_edge.convert.planned import Format
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
-from ldrt_edge.convert.source import Source, open_source
-from ldrt_edge.convert.type_plan import TypePlan, nbytes, refuse_existing, write_type_plan
+from ldrt_edge.convert.source import open_source
+from ldrt_edge.convert.type_plan import FormatName, TypePlan, refuse_existing, write_type_plan
 from ldrt_edge.errors import ConfigError
 
 _GAP = 1e-3
@@ -27,7 +25,7 @@ _GAP = 1e-3
 def plan(
     merged: Path,
     data: Path,
-    importance: Importance,
+    to: Format,
     out: Path,
     *,
     target_bytes: int | None = None,
@@ -38,31 +36,30 @@ def plan(
 ) -> Path:
     """Allocate types within exactly one bound, and write the plan file; returns `out`.
 
-    target_bytes: of all tensors of both files. bits_per_weight: of the same. max_kld: of the sum of estimated damages.
+    target_bytes: of all tensors of the export. bits_per_weight: of the same. max_kld: of the sum of estimated damages.
 
     Raises:
         ConfigError: no bound or several, or one that cannot be met; or `out` exists.
-        ArtifactError, DataError: the model, the importance or the dataset is wrong.
+        ArtifactError, DataError: the model, the dataset or what the format was given is wrong.
     """
     refuse_existing(out)
     if sum(bound is not None for bound in (target_bytes, bits_per_weight, max_kld)) != 1:
         raise ConfigError("plan wants one of --target-size, --bpw and --max-kld")
     source = open_source(merged)
-    imatrix = read_imatrix(imatrix_path(importance.folder, importance.weighting))
-    found = sensitivities(source, data, imatrix, limit, seed)
-    fixed = fixed_bytes(source, found)
+    found, fixed = sensitivities(source, data, to, limit, seed), to.fixed_bytes(source)
     if bits_per_weight is not None:
         target_bytes = int(bits_per_weight * sum(matrix.weights for matrix in found) / 8) + fixed
-    write_type_plan(allocate(found, fixed, target_bytes, max_kld), out)
+    write_type_plan(allocate(to.name, found, fixed, target_bytes, max_kld), out)
     return out
 
 
 def allocate(
-    matrices: Sequence[Matrix], fixed: int = 0, target_bytes: int | None = None, max_damage: float | None = None
+    to: FormatName, matrices: Sequence[Matrix], fixed: int = 0, target_bytes: int | None = None,
+    max_damage: float | None = None,
 ) -> TypePlan:
     """Least damage within `target_bytes`, or fewest bytes within `max_damage`.
 
-    fixed: bytes of what is never quantised; they count towards the size.
+    to: the format of the options' types. fixed: bytes of what is never quantised; they count towards the size.
 
     Raises:
         ConfigError: the bound cannot be met; says what can.
@@ -90,14 +87,11 @@ def allocate(
     if solved.x is None:
         raise ConfigError(f"no allocation was found: {solved.message}")
     chosen = [(matrices[i], option) for (i, option), taken in zip(options, solved.x, strict=True) if taken > 0.5]
-    return TypePlan(
-        {matrix.name: option.type for matrix, option in chosen if matrix.part == "model"},
-        {matrix.name: option.type for matrix, option in chosen if matrix.part == "mmproj"},
-        {
-            "kld": float(f"{sum(option.damage for _, option in chosen):.4g}"),
-            "bytes": sum(option.nbytes for _, option in chosen) + fixed,
-        },
-    )
+    parts: dict[str, dict[str, str]] = {}
+    for matrix, option in chosen:
+        parts.setdefault(matrix.part, {})[matrix.name] = option.type
+    kld = float(f"{sum(option.damage for _, option in chosen):.4g}")
+    return TypePlan(to, parts, {"kld": kld, "bytes": sum(option.nbytes for _, option in chosen) + fixed})
 
 
 def useful(options: Sequence[Option]) -> list[Option]:
@@ -107,11 +101,3 @@ def useful(options: Sequence[Option]) -> list[Option]:
         if not kept or option.damage < kept[-1].damage:
             kept.append(option)
     return kept
-
-
-def fixed_bytes(source: Source, matrices: Sequence[Matrix]) -> int:
-    """Bytes of the tensors in both files that are not among the matrices."""
-    types = {matrix.name: "F16" for matrix in matrices}
-    files = text_plan(source, lossless(source)), mmproj_plan(source, "f16")
-    whole = sum(planned_bytes(file, types) for file in files)
-    return whole - sum(nbytes("F16", matrix.weights) for matrix in matrices)

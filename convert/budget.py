@@ -1,4 +1,4 @@
-"""`ldrt-edge quantize --max-loss`: the smallest GGUF pair whose measured loss stays within a budget.
+"""`ldrt-edge quantize --max-loss`: the smallest export whose measured loss stays within a budget.
 
 Plans are allocated for fewer and fewer bits, and each is quantised and judged on held-out questions, until one fails;
 the last that passed is released. Going down in an order that was fixed before, and stopping at the first failure, lets
@@ -16,66 +16,64 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ldrt_edge import artifact, console
-from ldrt_edge.convert.allocate import allocate, fixed_bytes
+from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.fallbacks import report
-from ldrt_edge.convert.importance import imatrix_path, read_imatrix
+from ldrt_edge.convert.gguf import identity
 from ldrt_edge.convert.parity import check
-from ldrt_edge.convert.quantize import MODEL, WORK, Importance, inputs, read_back, write_planned
+from ldrt_edge.convert.planned import WORK, Format
 from ldrt_edge.convert.sensitivity import Matrix, sensitivities
 from ldrt_edge.convert.source import open_source
-from ldrt_edge.convert.type_plan import TypePlan, write_type_plan
+from ldrt_edge.convert.type_plan import FormatName, TypePlan, write_type_plan
 from ldrt_edge.errors import ConfigError
 from ldrt_edge.release import RELEASE, Verdict, read_verdict
 
 BITS = (8.5, 7.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0, 3.75, 3.5, 3.25, 3.0, 2.75, 2.5)
-"""Bits a weight over both files, tried in this order."""
+"""Bits a weight of the whole export, tried in this order."""
 PLAN = "plan.yaml"
 Judge = Callable[[Path], Verdict]
 
 
 def quantize_to_budget(
-    merged: Path, out: Path, data: Path, importance: Importance, judge: Judge, budget: dict[str, float | None],
-    limit: int = 16, seed: int = 0,
+    merged: Path, out: Path, data: Path, to: Format, judge: Judge, budget: dict[str, float | None], limit: int = 16,
+    seed: int = 0,
 ) -> Verdict:
-    """Search, quantise and judge; writes `out`, an artefact of kind "gguf" with its plan, and returns its verdict.
+    """Search, quantise and judge; writes `out`, an artefact of the format's kind with its plan; returns its verdict.
 
     data: a dataset artefact: training rows for the sensitivities; `judge` asks the test rows. budget: what the judge
     holds against, for the manifest. limit: about how many training rows.
     When even the largest candidate fails, it is written, unreleased, with the evidence.
 
     Raises:
-        ArtifactError, DataError: the model, the importance or the dataset is wrong, or llama.cpp failed.
+        ArtifactError, DataError: the model, the dataset or what the format was given is wrong, or its quantiser failed.
     """
-    config = {"to": "gguf", "budget": budget, "weighting": importance.weighting, "limit": limit}
-    given = [*inputs(merged, importance), artifact.identity(data)]
-    with artifact.create(out, "gguf", config, given, seed) as draft:
+    config = {"to": to.name, "budget": budget, "limit": limit, **to.config()}
+    given = [identity(merged), *to.inputs(), artifact.identity(data)]
+    with artifact.create(out, to.name, config, given, seed) as draft:
         if draft.complete:
             return _recorded(draft.metrics)
         source = open_source(merged)
-        imatrix = read_imatrix(imatrix_path(importance.folder, importance.weighting))
-        found = sensitivities(source, data, imatrix, limit, seed)
+        found = sensitivities(source, data, to, limit, seed)
         work, trial, best = (draft.path / name for name in (WORK, ".trial", ".best"))
         steps = []
-        for bits, plan in _plans(found, fixed_bytes(source, found)):
+        for bits, plan in _plans(to.name, found, to.fixed_bytes(source)):
             trial.mkdir()
-            write_planned(source, plan, trial, importance, work)
+            held = to.write(source, plan, trial, work)
             write_type_plan(plan, trial / PLAN)
             verdict = judge(trial)
-            size = sum(path.stat().st_size for path in trial.glob("*.gguf"))
+            size = sum(path.stat().st_size for path in trial.glob(to.files))
             steps.append({"bits": bits, "bytes": size, "expected_kld": plan.expected["kld"], **asdict(verdict)})
             console.say(f"{bits:g} bits, {size / 1e6:.1f} MB: {verdict.reason}")
             if best.exists() and not verdict.released:
                 break
             shutil.rmtree(best, ignore_errors=True)
             trial.rename(best)
-            kept = verdict
+            kept, result = verdict, held
             if not verdict.released:
                 break
         for path in best.iterdir():
             path.rename(draft.path / path.name)
         for folder in (work, trial, best):
             shutil.rmtree(folder, ignore_errors=True)
-        result = read_back(draft.path / MODEL)
         report(result, "search")
         draft.metrics["quantized"] = asdict(result)
         draft.metrics["fidelity"] = asdict(check(merged, draft.path))
@@ -90,12 +88,12 @@ def _recorded(metrics: Mapping[str, artifact.Json]) -> Verdict:
     return verdict
 
 
-def _plans(found: Sequence[Matrix], fixed: int) -> Iterator[tuple[float, TypePlan]]:
+def _plans(to: FormatName, found: Sequence[Matrix], fixed: int) -> Iterator[tuple[float, TypePlan]]:
     """A plan for each number of bits, as far down as the options reach; none twice."""
     weights, before = sum(matrix.weights for matrix in found), None
     for bits in BITS:
         try:
-            plan = allocate(found, fixed, target_bytes=int(bits * weights / 8) + fixed)
+            plan = allocate(to, found, fixed, target_bytes=int(bits * weights / 8) + fixed)
         except ConfigError:  # smaller than the smallest types
             if before is None:
                 raise

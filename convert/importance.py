@@ -71,12 +71,13 @@ class Moments(NamedTuple):
 
 
 def importance(
-    model: Path, data: Path, out: Path, limit: int | None = None, seed: int = 0, threads: int | None = None
+    model: Path, data: Path, out: Path, limit: int | None = None, seed: int = 0, threads: int | None = None,
+    pictures: bool = True,
 ) -> Path:
     """Watch a model on training rows; returns `out`, an artefact of kind "importance".
 
     model: merged or base (watched in transformers), or an unquantised GGUF pair (in llama.cpp).
-    limit: about how many rows, as whole pictures; None for all.
+    limit: about how many rows, as whole pictures; None for all. pictures: False shows the text alone, to compare with.
 
     Raises:
         ArtifactError: a folder is of another kind, or values are not numbers.
@@ -88,12 +89,12 @@ def importance(
         raise DataError(f"{data}: no rows in split 'train': importance is not measured on test rows")
     converted = any(model.glob("*.gguf"))
     inputs = [artifact.identity(model) if converted else identity(model), artifact.identity(data)]
-    with artifact.create(out, "importance", {"limit": limit}, inputs, seed) as draft:
+    with artifact.create(out, "importance", {"limit": limit, "pictures": pictures}, inputs, seed) as draft:
         if not draft.complete:
             watched = _watch_llamacpp if converted else _watch_torch
             with watched(model, threads) as (runtime, front, tally):
                 for row in console.track(rows, "watching"):
-                    _show(row, dataset, runtime, front, tally)
+                    _show(row, dataset.image_path(row) if pictures else None, runtime, front, tally)
             tally.save(draft.path, [dataset.folder.resolve().name], len(rows))
             tokens = tally.moments["blk.0.attn_q.weight"].counts
             draft.metrics.update(
@@ -217,7 +218,7 @@ class Tally:
             self.add(name, kind, np.square(rows[first:end], dtype=np.float64).sum(axis=0), end - first)
 
     def save(self, folder: Path, datasets: list[str], rows: int) -> None:
-        """Write an importance matrix for each weighting, and one for each kind of token alone.
+        """Write an importance matrix for each weighting, and one for each kind of token alone that was met.
 
         Raises:
             ArtifactError: the model computed values that are not numbers.
@@ -233,13 +234,14 @@ class Tally:
                 name: (m.squares[kind] / m.counts[kind], int(m.counts[kind]))
                 for name, m in self.moments.items() if m.counts[kind]
             }  # fmt: skip
-            write_imatrix(folder / f"only-{label}.gguf", alone, datasets, rows)
+            if alone:
+                write_imatrix(folder / f"only-{label}.gguf", alone, datasets, rows)
 
 
-def _show(row: Row, dataset: Dataset, runtime: Runtime, front: Front, tally: Tally) -> None:
+def _show(row: Row, picture: Path | None, runtime: Runtime, front: Front, tally: Tally) -> None:
     """Let the model read a row's question, picture and answer."""
     try:
-        messages = conversation(row.turns[:-1], front.image(read_image(dataset.image_path(row)).rgb))
+        messages = conversation(row.turns[:-1], front.image(read_image(picture).rgb) if picture else None)
         prompt, answer = front.prompt(messages), front.answer_ids(messages, row.answer)
         held = tally.expect(prompt, answer)
         runtime.score(prompt, answer)

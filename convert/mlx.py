@@ -2,7 +2,7 @@
 
 Tensors stream from the checkpoint through MLX's own quantiser into files of at most a gigabyte, one file in memory at a
 time. The folder is read by our runtime and by mlx-vlm, whose processor files it carries. It is held against the merged
-model's logits before it gets its final name.
+model's logits before it gets its final name. `Mlx` is what this format brings to plans.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ldrt_edge import artifact, console
-from ldrt_edge.convert.fallbacks import report
+from ldrt_edge.convert.fallbacks import Quantized, report
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity
-from ldrt_edge.convert.mlx_plan import SCHEMES, MlxPlan, MlxTensor, mlx_plan
+from ldrt_edge.convert.mlx_plan import AFFINE, GROUP_SIZES, LANGUAGE, SCHEMES, MlxPlan, MlxTensor, mlx_plan
 from ldrt_edge.convert.parity import check
+from ldrt_edge.convert.rounding import round_half, round_mlx
 from ldrt_edge.convert.source import Source, open_source
+from ldrt_edge.convert.type_plan import PLAN_TYPES, FormatName, PlannedMatrix, TypePlan, assign
 from ldrt_edge.errors import ConfigError, require
+from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.train.base import INDEX
 
 TYPES = ("f32", "f16", "bf16")
-GROUP_SIZES = (32, 64, 128)
 SHARD_BYTES = 1_000_000_000
 _FOR_OTHERS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -69,6 +71,49 @@ def quantize(merged: Path, out: Path, type_: str = "q4", group_size: int | None 
     return _export(merged, out, type_, group_size or scheme.group_size)
 
 
+@dataclass(frozen=True)
+class Mlx:
+    """MLX as a format that plans are made for: see `ldrt_edge.convert.planned.Format`. It rounds without importance."""
+
+    name: ClassVar[FormatName] = "mlx"
+    probes: ClassVar[tuple[str, ...]] = ("affine-4-g64", "affine-4-g32", "affine-8-g64", "affine-8-g32")
+    files: ClassVar[str] = "*.safetensors"
+
+    def config(self) -> dict[str, str]:
+        """Nothing beside the plan."""
+        return {}
+
+    def inputs(self) -> list[artifact.Input]:
+        """Nothing beside the model."""
+        return []
+
+    def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
+        """The matrices that MLX packs, of the language model, and of tower and projector."""
+        return _matrices(mlx_plan(source, "f16"))
+
+    def fixed_bytes(self, source: Source) -> int:
+        """Bytes of norms, biases and what else stays in half precision."""
+        plan = mlx_plan(source, "f16")
+        return sum(tensor.nbytes for tensor in plan.tensors if tensor.name not in plan.matrices)
+
+    def types(self, part: str, name: str) -> tuple[str, ...]:
+        """All of the part's."""
+        return PLAN_TYPES["mlx"][part]
+
+    def rounded(self, name: str, values: FloatArray, type_: str) -> FloatArray:
+        """Rows as MLX's quantiser rounds them."""
+        return round_half(values) if type_ == "f16" else round_mlx(values, AFFINE[type_])
+
+    def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
+        """Write a folder; MLX packs in memory, so that `work` stays empty."""
+        whole = mlx_plan(source, "f16")
+        types = assign(plan, _matrices(whole))
+        planned = whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
+        check_room(folder, planned.nbytes)
+        write(source, planned, folder)
+        return planned.holds()
+
+
 def write(source: Source, plan: MlxPlan, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a planned folder: settings, weights in files of at most `shard_bytes` (or one tensor), and the front end.
 
@@ -85,7 +130,7 @@ def write(source: Source, plan: MlxPlan, folder: Path, shard_bytes: int = SHARD_
 
 def _export(merged: Path, out: Path, type_: str, group_size: int | None) -> Path:
     config = {"to": "mlx", "type": type_, "group_size": group_size}
-    with artifact.create(out, "mlx", config, [identity(merged)]) as draft:
+    with artifact.create(out, "mlx", config, [identity(merged)], resumable=True) as draft:
         if not draft.complete:
             source = open_source(merged)
             plan = mlx_plan(source, type_, group_size)
@@ -98,22 +143,37 @@ def _export(merged: Path, out: Path, type_: str, group_size: int | None) -> Path
     return out
 
 
+def _matrices(plan: MlxPlan) -> dict[str, list[PlannedMatrix]]:
+    parts: dict[str, list[PlannedMatrix]] = {part: [] for part in PLAN_TYPES["mlx"]}
+    for tensor in plan.tensors:
+        if tensor.name in plan.matrices:
+            part = "model" if tensor.name.startswith(LANGUAGE) else "vision"
+            parts[part].append(PlannedMatrix(tensor.name, tensor.source, tensor.shape))
+    return parts
+
+
 def _write_weights(plan: MlxPlan, folder: Path, shard_bytes: int) -> None:
+    """Write the files that a killed run has not; each appears when whole."""
     mx = require("mlx.core", "mlx")
     shards = list(_shards(plan.tensors, shard_bytes))
     weight_map: dict[str, str] = {}
     with console.bar("MLX", plan.nbytes / 1e6) as bar:
         for number, shard in enumerate(shards, 1):
             name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys([stored for tensor in shard for stored in tensor.stored], name)
+            if (folder / name).exists():
+                bar.advance(sum(tensor.nbytes for tensor in shard) / 1e6, "(MB)")
+                continue
             arrays: dict[str, Any] = {}
             for tensor in shard:
                 arrays |= plan.arrays(tensor)
                 bar.advance(tensor.nbytes / 1e6, "(MB)")
+            part = folder / f".{name}"
             try:
-                mx.save_safetensors(str(folder / name), arrays, metadata={"format": "mlx"})
+                mx.save_safetensors(str(part), arrays, metadata={"format": "mlx"})
             except RuntimeError as error:  # all that MLX says of a failed write
-                raise OSError(errno.ENOSPC, "disk full", str(folder / name)) from error
-            weight_map |= dict.fromkeys(arrays, name)
+                raise OSError(errno.ENOSPC, "disk full", str(part)) from error
+            part.rename(folder / name)
             del arrays
             mx.clear_cache()
     if len(shards) > 1:

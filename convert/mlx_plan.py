@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from ldrt_edge.front_config import read_json
 
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 _DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-_LANGUAGE = "language_model."
+LANGUAGE = "language_model."
 _LEFT_OUT = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config", "image_token_id")
 _SMALL_GROUP = 32
 
@@ -51,8 +51,8 @@ class Quantization:
 
     @property
     def label(self) -> str:
-        """For log and manifest: "4 bits g64", "mxfp4"."""
-        return f"{self.bits} bits g{self.group_size}" if self.mode == "affine" else self.mode
+        """Its name in plans, log and manifest: "affine-4-g64", "mxfp4"."""
+        return f"affine-{self.bits}-g{self.group_size}" if self.mode == "affine" else self.mode
 
     def nbytes(self, weights: int, half_bytes: int) -> int:
         """Bytes of so many weights with their scales."""
@@ -66,6 +66,11 @@ SCHEMES = {
     "nvfp4": Quantization(16, 4, "nvfp4"),
 }  # fmt: skip
 """Quantised types: what most layers have; `mixed_…` gives some of them more bits, as mlx-lm's recipe of that name."""
+GROUP_SIZES = (32, 64, 128)
+AFFINE = {
+    scheme.label: scheme for bits in (2, 3, 4, 5, 6, 8) for size in GROUP_SIZES for scheme in [Quantization(size, bits)]
+}
+"""What a plan can give a matrix, by name. Source: `mx.quantize`, mode "affine"."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,14 @@ class MlxTensor:
     quantization: Quantization | None = None
 
     @property
+    def stored(self) -> tuple[str, ...]:
+        """Names in the file: the weight's and, if it is packed, those of its scales and biases."""
+        if self.quantization is None:
+            return (self.name,)
+        parts = ("weight", "scales", "biases") if self.quantization.mode == "affine" else ("weight", "scales")
+        return tuple(self.name.removesuffix("weight") + part for part in parts)
+
+    @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         count = math.prod(self.shape)
@@ -92,12 +105,21 @@ class MlxTensor:
 
 @dataclass(frozen=True)
 class MlxPlan:
-    """An MLX folder: what config.json says, and the tensors in the order of the files."""
+    """An MLX folder: what config.json says, and the tensors in the order of the files.
+
+    matrices: names of the tensors that MLX can pack; the table of positions, and layers that our network has not, stay.
+    """
 
     config: Mapping[str, Any]
     tensors: tuple[MlxTensor, ...]
-    fallbacks: tuple[Fallback, ...]
+    matrices: frozenset[str]
     weights: Weights
+    fallbacks: tuple[Fallback, ...] = ()
+
+    def packed(self, schemes: Mapping[str, Quantization]) -> MlxPlan:
+        """The same folder with some of its matrices packed, by tensor name."""
+        tensors = tuple(replace(tensor, quantization=schemes.get(tensor.name)) for tensor in self.tensors)
+        return replace(self, config={**self.config, **_quantization(schemes)}, tensors=tensors)
 
     @property
     def nbytes(self) -> int:
@@ -117,11 +139,8 @@ class MlxPlan:
         """
         mx = require("mlx.core", "mlx")
         array = self._typed(tensor, mx)
-        arrays = {tensor.name: array}
-        if tensor.quantization is not None:
-            base = tensor.name.removesuffix("weight")
-            packed = mx.quantize(array, **asdict(tensor.quantization))
-            arrays = {base + part: each for part, each in zip(("weight", "scales", "biases"), packed, strict=False)}
+        packed = mx.quantize(array, **asdict(tensor.quantization)) if tensor.quantization else [array]
+        arrays = dict(zip(tensor.stored, packed, strict=True))
         mx.eval(arrays)
         return arrays
 
@@ -133,7 +152,7 @@ class MlxPlan:
 
     def holds(self) -> Quantized:
         """What the language model comes to."""
-        language = [tensor for tensor in self.tensors if tensor.name.startswith(_LANGUAGE)]
+        language = [tensor for tensor in self.tensors if tensor.name.startswith(LANGUAGE)]
         stored = sum(tensor.nbytes for tensor in language)
         return Quantized(
             bytes=stored,
@@ -165,17 +184,31 @@ def mlx_plan(source: Source, type_: str, group_size: int | None = None) -> MlxPl
     sources, carried = {name: _source(name, tied) for name in wanted}, _carried(source)
     shapes = {sources[name]: _channels_second(shape) for name, shape in wanted.items()}
     check_tensors(source.weights, shapes, lambda name: name not in carried.values(), tied)
-    wishes = {} if type_ not in SCHEMES else _wishes(network, type_, _scheme(type_, group_size))
-    tensors, fallbacks = [], []
-    for name, key in (sources | carried).items():
-        shape, wish = source.weights.entries[key].shape, wishes.get(name)
-        tensor = MlxTensor(name, key, shape, _type(name, type_), _fitting(wish, shape[-1]) if wish else None)
-        tensors.append(tensor)
-        if wish is not None and wish != tensor.quantization:
-            fallbacks.append(Fallback(name, shape[-1], wish.group_size, wish.label, _label(tensor)))
-    if type_ in SCHEMES:
-        config |= _quantization(tensors, _scheme(type_, group_size))
-    return MlxPlan(config, tuple(tensors), tuple(fallbacks), source.weights)
+    tensors = tuple(
+        MlxTensor(name, key, source.weights.entries[key].shape, _type(name, type_))
+        for name, key in (sources | carried).items()
+    )
+    plan = MlxPlan(config, tensors, _matrices(network), source.weights)
+    return _preset(plan, _wishes(network, type_, _scheme(type_, group_size))) if type_ in SCHEMES else plan
+
+
+def _matrices(network: Any) -> frozenset[str]:
+    paths = [path for path, module in network.named_modules() if hasattr(module, "to_quantized")]
+    return frozenset(f"{path}.weight" for path in paths if not path.endswith("position_embedding"))
+
+
+def _preset(plan: MlxPlan, wishes: Mapping[str, Quantization]) -> MlxPlan:
+    """The folder with each matrix packed as it should be, or as comes nearest."""
+    schemes, fallbacks = {}, []
+    for tensor in plan.tensors:
+        if wish := wishes.get(tensor.name):
+            row, got = tensor.shape[-1], _fitting(wish, tensor.shape[-1])
+            if got:
+                schemes[tensor.name] = got
+            if got != wish:
+                label = got.label if got else tensor.type
+                fallbacks.append(Fallback(tensor.name, row, wish.group_size, wish.label, label))
+    return replace(plan.packed(schemes), fallbacks=tuple(fallbacks))
 
 
 def _wishes(network: Any, type_: str, scheme: Quantization) -> dict[str, Quantization]:
@@ -190,12 +223,12 @@ def _wishes(network: Any, type_: str, scheme: Quantization) -> dict[str, Quantiz
         wishes = {path: Quantization(**recipe(path, None)) for path in paths}
         if language.args.tie_word_embeddings:  # then the embedding matrix is the head, and gets the head's bits
             wishes["model.embed_tokens"] = Quantization(**recipe("lm_head", None))
-    return {f"{_LANGUAGE}{path}.weight": wish for path, wish in wishes.items()}
+    return {f"{LANGUAGE}{path}.weight": wish for path, wish in wishes.items()}
 
 
 def _source(name: str, tied: bool) -> str:
     """The checkpoint's tensor for one of the network's; a tied head is the embedding matrix."""
-    return EMBEDDINGS if tied and name == f"{_LANGUAGE}{HEAD}" else canonical(name)
+    return EMBEDDINGS if tied and name == f"{LANGUAGE}{HEAD}" else canonical(name)
 
 
 def _scheme(type_: str, group_size: int | None) -> Quantization:
@@ -213,7 +246,7 @@ def _fitting(wanted: Quantization, row: int) -> Quantization | None:
 
 
 def _type(name: str, type_: str) -> str:
-    if type_ == "f32" or (type_ == "bf16" and name.startswith(_LANGUAGE)):
+    if type_ == "f32" or (type_ == "bf16" and name.startswith(LANGUAGE)):
         return type_
     return "f16"
 
@@ -297,11 +330,13 @@ def _rope_scaling(text: Any) -> dict[str, Any] | None:
     return scaling
 
 
-def _quantization(tensors: list[MlxTensor], scheme: Quantization) -> dict[str, Any]:
-    """The settings that mlx-lm and mlx-vlm read: one for all, and layers that have their own."""
-    settings: dict[str, Any] = asdict(scheme)
-    for tensor in tensors:
-        own = tensor.quantization
-        if own is not None and own != scheme:
-            settings[tensor.name.removesuffix(".weight")] = asdict(own)
+def _quantization(schemes: Mapping[str, Quantization]) -> dict[str, Any]:
+    """The settings that mlx-lm and mlx-vlm read: the commonest for all, and layers that have their own."""
+    if not schemes:
+        return {}
+    [(commonest, _)] = Counter(schemes.values()).most_common(1)
+    settings: dict[str, Any] = asdict(commonest)
+    for name, own in schemes.items():
+        if own != commonest:
+            settings[name.removesuffix(".weight")] = asdict(own)
     return {"quantization": settings, "quantization_config": settings}

@@ -10,13 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ldrt_edge.convert.probes import Probe
-from ldrt_edge.fidelity import compare_logits, half_precision
+from ldrt_edge.fidelity import KERNELS_APART, compare_logits, half_precision
 from ldrt_edge.runtimes.base import FloatArray, Prompt, Runtime, Sampling
 
 ANSWER_TOKENS = 16
 """Length of the greedy answers."""
-_KERNELS_APART = 0.25
-"""Logits of one model that differ by less may come from its kernels for one token and for many."""
 
 
 def compare(reference: Runtime, subject: Runtime, wanted: Sequence[Probe]) -> Fidelity:
@@ -76,7 +74,7 @@ def observe(runtime: Runtime, wanted: Sequence[Probe]) -> Observed:
         seen.answers.append(given)
         seen.margins.append(tuple((first - second).tolist()))
         seen.undecided.append(tuple((first - second < half_precision(again)).tolist()))
-        seen.consistent.append(bool(((again.argmax(axis=1) == given) | (first - second < _KERNELS_APART)).all()))
+        seen.consistent.append(bool(((again.argmax(axis=1) == given) | (first - second < KERNELS_APART)).all()))
     return seen
 
 

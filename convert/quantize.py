@@ -4,8 +4,8 @@ The weights stream into a full-precision GGUF inside the draft folder, llama.cpp
 process, and what it wrote is read back: which types it holds, and which tensors could not have the wanted type because
 their rows are no multiple of its block. How far the result is from the merged model is measured and recorded.
 
-An importance artefact tells the quantiser which weights matter, and unlocks types of less than 3 bits; a plan gives
-every matrix its own type, the vision tower's and the projector's too.
+An importance artefact tells the quantiser which weights matter, and unlocks types of less than 3 bits. `Gguf` is what
+this format brings to plans, which give every matrix its own type, the vision tower's and the projector's too.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ import errno
 import json
 import math
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any, ClassVar, get_args
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.fallbacks import Fallback, Quantized, report
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity, write
-from ldrt_edge.convert.importance import imatrix_path
+from ldrt_edge.convert.importance import MeanSquares, imatrix_path, read_imatrix
 from ldrt_edge.convert.parity import check
-from ldrt_edge.convert.plan import FilePlan, MmprojType, TextType, mmproj_plan, text_plan
+from ldrt_edge.convert.plan import FilePlan, MmprojType, TensorPlan, TextType, mmproj_plan, text_plan
 from ldrt_edge.convert.quantize_worker import Job
+from ldrt_edge.convert.rounding import round_ggml, round_half
 from ldrt_edge.convert.source import Source, open_source
-from ldrt_edge.convert.type_plan import TypePlan, assign, file_type, nbytes, quantizable
+from ldrt_edge.convert.type_plan import PLAN_TYPES, FormatName, PlannedMatrix, TypePlan, assign, nbytes
 from ldrt_edge.errors import ArtifactError, ConfigError
+from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.processor import physical_cores
 
 PRESETS = {"q4": "Q4_K_M", "q8": "Q8_0"}
@@ -53,9 +55,11 @@ _FALLBACKS = {
 }  # fmt: skip
 _BASES = {"IQ3_M": "IQ3_S", "IQ3_XS": "IQ3_S", "IQ2_M": "IQ2_S", "IQ2_S": "IQ2_XS"}
 _BIG_BLOCK = 256
-_FULL, WORK = ".full-precision.gguf", ".full-precision"
-MODEL, MMPROJ = "model-PLANNED.gguf", "mmproj-PLANNED.gguf"
+_FULL = ".full-precision.gguf"
+_PLANNED = {"model": "model-PLANNED.gguf", "mmproj": "mmproj-PLANNED.gguf"}
 """Files of a planned pair."""
+_NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+_FILE_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "IQ2_S": "IQ2_M"}
 _PROGRESS = re.compile(r"^\[ *\d+/ *\d+\] +\S+ +- \[ *(\d+), *(\d+), *(\d+), *(\d+)\]")
 
 
@@ -94,8 +98,9 @@ def quantize(
     """
     type_ = _resolve(type_, importance)
     vision_type: MmprojType = check_choice("--mmproj", mmproj_type or "f16", get_args(MmprojType))
-    config = {"to": "gguf", "type": type_, "mmproj_type": vision_type, **_described(importance)}
-    with artifact.create(out, "gguf", config, inputs(merged, importance), resumable=True) as draft:
+    given = Gguf(importance)
+    config = {"to": "gguf", "type": type_, "mmproj_type": vision_type, **given.config()}
+    with artifact.create(out, "gguf", config, [identity(merged), *given.inputs()], resumable=True) as draft:
         if not draft.complete:
             source = open_source(merged)
             text, vision = text_plan(source, lossless(source)), mmproj_plan(source, vision_type)
@@ -103,7 +108,7 @@ def quantize(
             check_room(draft.path, text.nbytes + _estimate(text, type_) + vision.nbytes)
             if not model.exists():
                 full = write_full(text, draft.path)
-                quantize_file(full, model, Wanted(type_, imatrix=_imatrix(importance)), text)
+                quantize_file(full, model, Wanted(type_, imatrix=given.imatrix), text)
                 full.unlink()
             write(vision, draft.path / f"mmproj-{vision_type.upper()}.gguf", "vision")
             finish(source, draft.path)
@@ -114,59 +119,67 @@ def quantize(
     return out
 
 
-def quantize_planned(merged: Path, out: Path, plan: TypePlan, importance: Importance | None = None) -> Path:
-    """Quantise a merged or base folder by a plan; returns `out`, an artefact of kind "gguf".
+@dataclass(frozen=True)
+class Gguf:
+    """GGUF as a format that plans are made for: see `ldrt_edge.convert.planned.Format`."""
 
-    Raises:
-        ConfigError: the plan does not fit the model.
-        ArtifactError: as `quantize`.
-    """
-    config = {"to": "gguf", "plan": {"model": plan.model, "mmproj": plan.mmproj}, **_described(importance)}
-    with artifact.create(out, "gguf", config, inputs(merged, importance), resumable=True) as draft:
-        if not draft.complete:
-            source = open_source(merged)
-            write_planned(source, plan, draft.path, importance, draft.path / WORK)
-            shutil.rmtree(draft.path / WORK)
-            result = read_back(draft.path / MODEL)
-            report(result, "plan")
-            draft.metrics["quantized"] = asdict(result)
-            draft.metrics["fidelity"] = asdict(check(merged, draft.path))
-    return out
+    importance: Importance | None = None
+    name: ClassVar[FormatName] = "gguf"
+    probes: ClassVar[tuple[str, ...]] = ("Q4_K", "Q4_0", "Q8_0")
+    files: ClassVar[str] = "*.gguf"
 
+    def config(self) -> dict[str, str]:
+        """How the importance is weighed."""
+        return {"weighting": self.importance.weighting} if self.importance else {}
 
-def write_planned(source: Source, plan: TypePlan, folder: Path, importance: Importance | None, work: Path) -> None:
-    """Write the GGUF pair of a plan, with its front end.
+    def inputs(self) -> list[artifact.Input]:
+        """The importance."""
+        return [artifact.identity(self.importance.folder)] if self.importance else []
 
-    work: keeps the full-precision files, so that several plans can be written from them.
+    def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
+        """The tensors of both files that llama.cpp quantises."""
+        return {part: _matrices(file) for part, file in _files(source).items()}
 
-    Raises:
-        ConfigError: the plan does not fit the model.
-        ArtifactError: the disk is too small, or llama.cpp failed.
-    """
-    text, vision = text_plan(source, lossless(source)), mmproj_plan(source, "f16")
-    imatrix = _imatrix(importance)
-    model_types, mmproj_types = assign(plan.model, quantizable(text)), assign(plan.mmproj, quantizable(vision))
-    check_room(folder, text.nbytes + vision.nbytes + planned_bytes(text, model_types))
-    work.mkdir(exist_ok=True)
-    for file, types, name in ((text, model_types, MODEL), (vision, mmproj_types, MMPROJ)):
-        if type_ := file_type(types):
-            quantize_file(write_full(file, work, name), folder / name, Wanted(type_, types, imatrix), file)
-        else:
-            write(file, folder / name, name)
-    finish(source, folder)
+    def fixed_bytes(self, source: Source) -> int:
+        """Bytes of both files' other tensors."""
+        return sum(t.nbytes for file in _files(source).values() for t in file.tensors if not _is_quantizable(t))
 
+    def types(self, part: str, name: str) -> list[str]:
+        """All of the part's, but for those that llama.cpp does not make without an importance."""
+        return [t for t in PLAN_TYPES["gguf"][part] if t not in _NEED_IMPORTANCE or name in self._mean_squares]
 
-def inputs(merged: Path, importance: Importance | None) -> list[artifact.Input]:
-    """What a quantised artefact is made from."""
-    return [identity(merged)] + ([artifact.identity(importance.folder)] if importance else [])
+    def rounded(self, name: str, values: FloatArray, type_: str) -> FloatArray:
+        """Rows as llama.cpp's quantiser rounds them."""
+        return round_half(values) if type_ == "F16" else round_ggml(values, type_, self._mean_squares.get(name))
 
+    def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
+        """Write a pair; `work` keeps the full-precision files."""
+        files = _files(source)
+        types = assign(plan, {part: _matrices(file) for part, file in files.items()})
+        needed = sum(
+            tensor.nbytes + (nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else 0)
+            for file in files.values() for tensor in file.tensors
+        )  # fmt: skip
+        check_room(folder, needed)
+        work.mkdir(exist_ok=True)
+        for part, file in files.items():
+            target, own = folder / _PLANNED[part], {t.name: types[t.name] for t in file.tensors if t.name in types}
+            if type_ := _file_type(own):
+                full = write_full(file, work, target.name)
+                quantize_file(full, target, Wanted(type_, own, self.imatrix), file)
+            else:
+                write(file, target, part)
+        finish(source, folder)
+        return read_back(folder / _PLANNED["model"])
 
-def planned_bytes(file: FilePlan, types: Mapping[str, str]) -> int:
-    """Bytes of a file's tensors when these have the given types."""
-    return sum(
-        nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else tensor.nbytes
-        for tensor in file.tensors
-    )
+    @cached_property
+    def imatrix(self) -> Path | None:
+        """The importance-matrix file."""
+        return imatrix_path(self.importance.folder, self.importance.weighting) if self.importance else None
+
+    @cached_property
+    def _mean_squares(self) -> MeanSquares:
+        return read_imatrix(self.imatrix) if self.imatrix else {}
 
 
 def run_quantizer(source: Path, target: Path, wanted: Wanted, weights: int) -> None:
@@ -263,12 +276,27 @@ def _resolve(type_: str, importance: Importance | None) -> str:
     return name
 
 
-def _described(importance: Importance | None) -> dict[str, str]:
-    return {"weighting": importance.weighting} if importance else {}
+def _files(source: Source) -> dict[str, FilePlan]:
+    """The files of a pair by part, as they are before they are quantised."""
+    return {"model": text_plan(source, lossless(source)), "mmproj": mmproj_plan(source, "f16")}
 
 
-def _imatrix(importance: Importance | None) -> Path | None:
-    return imatrix_path(importance.folder, importance.weighting) if importance else None
+def _matrices(file: FilePlan) -> list[PlannedMatrix]:
+    return [PlannedMatrix(t.name, str(t.source), t.shape) for t in file.tensors if _is_quantizable(t)]
+
+
+def _is_quantizable(tensor: TensorPlan) -> bool:
+    """Whether llama.cpp quantises it. Source: `tensor_allows_quantization` in src/llama-quant.cpp."""
+    return len(tensor.shape) == 2 and tensor.name.endswith("weight") and tensor.name != "v.position_embd.weight"
+
+
+def _file_type(types: Mapping[str, str]) -> str | None:
+    """llama.cpp's name of a file that holds these: after its commonest quantised type; None if there is none."""
+    counts = Counter(type_ for type_ in types.values() if type_ != "F16")
+    if not counts:
+        return None
+    commonest = min(counts, key=lambda type_: (-counts[type_], type_))
+    return _FILE_TYPES.get(commonest, commonest)
 
 
 def _estimate(plan: FilePlan, type_: str) -> int:

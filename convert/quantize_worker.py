@@ -23,7 +23,7 @@ from ldrt_edge.convert.importance import read_imatrix
 from ldrt_edge.errors import ArtifactError
 from ldrt_edge.runtimes.llamacpp_bindings import library
 
-_BUFFER_BYTES = 256 << 20  # of rows in memory at once; llama.cpp's own default is 8 GiB
+_BUFFER_BYTES = 128 << 20  # of rows in memory at once; llama.cpp's own default is 8 GiB
 
 
 @dataclass(frozen=True)

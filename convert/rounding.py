@@ -1,18 +1,21 @@
-"""What llama.cpp's quantiser makes of a matrix's rows: rounded to a type and read back, without a file.
+"""What a format's quantiser makes of a matrix's rows: rounded to a type and read back, without a file.
 
-The quantiser is ggml's own, so a matrix rounds here exactly as it will in the exported file.
+The quantisers are ggml's and MLX's own, so a matrix rounds here exactly as it will in the exported file.
 """
 
 from __future__ import annotations
 
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from numpy.typing import NDArray
 
+from ldrt_edge.convert.mlx_plan import Quantization
+from ldrt_edge.errors import require
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.llamacpp_bindings import library
 from ldrt_edge.runtimes.processor import physical_cores
@@ -20,20 +23,34 @@ from ldrt_edge.runtimes.processor import physical_cores
 _CHUNK_WEIGHTS = 1 << 20
 
 
-def round_rows(values: FloatArray, type_: str, importance: FloatArray | None) -> FloatArray:
-    """Round (rows, row length) float32 to a type and back.
+def round_half(values: FloatArray) -> FloatArray:
+    """Round float32 to half precision and back."""
+    return values.astype(np.float16).astype(np.float32)
+
+
+def round_ggml(values: FloatArray, type_: str, importance: FloatArray | None) -> FloatArray:
+    """Round (rows, row length) float32 to one of ggml's block types and back.
 
     importance: mean square of each input, (row length,). llama.cpp has none for the embedding table of most models.
 
     Source: `ggml_quantize_chunk` in ggml.h, as `llama_tensor_quantize_impl` in llama-quant.cpp calls it.
     """
-    if type_ == "F16":
-        return values.astype(np.float16).astype(np.float32)
     step = max(1, _CHUNK_WEIGHTS // values.shape[1])
     parts = [np.ascontiguousarray(values[i : i + step], np.float32) for i in range(0, len(values), step)]
     ggml, number = library().ggml, GGMLQuantizationType[type_]
     with ThreadPoolExecutor(physical_cores()) as pool:  # the call gives Python's lock away
         return np.concatenate(list(pool.map(lambda part: _round(ggml, part, number, importance), parts)))
+
+
+def round_mlx(values: FloatArray, quantization: Quantization) -> FloatArray:
+    """Round (rows, row length) float32 as an MLX folder stores them, scales in half precision, and back.
+
+    Source: `mx.quantize`.
+    """
+    mx = require("mlx.core", "mlx")
+    weight, scales, biases = mx.quantize(mx.array(values).astype(mx.float16), **asdict(quantization))
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return np.array(mx.dequantize(weight, scales, biases, **asdict(quantization)))
 
 
 def _round(ggml: Any, values: FloatArray, type_: GGMLQuantizationType, importance: FloatArray | None) -> FloatArray:

@@ -19,8 +19,7 @@ Li et al., "MBQ: Modality-balanced quantization", CVPR 2025.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +27,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldrt_edge import console
-from ldrt_edge.convert.importance import MeanSquares, matrices
-from ldrt_edge.convert.plan import FilePlan, TensorPlan, mmproj_plan, text_plan
-from ldrt_edge.convert.rounding import round_rows
-from ldrt_edge.convert.source import EMBEDDINGS, Source
-from ldrt_edge.convert.type_plan import MMPROJ_TYPES, MODEL_TYPES, NEED_IMPORTANCE, fits, nbytes, quantizable
+from ldrt_edge.convert.planned import Format
+from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, check_values, is_tied
+from ldrt_edge.convert.type_plan import PlannedMatrix, fits, nbytes
 from ldrt_edge.convert.weights import canonical
 from ldrt_edge.dataset import Dataset, choose_rows
 from ldrt_edge.errors import DataError, require
@@ -47,8 +44,6 @@ if TYPE_CHECKING:
 
 _ROWS_ROUNDED = 32
 """Of each matrix, evenly spread: rows of one matrix hardly differ in how well they round."""
-_PROBES = ("Q4_K", "Q4_0", "Q8_0")
-"""To what a kind of matrix is rounded for the measurement: the first that all its rows divide into."""
 
 Asked = tuple[Prompt, tuple[int, ...]]
 
@@ -64,7 +59,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix with its options, smallest first. part: "model" or "mmproj"."""
+    """A weight matrix with its options, smallest first. part: of the export, as its plan names it."""
 
     name: str
     part: str
@@ -77,36 +72,37 @@ class Matrix:
 
 
 def sensitivities(
-    source: Source, data: Path, imatrix: MeanSquares, limit: int = 16, seed: int = 0, threads: int | None = None
+    source: Source, data: Path, to: Format, limit: int = 16, seed: int = 0, threads: int | None = None
 ) -> list[Matrix]:
-    """Every matrix of both files with its options.
+    """Every matrix of an export with its options.
 
-    imatrix: mean squares that the quantiser will be given. limit: about how many training rows are asked.
+    limit: about how many training rows are asked.
 
     Raises:
+        ArtifactError: a weight is no number, or beyond half precision.
         DataError: no training rows, or one that cannot be asked.
     """
     runtime = HfRuntime(source.folder, threads=threads)
     try:
         asked = _questions(runtime, data, limit, seed)
-        curvature = _curvature(runtime, source, asked, seed)
-        files = {"model": text_plan(source, "f32"), "mmproj": mmproj_plan(source, "f32")}
+        parts = to.matrices(source)
+        planned = [matrix for members in parts.values() for matrix in members]
+        curvature = _curvature(runtime, source, {matrix.source for matrix in planned}, asked, seed)
         found = [
-            _matrix(file, part, tensor, curvature[tensor.name], imatrix.get(tensor.name))
-            for part, file in files.items()
-            for tensor in console.track(quantizable(file), f"rounding {part}")
+            _options(source, to, part, matrix, curvature[matrix.source])
+            for part, members in parts.items()
+            for matrix in console.track(members, f"rounding {part}")
         ]
-        scales = _measure(runtime, source, files, found, imatrix, asked)
+        scales = _measure(runtime, to, list(zip(planned, found, strict=True)), asked)
     finally:
         runtime.close()
-    return [matrix.scaled(scales[kind(matrix.name)]) for matrix in found]
+    return [given.scaled(scales[kind(matrix.source)]) for matrix, given in zip(planned, found, strict=True)]
 
 
-def kind(name: str) -> str:
-    """What sort of matrix it is: attn_q, ffn_down, …, output, token_embd; tower; projector."""
-    if name.startswith("v."):
-        return "tower"
-    return "projector" if name.startswith("mm.") else re.sub(r"^blk\.\d+\.", "", name).removesuffix(".weight")
+def kind(source: str) -> str:
+    """What sort of matrix a checkpoint's tensor is: q_proj, down_proj, …, embed_tokens, lm_head; tower; projector."""
+    path = source.split(".")
+    return path[-2] if path[0] == "language_model" else path[0]
 
 
 def _questions(runtime: HfRuntime, data: Path, limit: int, seed: int) -> list[Asked]:
@@ -123,24 +119,26 @@ def _questions(runtime: HfRuntime, data: Path, limit: int, seed: int) -> list[As
     return asked
 
 
-def _matrix(
-    file: FilePlan, part: str, tensor: TensorPlan, curvature: FloatArray, imatrix: FloatArray | None
-) -> Matrix:
-    values = file.values(tensor)
+def _options(source: Source, to: Format, part: str, matrix: PlannedMatrix, curvature: FloatArray) -> Matrix:
+    values = source.weights.read(matrix.source)
+    check_values(values, matrix.source, source.folder, half=True)
     rows = values[:: math.ceil(len(values) / _ROWS_ROUNDED)]
-    weights = values.size
     options = []
-    for type_ in MODEL_TYPES if part == "model" else MMPROJ_TYPES:
-        if fits(type_, rows.shape[1]) and not (type_ in NEED_IMPORTANCE and imatrix is None):
-            error = np.square(round_rows(rows, type_, imatrix) - rows, dtype=np.float64).mean(axis=0)
-            options.append(Option(type_, nbytes(type_, weights), float(error @ curvature)))
-    return Matrix(tensor.name, part, weights, tuple(sorted(options, key=lambda o: (o.nbytes, o.damage))))
+    for type_ in to.types(part, matrix.name):
+        if fits(type_, rows.shape[1]):
+            error = np.square(to.rounded(matrix.name, rows, type_) - rows, dtype=np.float64).mean(axis=0)
+            options.append(Option(type_, nbytes(type_, values.size), float(error @ curvature)))
+    return Matrix(matrix.name, part, values.size, tuple(sorted(options, key=lambda o: (o.nbytes, o.damage))))
 
 
-def _curvature(runtime: HfRuntime, source: Source, asked: Sequence[Asked], seed: int) -> dict[str, FloatArray]:
-    """The vector c of each matrix, (row length,) float64, by GGUF name."""
+def _curvature(
+    runtime: HfRuntime, source: Source, wanted: Iterable[str], asked: Sequence[Asked], seed: int
+) -> dict[str, FloatArray]:
+    """The vector c of each wanted matrix, (row length,) float64, by its name in the checkpoint."""
     torch = require("torch", "train")
-    names, model = matrices(source), runtime.model
+    names, model = {name: name for name in wanted}, runtime.model
+    if is_tied(source):  # then the head's damage is the embedding matrix's
+        names[HEAD] = EMBEDDINGS
     model.requires_grad_(False)
     tokens = sum(len(answer) for _, answer in asked)
     generator = torch.Generator().manual_seed(seed)
@@ -168,7 +166,7 @@ def _curvature(runtime: HfRuntime, source: Source, asked: Sequence[Asked], seed:
         drawn = torch.multinomial(likelihood.detach().exp().cpu(), 1, generator=generator).to(model.device)
         likelihood.gather(1, drawn).sum().backward()
         assert words.grad is not None
-        add(names[EMBEDDINGS], words.grad.float().square().sum(0))
+        add(EMBEDDINGS, words.grad.float().square().sum(0))
     for hook in hooks:
         hook.remove()
     return sums
@@ -219,27 +217,26 @@ def _logits(runtime: HfRuntime, prompt: Prompt, last: int, words: Tensor) -> Ten
 
 
 def _measure(
-    runtime: HfRuntime, source: Source, files: dict[str, FilePlan], found: Sequence[Matrix], imatrix: MeanSquares,
-    asked: Sequence[Asked],
+    runtime: HfRuntime, to: Format, found: Sequence[tuple[PlannedMatrix, Matrix]], asked: Sequence[Asked]
 ) -> dict[str, float]:
     """By how much the measured divergence exceeds the estimate, for each kind of matrix."""
     torch = require("torch", "train")
     parameters = {canonical(name): value for name, value in runtime.model.named_parameters()}
-    tensors = {tensor.name: tensor for file in files.values() for tensor in quantizable(file)}
-    kinds: dict[str, list[Matrix]] = {}
-    for matrix in found:
-        kinds.setdefault(kind(matrix.name), []).append(matrix)
+    kinds: dict[str, list[tuple[PlannedMatrix, Matrix]]] = {}
+    for matrix, given in found:
+        kinds.setdefault(kind(matrix.source), []).append((matrix, given))
 
     expected, scales = _answers(runtime, asked), {}
     for label, members in console.track(sorted(kinds.items()), "measuring"):
-        probe = next((t for t in _PROBES if all(any(o.type == t for o in m.options) for m in members)), None)
-        estimate = sum(o.damage for m in members for o in m.options if o.type == probe)
-        kept = {}
-        for matrix in members if probe else ():
-            tensor = tensors[matrix.name]
-            parameter = parameters[str(tensor.source)]
+        probe = next((t for t in to.probes if all(any(o.type == t for o in m.options) for _, m in members)), None)
+        estimate = sum(o.damage for _, m in members for o in m.options if o.type == probe)
+        kept: dict[Any, Any] = {}
+        for matrix, _ in members if probe else ():
+            parameter = parameters[matrix.source]
+            if parameter in kept:  # a tied matrix that an export stores twice
+                continue
             kept[parameter] = parameter.data.clone()
-            rounded = round_rows(parameter.data.float().cpu().numpy(), str(probe), imatrix.get(matrix.name))
+            rounded = to.rounded(matrix.name, parameter.data.float().cpu().numpy(), str(probe))
             parameter.data.copy_(torch.from_numpy(rounded))
         moved = map(compare_logits, expected, _answers(runtime, asked))
         measured = np.concatenate([tokens.kld for tokens in moved]).mean()
@@ -247,5 +244,3 @@ def _measure(
             parameter.data.copy_(values)
         scales[label] = float(measured / estimate) if probe and estimate > 0 else 1.0
     return scales
-
-

@@ -1,54 +1,83 @@
-"""The plan file: which type each weight matrix of a GGUF pair gets, as YAML that a person can read, edit and pass back.
+"""The plan file: which type each weight matrix of an export gets, as YAML that a person can read, edit and pass back.
 
     format: ldrt-edge/plan/1
+    to: gguf                          # the default
     model:
       blk.0.attn_q.weight: Q4_K
-      blk.*.ffn_down.weight: Q6_K     # shell patterns are allowed; the first line that matches counts
+      blk.*.ffn_down: Q6_K            # shell patterns are allowed; the first line that matches counts
+      "*": Q5_K
     mmproj:
       "*": Q8_0
     expected: {kld: 0.012, bytes: 1234567}     # what the allocation foresaw; not read back
+
+For MLX the parts are `model` and `vision`, and a type says bits a weight and weights to a scale:
+
+    to: mlx
+    model:
+      language_model.model.layers.*.mlp.down_proj: affine-5-g64
+      "*": affine-4-g64
+    vision:
+      multi_modal_projector.*: affine-8-g64
+      "*": f16
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from ldrt_edge.convert.plan import FilePlan, TensorPlan
+from ldrt_edge.convert.mlx_plan import AFFINE
 from ldrt_edge.errors import ConfigError, all_problems
 
-FORMAT = "ldrt-edge/plan/1"
-MODEL_TYPES = (
-    "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K",
-    "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16",
-)  # fmt: skip
-MMPROJ_TYPES = ("Q6_K", "Q8_0", "F16")
-"""Fewer bits move the image embeddings further than an export's check allows."""
-NEED_IMPORTANCE = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+FormatName = Literal["gguf", "mlx"]
+PLAN_TYPES: dict[FormatName, dict[str, tuple[str, ...]]] = {
+    "gguf": {
+        "model": (
+            "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1",
+            "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0", "F16",
+        ),
+        "mmproj": ("Q6_K", "Q8_0", "F16"),
+    },
+    "mlx": {
+        "model": (*AFFINE, "f16"),
+        "vision": (*(name for name, scheme in AFFINE.items() if scheme.bits >= 6), "f16"),
+    },
+}  # fmt: skip
+"""The types that each part of an export can have. In the vision tower, fewer bits move the image embeddings further
+than an export's check allows."""
+_SCHEMA = "ldrt-edge/plan/1"
 _LIMIT_BYTES = 4 << 20
-_FILE_TYPES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "IQ2_S": "IQ2_M"}
 
 
 @dataclass(frozen=True)
 class TypePlan:
-    """Types by tensor name or shell pattern, for the language model and the mmproj; `expected` is for the reader."""
+    """Types by tensor name or shell pattern, for each part of an export; `expected` is for the reader."""
 
-    model: Mapping[str, str]
-    mmproj: Mapping[str, str]
+    to: FormatName
+    parts: Mapping[str, Mapping[str, str]]
     expected: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_type_plan(path: Path) -> TypePlan:
-    """Read a plan file.
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """A weight matrix that a plan gives a type: its names in the export and in the checkpoint, (rows, row length)."""
+
+    name: str
+    source: str
+    shape: tuple[int, ...]
+
+
+def read_type_plan(path: Path, to: FormatName) -> TypePlan:
+    """Read a plan file for one format.
 
     Raises:
-        ConfigError: not a plan, or unknown types; all problems at once.
+        ConfigError: not a plan, or one for the other format, or parts or types that are wrong; all of them at once.
     """
     try:
         if path.stat().st_size > _LIMIT_BYTES:
@@ -56,20 +85,27 @@ def read_type_plan(path: Path) -> TypePlan:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--plan {path}: cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ConfigError(f"--plan {path}: not a plan: its first line should be 'format: {FORMAT}'")
-    parts = [data.get(name) for name in ("model", "mmproj")]
-    if not all(isinstance(part, dict) and part for part in parts):
-        raise ConfigError(f"--plan {path}: wants a list of types under 'model' and one under 'mmproj'")
-    model, mmproj = ({str(key): str(value).upper() for key, value in part.items()} for part in parts if part)
-    problems = [
-        f"{name}: {type_} is none of {', '.join(known)}"
-        for part, known in ((model, MODEL_TYPES), (mmproj, MMPROJ_TYPES))
-        for name, type_ in part.items() if type_ not in known
-    ]  # fmt: skip
+    if not isinstance(data, dict) or data.get("format") != _SCHEMA:
+        raise ConfigError(f"--plan {path}: not a plan: its first line should be 'format: {_SCHEMA}'")
+    if (told := data.get("to", "gguf")) != to:
+        raise ConfigError(f"--plan {path}: a plan for {told}, and this is --to {to}")
+    parts: dict[str, dict[str, str]] = {}
+    known_keys = ("format", "to", "expected", *PLAN_TYPES[to])
+    problems = [f"'{key}' is no part of a plan for {to}" for key in data if key not in known_keys]
+    for part, types in PLAN_TYPES[to].items():
+        given = data.get(part)
+        if not isinstance(given, dict) or not given:
+            problems.append(f"wants a list of types under '{part}'")
+            continue
+        known = {type_.lower(): type_ for type_ in types}
+        parts[part] = {str(name): known.get(str(value).lower(), "") for name, value in given.items()}
+        problems += [
+            f"{name}: {value} is none of {', '.join(types)}"
+            for name, value in given.items() if str(value).lower() not in known
+        ]  # fmt: skip
     if problems:
         raise ConfigError(all_problems(problems, f"--plan {path}"))
-    return TypePlan(model, mmproj)
+    return TypePlan(to, parts)
 
 
 def write_type_plan(plan: TypePlan, path: Path) -> None:
@@ -79,9 +115,8 @@ def write_type_plan(plan: TypePlan, path: Path) -> None:
         ConfigError: there is a file of that name already.
     """
     refuse_existing(path)
-    data = {
-        "format": FORMAT, "model": dict(plan.model), "mmproj": dict(plan.mmproj), "expected": dict(plan.expected),
-    }  # fmt: skip
+    parts = {part: dict(types) for part, types in plan.parts.items()}
+    data = {"format": _SCHEMA, "to": plan.to, **parts, "expected": dict(plan.expected)}
     part = path.with_name(f".{path.name}.partial")
     part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     part.rename(path)
@@ -97,50 +132,51 @@ def refuse_existing(path: Path) -> None:
         raise ConfigError(f"--out {path}: there is such a file already, perhaps edited: choose another name")
 
 
-def assign(types: Mapping[str, str], tensors: Iterable[TensorPlan]) -> dict[str, str]:
-    """The type of every matrix, by name: that of the first pattern that matches.
+def assign(plan: TypePlan, matrices: Mapping[str, Sequence[PlannedMatrix]]) -> dict[str, str]:
+    """The type of every matrix, by name: that of the first pattern in its part that fits its name.
+
+    A name may be written with or without its `.weight`.
 
     Raises:
         ConfigError: a matrix has none or one that its rows do not divide into, or a pattern fits nothing.
     """
     found: dict[str, str] = {}
-    used, problems = set(), []
-    for tensor in tensors:
-        pattern = next((pattern for pattern in types if fnmatchcase(tensor.name, pattern)), None)
-        if pattern is None:
-            problems.append(f"{tensor.name} has no type")
-            continue
-        used.add(pattern)
-        found[tensor.name] = types[pattern]
-        if not fits(types[pattern], tensor.shape[-1]):
-            problems.append(f"{tensor.name}: its rows of {tensor.shape[-1]} do not divide into {types[pattern]}")
-    problems += [f"{pattern} fits no matrix" for pattern in types if pattern not in used]
+    problems: list[str] = []
+    for part, members in matrices.items():
+        types = plan.parts[part]
+        used = set()
+        for matrix in members:
+            pattern = next((pattern for pattern in types if _names(pattern, matrix)), None)
+            if pattern is None:
+                problems.append(f"{matrix.name} has no type")
+                continue
+            used.add(pattern)
+            found[matrix.name] = types[pattern]
+            if not fits(types[pattern], matrix.shape[-1]):
+                problems.append(f"{matrix.name}: its rows of {matrix.shape[-1]} do not divide into {types[pattern]}")
+        problems += [f"{pattern} fits no matrix of '{part}'" for pattern in types if pattern not in used]
     if problems:
         raise ConfigError(all_problems(problems, "plan"))
     return found
 
 
-def quantizable(plan: FilePlan) -> list[TensorPlan]:
-    """The tensors of a file that llama.cpp quantises. Source: `tensor_allows_quantization` in src/llama-quant.cpp."""
-    kept = "v.position_embd.weight"
-    return [t for t in plan.tensors if len(t.shape) == 2 and t.name.endswith("weight") and t.name != kept]
-
-
 def fits(type_: str, row_length: int) -> bool:
     """Whether rows of that length divide into whole blocks of a type."""
-    return row_length % GGML_QUANT_SIZES[GGMLQuantizationType[type_]][0] == 0
+    return row_length % _block(type_)[0] == 0
 
 
 def nbytes(type_: str, weights: int) -> int:
     """Bytes of so many weights."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[type_]]
+    block, size = _block(type_)
     return weights // block * size
 
 
-def file_type(types: Mapping[str, str]) -> str | None:
-    """llama.cpp's name of a file that holds these: after its commonest quantised type; None if there is none."""
-    counts = Counter(type_ for type_ in types.values() if type_ != "F16")
-    if not counts:
-        return None
-    commonest = min(counts, key=lambda type_: (-counts[type_], type_))
-    return _FILE_TYPES.get(commonest, commonest)
+def _block(type_: str) -> tuple[int, int]:
+    """Weights and bytes of what a type packs at once."""
+    if scheme := AFFINE.get(type_):
+        return scheme.group_size, scheme.nbytes(scheme.group_size, half_bytes=2)
+    return GGML_QUANT_SIZES[GGMLQuantizationType[type_.upper()]]
+
+
+def _names(pattern: str, matrix: PlannedMatrix) -> bool:
+    return fnmatchcase(matrix.name, pattern) or fnmatchcase(matrix.name.removesuffix(".weight"), pattern)

@@ -21,6 +21,7 @@ from ldrt_edge.bundle.commands import bundle, inspect, trust_once_option
 from ldrt_edge.errors import ArtifactError, ConfigError, LdrtError, all_problems
 
 if TYPE_CHECKING:
+    from ldrt_edge.convert.planned import Format
     from ldrt_edge.convert.quantize import Importance
     from ldrt_edge.train.data.phantom_text import Language
 
@@ -305,10 +306,10 @@ def importance(
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="MLX's: weights to a scale. Default: 64.")
 @click.option("--importance", type=PATH, help="GGUF's: what `ldrt-edge importance` measured.")
 @_weighting_option
-@click.option("--plan", type=PATH, metavar="FILE", help="GGUF's: a type for every matrix; see `ldrt-edge plan`.")
+@click.option("--plan", type=PATH, metavar="FILE", help="A type for every matrix; see `ldrt-edge plan`.")
 @click.option(
     "--max-loss", type=float, metavar="POINTS",
-    help="GGUF's: search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
+    help="Search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
 )
 @click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
 @click.option("--data", "dataset", type=PATH, help="With --max-loss: its test rows judge, its training rows guide.")
@@ -327,26 +328,26 @@ def quantize(
     if [type_, plan, max_loss].count(None) != 2:
         raise ConfigError("which types? one of --q4, --q8 or --type TYPE, --plan FILE, --max-loss POINTS")
     if to == "mlx":
-        _refuse(to, importance=importance, plan=plan, max_loss=max_loss)
+        _refuse(to, importance=importance)
     else:
         _refuse(to, group_size=group_size)
     given = _importance(importance, weighting)
     if max_loss is None and (max_flips, dataset, limit) != (None, None, None):
         raise ConfigError("--max-flips, --data and --limit go with --max-loss")
-    if type_ is None and mmproj is not None:
-        raise ConfigError("--mmproj goes with a preset: a plan has the mmproj's types itself")
+    if type_ is None and (mmproj, group_size) != (None, None):
+        raise ConfigError("--mmproj and --group-size go with a preset: a plan has every type itself")
     if max_loss is not None:
-        if given is None or dataset is None:
-            raise ConfigError("--max-loss wants --data and --importance")
-        out = out or _beside(merged, f"gguf-loss{max_loss:g}")
-        _to_budget(merged, out, dataset, given, (max_loss, max_flips), limit, as_json)
+        if dataset is None or (given is None and to == "gguf"):
+            raise ConfigError("--max-loss wants --data, and for GGUF --importance")
+        out = out or _beside(merged, f"{to}-loss{max_loss:g}")
+        _to_budget(merged, out, dataset, _format(to, given), (max_loss, max_flips), limit, as_json)
         return
     if plan is not None:
-        from ldrt_edge.convert.quantize import quantize_planned
+        from ldrt_edge.convert.planned import quantize_planned
         from ldrt_edge.convert.type_plan import read_type_plan
 
-        out = out or _beside(merged, f"gguf-{plan.stem}")
-        _show_artifact(quantize_planned(merged, out, read_type_plan(plan), given), as_json)
+        wanted, out = _format(to, given), out or _beside(merged, f"{to}-{plan.stem}")
+        _show_artifact(quantize_planned(merged, out, read_type_plan(plan, wanted.name), wanted), as_json)
         return
     assert type_ is not None
     if to == "mlx":
@@ -374,8 +375,18 @@ def _importance(folder: Path | None, weighting: str | None) -> Importance | None
     return Importance(folder, weighting or Importance.weighting)
 
 
+def _format(to: str, importance: Importance | None) -> Format:
+    if to == "mlx":
+        from ldrt_edge.convert.mlx import Mlx
+
+        return Mlx()
+    from ldrt_edge.convert.quantize import Gguf
+
+    return Gguf(importance)
+
+
 def _to_budget(
-    merged: Path, out: Path, dataset: Path, importance: Importance, budget: tuple[float, float | None],
+    merged: Path, out: Path, dataset: Path, to: Format, budget: tuple[float, float | None],
     limit: int | None, as_json: bool,
 ) -> None:
     from ldrt_edge.bench.gate import Gate
@@ -384,7 +395,7 @@ def _to_budget(
     max_loss, max_flips = budget
     gate = Gate(merged, dataset, max_loss, max_flips, limit)
     held = {"max_loss": max_loss, "max_flips": max_flips, "questions": limit}
-    verdict = quantize_to_budget(merged, out, dataset, importance, gate, held)
+    verdict = quantize_to_budget(merged, out, dataset, to, gate, held)
     _show_artifact(out, as_json)
     if not verdict.released:
         raise ArtifactError(f"{out}: not released: {verdict.reason}")
@@ -393,30 +404,36 @@ def _to_budget(
 @cli.command()
 @click.argument("merged", type=PATH)
 @click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact; its training rows are asked.")
-@click.option("--importance", required=True, type=PATH, help="What `ldrt-edge importance` measured.")
+@click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
+@click.option("--importance", type=PATH, help="What `ldrt-edge importance` measured; MLX rounds without.")
 @_weighting_option
-@click.option("--target-size", type=float, metavar="MB", help="Of all weights of both files.")
-@click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over both files.")
+@click.option("--target-size", type=float, metavar="MB", help="Of all weights, of vision tower and projector too.")
+@click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over all of them.")
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
 @_json_option
 def plan(
-    merged: Path, dataset: Path, importance: Path, weighting: str | None, target_size: float | None, bpw: float | None,
-    max_kld: float | None, limit: int, seed: int, out: Path, as_json: bool,
+    merged: Path, dataset: Path, to: str, importance: Path | None, weighting: str | None, target_size: float | None,
+    bpw: float | None, max_kld: float | None, limit: int, seed: int, out: Path, as_json: bool,
 ) -> None:
-    """Choose a GGUF type for every matrix: least damage to the answers within a size, or least size within a damage.
+    """Choose a type for every matrix: least damage to the answers within a size, or least size within a damage.
 
-    The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`.
+    The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`. It names GGUF's types (Q4_K, IQ3_S, Q8_0,
+    …), or MLX's as affine-BITS-gGROUP: 2, 3, 4, 5, 6 or 8 bits a weight, 32, 64 or 128 weights to a scale. Both have
+    f16.
     """
     from ldrt_edge.convert.allocate import plan as run
 
-    given = _importance(importance, weighting)
-    assert given is not None
+    if to == "mlx":
+        _refuse(to, importance=importance)
+    elif importance is None:
+        raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
+    wanted = _format(to, _importance(importance, weighting))
     target = None if target_size is None else int(target_size * 1e6)
     made = run(
-        merged, dataset, given, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
+        merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
     )
     click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
@@ -484,6 +501,7 @@ def _replay_golden(edge: Path, as_json: bool) -> None:
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
 @click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
+@click.option("--margin", default=1.0, show_default=True, help="Points of accuracy: a loss within it counts as none.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @trust_once_option
 @_json_option
@@ -496,6 +514,23 @@ def bench(
 
     out = out or _beside(edge, "report")
     _show_artifact(run(model_folder(edge, trust_once), dataset, out, reference, **options), as_json)
+
+
+@cli.command()
+@click.argument("reports", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="Also write the table there, with a page, as an artefact.")
+@_json_option
+def compare(reports: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Put reports of `bench` side by side, of several models or machines, on the same questions.
+
+    Each is held against the first. Refuses reports about other questions, or with another reference model.
+    """
+    from ldrt_edge.bench import compare as stage
+
+    found = stage.compare(reports)
+    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else stage.markdown(found), nl=as_json)
+    if out is not None:
+        click.echo(stage.save(reports, found, out), err=as_json)
 
 
 @cli.command()

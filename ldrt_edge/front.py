@@ -212,12 +212,12 @@ class Front:
         return prefix
 
 
-def conversation(turns: Sequence[Turn], image: FrontImage) -> list[Message]:
-    """A dataset row's turns as messages; the image goes with the first user turn."""
+def conversation(turns: Sequence[Turn], image: FrontImage | None) -> list[Message]:
+    """A dataset row's turns as messages; the image, if there is one, goes with the first user turn."""
     messages: list[Message] = []
     for turn in turns:
         first = turn.role == "user" and not any(m.images for m in messages)
-        messages.append(Message(turn.role, turn.text, (image,) if first else ()))
+        messages.append(Message(turn.role, turn.text, (image,) if image and first else ()))
     return messages
 
 

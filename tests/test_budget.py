@@ -17,15 +17,16 @@ from ldrt_edge import artifact
 from ldrt_edge.bench.gate import Gate, judge
 from ldrt_edge.bench.vqa import Answer, Sample
 from ldrt_edge.cli import cli
-from ldrt_edge.convert import budget, sensitivity
-from ldrt_edge.convert.allocate import allocate, fixed_bytes, plan, useful
+from ldrt_edge.convert import budget
+from ldrt_edge.convert.allocate import allocate, plan, useful
 from ldrt_edge.convert.gguf import write_text
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
-from ldrt_edge.convert.quantize import Importance, Wanted, quantize, quantize_planned, run_quantizer
-from ldrt_edge.convert.rounding import round_rows
+from ldrt_edge.convert.planned import quantize_planned
+from ldrt_edge.convert.quantize import Gguf, Importance, Wanted, quantize, run_quantizer
+from ldrt_edge.convert.rounding import round_ggml
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
 from ldrt_edge.convert.source import open_source
-from ldrt_edge.convert.type_plan import TypePlan, read_type_plan, write_type_plan
+from ldrt_edge.convert.type_plan import PLAN_TYPES, TypePlan, read_type_plan, write_type_plan
 from ldrt_edge.errors import ArtifactError, ConfigError, DataError
 from ldrt_edge.release import read_verdict
 from ldrt_edge.train.data.phantom import phantom
@@ -47,12 +48,13 @@ def wide(tiny: builders.Tiny, data: Path, tmp_path_factory: pytest.TempPathFacto
 def few_types(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only K-quants where a test is fast: the tables of IQ types take half a minute to make."""
     if "slow" not in request.keywords:
-        monkeypatch.setattr(sensitivity, "MODEL_TYPES", ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16"))
+        few = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
+        monkeypatch.setitem(PLAN_TYPES["gguf"], "model", few)
 
 
 def measured(wide: tuple[Path, Importance], data: Path) -> list[Matrix]:
     merged, given = wide
-    return sensitivities(open_source(merged), data, read_imatrix(imatrix_path(given.folder, given.weighting)), limit=8)
+    return sensitivities(open_source(merged), data, Gguf(given), limit=8)
 
 
 def test_rows_round_as_in_the_file(wide: tuple[Path, Importance], tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_rows_round_as_in_the_file(wide: tuple[Path, Importance], tmp_path: Path
         for tensor in GGUFReader(tmp_path / "out.gguf").tensors:
             if tensor.name in types:
                 stored = dequantize(tensor.data, tensor.tensor_type)
-                assert np.array_equal(stored, round_rows(weights[tensor.name], type_, means.get(tensor.name)))
+                assert np.array_equal(stored, round_ggml(weights[tensor.name], type_, means.get(tensor.name)))
 
 
 def test_damage_is_foreseen(wide: tuple[Path, Importance], data: Path, tmp_path: Path) -> None:
@@ -77,8 +79,9 @@ def test_damage_is_foreseen(wide: tuple[Path, Importance], data: Path, tmp_path:
     size = sum(int(tensor.n_bytes) for tensor in stored if len(tensor.shape) == 2)
     model = [matrix for matrix in measured(wide, data) if matrix.part == "model"]
 
-    chosen = allocate(model, target_bytes=size)
-    ours = quantize_planned(merged, tmp_path / "ours", replace(chosen, mmproj={"*": "F16"}), given)
+    chosen = allocate("gguf", model, target_bytes=size)
+    whole = replace(chosen, parts={**chosen.parts, "mmproj": {"*": "F16"}})
+    ours = quantize_planned(merged, tmp_path / "ours", whole, Gguf(given))
 
     assert chosen.expected["bytes"] <= size
     klds = [artifact.read(folder).metrics["fidelity"]["mean_kld"] for folder in (ours, preset)]
@@ -109,15 +112,15 @@ def test_allocation_is_the_best_there_is() -> None:
     for target in (120, 180, 240):
         fitting = [c for c in combinations if sum(o.nbytes for o in c) <= target]
         best = min(sum(option.damage for option in c) for c in fitting)
-        chosen = allocate(matrices, target_bytes=target + 7, fixed=7)
+        chosen = allocate("gguf", matrices, target_bytes=target + 7, fixed=7)
         assert chosen.expected["kld"] == pytest.approx(best, rel=2e-3)
-        assert chosen == allocate(matrices, target_bytes=target + 7, fixed=7)
+        assert chosen == allocate("gguf", matrices, target_bytes=target + 7, fixed=7)
         smallest = min(sum(o.nbytes for o in c) for c in combinations if sum(o.damage for o in c) <= best + 1e-9)
-        assert allocate(matrices, max_damage=best + 1e-9).expected["bytes"] <= smallest * 1.002
+        assert allocate("gguf", matrices, max_damage=best + 1e-9).expected["bytes"] <= smallest * 1.002
     with pytest.raises(ConfigError, match=r"the least possible is 0\.00 MB"):
-        allocate(matrices, target_bytes=5)
+        allocate("gguf", matrices, target_bytes=5)
     with pytest.raises(ConfigError, match="the least possible is an estimated KLD"):
-        allocate(matrices, max_damage=0.0)
+        allocate("gguf", matrices, max_damage=0.0)
 
 
 def test_what_is_larger_and_worse_is_no_option() -> None:
@@ -129,25 +132,25 @@ def test_a_plan_comes_back_as_it_was_written(
     wide: tuple[Path, Importance], data: Path, tmp_path: Path
 ) -> None:
     (merged, given), found = wide, measured(wide, data)
-    path = plan(merged, data, given, tmp_path / "plan.yaml", bits_per_weight=6.5, limit=8)
+    path = plan(merged, data, Gguf(given), tmp_path / "plan.yaml", bits_per_weight=6.5, limit=8)
 
-    read = read_type_plan(path)
+    read = read_type_plan(path, "gguf")
 
-    fixed = fixed_bytes(open_source(merged), found)
+    fixed = Gguf(given).fixed_bytes(open_source(merged))
     size = int(6.5 / 8 * sum(matrix.weights for matrix in found)) + fixed
-    expected = allocate(found, fixed, target_bytes=size)
-    assert (read.model, read.mmproj) == (expected.model, expected.mmproj)
-    out = quantize_planned(merged, tmp_path / "edge", read, given)
+    expected = allocate("gguf", found, fixed, target_bytes=size)
+    assert read.parts == expected.parts
+    out = quantize_planned(merged, tmp_path / "edge", read, Gguf(given))
     stored = sum(int(t.n_bytes) for file in out.glob("*.gguf") for t in GGUFReader(file).tensors)
     assert stored == expected.expected["bytes"] <= size
     patterns = tmp_path / "patterns.yaml"
-    write_type_plan(TypePlan({"*": "Q8_0"}, {"*": "F16"}), patterns)
-    assert read_type_plan(patterns).model == {"*": "Q8_0"}
+    write_type_plan(TypePlan("gguf", {"model": {"*": "Q8_0"}, "mmproj": {"*": "F16"}}), patterns)
+    assert read_type_plan(patterns, "gguf").parts["model"] == {"*": "Q8_0"}
     with pytest.raises(ConfigError, match="one of --target-size, --bpw and --max-kld"):
-        plan(merged, data, given, tmp_path / "other.yaml", bits_per_weight=4, max_kld=0.1)
+        plan(merged, data, Gguf(given), tmp_path / "other.yaml", bits_per_weight=4, max_kld=0.1)
     with pytest.raises(ConfigError, match="such a file already"):
-        plan(merged, data, given, patterns, bits_per_weight=4)
-    assert read_type_plan(patterns).model == {"*": "Q8_0"}, "a plan that somebody edited is not lost"
+        plan(merged, data, Gguf(given), patterns, bits_per_weight=4)
+    assert read_type_plan(patterns, "gguf").parts["model"] == {"*": "Q8_0"}, "a plan that somebody edited is not lost"
 
 
 def samples(right: list[bool], texts: list[str] | None = None) -> list[Sample]:
@@ -207,7 +210,7 @@ def test_the_smallest_within_budget_is_released(
         return replace(gate(edge), released=next(sizes))
 
     out = tmp_path / "edge"
-    verdict = budget.quantize_to_budget(merged, out, data, given, stricter, {"max_loss": 60.0}, limit=8)
+    verdict = budget.quantize_to_budget(merged, out, data, Gguf(given), stricter, {"max_loss": 60.0}, limit=8)
 
     manifest = artifact.verify(out, "gguf")
     assert verdict.released and read_verdict(manifest.metrics) == verdict
@@ -217,7 +220,7 @@ def test_the_smallest_within_budget_is_released(
     assert held == manifest.metrics["search"][1]["bytes"]
     assert {entry.path for entry in manifest.files} >= {"model-PLANNED.gguf", "mmproj-PLANNED.gguf", "plan.yaml"}
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
-    again = budget.quantize_to_budget(merged, out, data, given, stricter, {"max_loss": 60.0}, limit=8)
+    again = budget.quantize_to_budget(merged, out, data, Gguf(given), stricter, {"max_loss": 60.0}, limit=8)
     assert again == verdict
 
 
@@ -237,15 +240,31 @@ def test_what_cannot_be_shown_is_not_released(
     assert len(artifact.read(tmp_path / "edge").metrics["search"]) == 1
 
 
+def test_mlx_goes_through_the_same_gate(
+    wide: tuple[Path, Importance], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged, _ = wide
+    monkeypatch.setattr(budget, "BITS", (8.5,))
+    words = ["quantize", str(merged), "--to", "mlx", "--data", str(data), "--max-loss", "0.5", "--limit", "8"]
+
+    done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "edge")])
+
+    assert isinstance(done.exception, ArtifactError) and "would be needed" in str(done.exception)
+    verdict = read_verdict(artifact.verify(tmp_path / "edge", "mlx").metrics)
+    assert verdict is not None and not verdict.released and verdict.questions > 0
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
         (["--q4", "--max-loss", "1"], "one of --q4"),
-        (["--max-loss", "1"], "wants --data and --importance"),
+        (["--max-loss", "1"], "--max-loss wants --data"),
         (["--q4", "--limit", "3"], "go with --max-loss"),
         (["--q4", "--weighting", "pooled"], "goes with --importance"),
-        (["--to", "mlx", "--plan", "x"], "does not go with --to mlx"),
-        (["--plan", "x", "--mmproj", "f16"], "goes with a preset"),
+        (["--to", "mlx", "--plan", "x", "--importance", "y"], "does not go with --to mlx"),
+        (["--to", "mlx", "--max-loss", "1"], "--max-loss wants --data"),
+        (["--plan", "x", "--mmproj", "f16"], "go with a preset"),
+        (["--to", "mlx", "--plan", "x", "--group-size", "32"], "go with a preset"),
     ],
 )
 def test_options_that_do_not_go_together(words: list[str], reason: str) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ["starter", "data", "train", "merge", "convert", "quantize", "bench", "chat", "doctor", "demo"]
+COMMANDS = [
+    "starter", "data", "train", "merge", "convert", "quantize", "bench", "compare", "chat", "doctor", "demo",
+]  # fmt: skip
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +46,8 @@ def test_help(command: str) -> None:
         (["quantize", "nowhere", "--q4"], "nowhere"),
         (["convert", "nowhere"], "nowhere"),
         (["bench", "nowhere", "--data", "d"], "nowhere"),
+        (["compare", "nowhere"], "which reports?"),
+        (["compare", "nowhere", "here"], "nowhere"),
         (["chat", "nowhere", "--ask", "hello"], "nowhere"),
         (["chat", "nowhere", "--ask", "hello", "--window", "40"], "--window 40"),
         (["chat", "nowhere", "--ask", "hello", "--web"], "--web opens a page"),

@@ -13,14 +13,8 @@ from gguf import GGUFReader, GGUFWriter
 from ldrt_edge import artifact
 from ldrt_edge.convert.gguf import convert, write_text
 from ldrt_edge.convert.importance import Tally, imatrix_path, importance, read_imatrix
-from ldrt_edge.convert.quantize import (
-    Importance,
-    Wanted,
-    quantize,
-    quantize_planned,
-    read_back,
-    run_quantizer,
-)
+from ldrt_edge.convert.planned import quantize_planned
+from ldrt_edge.convert.quantize import Gguf, Importance, Wanted, quantize, read_back, run_quantizer
 from ldrt_edge.convert.type_plan import TypePlan, read_type_plan
 from ldrt_edge.errors import ArtifactError, ConfigError, DataError
 from ldrt_edge.runtimes.base import FrontImage, Prompt
@@ -192,7 +186,7 @@ def test_every_matrix_gets_the_type_of_the_plan(wide: tuple[Path, Importance], t
         "mmproj:\n  mm.*: Q8_0\n  v.blk.0.*: Q6_K\n  '*': F16\n"
     )
 
-    out = quantize_planned(merged, tmp_path / "edge", read_type_plan(path), given)
+    out = quantize_planned(merged, tmp_path / "edge", read_type_plan(path, "gguf"), Gguf(given))
 
     model = {t.name: t.tensor_type.name for t in GGUFReader(out / "model-PLANNED.gguf").tensors if len(t.shape) == 2}
     mmproj = {t.name: t.tensor_type.name for t in GGUFReader(out / "mmproj-PLANNED.gguf").tensors if len(t.shape) == 2}
@@ -211,8 +205,10 @@ def test_every_matrix_gets_the_type_of_the_plan(wide: tuple[Path, Importance], t
     ("text", "reason"),
     [
         ("model: {'*': Q4_K}", "its first line should be"),
-        ("format: ldrt-edge/plan/1\nmodel: {'*': Q4_K}", "one under 'mmproj'"),
+        ("format: ldrt-edge/plan/1\nmodel: {'*': Q4_K_M}", r"\*: Q4_K_M is none .*types under 'mmproj'"),
         ("format: ldrt-edge/plan/1\nmodel: {'*': Q4_K_M}\nmmproj: {'*': Q4_K}", r"Q4_K_M is none .*\*: Q4_K is none"),
+        ("format: ldrt-edge/plan/1\nto: gguf\nmodel: {'*': affine-4-g64}\nmmproj: {'*': F16}", "affine-4-g64 is none"),
+        ("format: ldrt-edge/plan/1\nto: mlx\nmodel: {'*': f16}\nvision: {'*': f16}", "for mlx, and this is --to gguf"),
         ("format: [", "cannot be read"),
     ],
 )
@@ -220,18 +216,19 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, text: str, reason: str) -> N
     path = tmp_path / "plan.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=reason):
-        read_type_plan(path)
+        read_type_plan(path, "gguf")
 
 
 def test_a_plan_must_fit_the_model(tiny: builders.Tiny, tmp_path: Path) -> None:
-    plan = TypePlan({"blk.*": "Q4_K", "blk.7.*": "Q8_0"}, {"*": "F16"})
+    types = {"blk.0.attn_q": "Q4_K", "blk.7.*": "Q8_0", "blk.*": "Q8_0", "output": "Q8_0"}
+    plan = TypePlan("gguf", {"model": types, "mmproj": {"v.*": "F16"}})
     with pytest.raises(ConfigError) as caught:
-        quantize_planned(tiny("llava15", "llama"), tmp_path / "edge", plan)
-    assert "token_embd.weight has no type" in str(caught.value)
-    assert "blk.0.attn_q.weight: its rows of 64 do not divide into Q4_K" in str(caught.value)
-    with pytest.raises(ConfigError, match=r"blk\.7\.\* fits no matrix"):
-        other = TypePlan({"*": "Q8_0", "blk.7.*": "Q8_0"}, {"*": "F16"})
-        quantize_planned(tiny("llava15", "llama"), tmp_path / "edge", other)
+        quantize_planned(tiny("llava15", "llama"), tmp_path / "edge", plan, Gguf())
+    for problem in (
+        "token_embd.weight has no type", "blk.0.attn_q.weight: its rows of 64 do not divide into Q4_K",
+        "blk.7.* fits no matrix of 'model'", "mm.2.weight has no type",
+    ):  # fmt: skip
+        assert problem in str(caught.value)
 
 
 def kld(edge: Path) -> float:
