@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := ldrt_edge train convert bench
 
-.PHONY: install demo test test-slow lint links bench bench-mac clean
+.PHONY: install demo test test-slow lint links bench bench-mac bench-quantisers clean
 
 demo: install
 	$(BIN)/ldrt-edge demo runs/demo
@@ -27,6 +27,10 @@ bench-mac: install
 	$(BIN)/ldrt-edge bench runs/demo/gguf-q4 --data runs/demo/phantom --reference runs/demo/merged --limit 200 --out runs/demo/mac-gguf
 	$(BIN)/ldrt-edge bench runs/demo/mlx-q4 --data runs/demo/phantom --reference runs/demo/merged --limit 200 --out runs/demo/mac-mlx
 
+# llama.cpp's presets, with and without importance, beside our plans at equal bytes: hours; a second run goes on.
+bench-quantisers: install
+	$(BIN)/python -m ldrt_edge.bench.quantisers runs/demo/merged --data runs/demo/phantom --out runs/demo/quantisers
+
 lint: install links
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -41,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing torch (CPU build)..."
 	$(BIN)/pip install --quiet --constraint constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
 	@echo "Installing the rest; llama-cpp-python builds from source, about 5 minutes on 2 cores..."
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,mlx,starter,peers,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,mlx,starter,bench,peers,dev]'
 	touch $(STAMP)
 
 # Type checkers do not follow the editable install's hook: give them the four folders as one package.

@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 _SETTINGS = ".settings.json"
 _LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "tokenizers", "gguf", "llama-cpp-python", "mlx", "mlx-lm",
-    "mlx-vlm", "numpy", "pillow", "pydicom",
+    "mlx-vlm", "numpy", "pillow", "pydicom", "rouge-score", "sacrebleu",
 )
 _MANIFEST_LIMIT_BYTES = 64 << 20
 

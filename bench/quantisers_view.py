@@ -1,0 +1,128 @@
+"""What a reader sees of a comparison of quantisers: a table, and loss against size as a picture.
+
+In the picture every way to quantise has a line, with a marker and a shade of its own, to be readable printed in grey.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldrt_edge.errors import require
+
+if TYPE_CHECKING:
+    from ldrt_edge.bench.quantisers import Comparison, Result, Step
+    from ldrt_edge.bench.statistics import Ratio
+    from ldrt_edge.bench.steps import Cost
+
+EQUAL_BYTES = 0.01
+"""By how much files may differ and still count as equally large."""
+
+_NAMES = {
+    "none": "llama.cpp's preset", "text": "preset, text importance", "pooled": "preset, image+text importance, pooled",
+    "balanced": "preset, image+text importance, balanced", "answer": "preset, image+text importance, answer",
+    "plan": "our plan",
+}  # fmt: skip
+_STYLES = {
+    "none": ("s", "#000000"), "text": ("^", "#0072b2"), "pooled": ("v", "#56b4e9"), "balanced": ("D", "#e69f00"),
+    "answer": ("P", "#999999"), "plan": ("o", "#d55e00"),
+}  # fmt: skip
+"""Marker and colour; the colours are Okabe and Ito's, told apart by colour-blind readers too."""
+_LINES = ("-", "--", ":", "-.")
+"""Of the first, second, … calibration set."""
+_APART_POINTS = 4
+"""Markers of files of one size stand side by side, this far apart."""
+
+
+def label(result: Result) -> str:
+    """A result's name."""
+    return " ".join(part for part in (result.base, result.family, result.calibration) if part)
+
+
+def table(found: Comparison) -> list[str]:
+    """The results and the slowest step of each kind as lines of text."""
+    exact = found.exact
+    lines = [
+        f"{found.questions} questions about {found.images} pictures, {found.tokens} answer tokens; "
+        f"the merged model has {exact.value:.1%} right ({exact.ci_low:.1%} to {exact.ci_high:.1%})",
+        f"{'':26} {'MB':>7} {'bits':>5}  {'KLD':26} {'top-1':>6}  {'loss, points':20} {'flips':>6}  "
+        f"{'KLD / preset':22} KLD / text importance",
+    ]
+    for one in found.results:
+        loss = f"{100 * one.loss.value:+.1f} ({100 * one.loss.ci_low:+.1f} to {100 * one.loss.ci_high:+.1f})"
+        unequal = "" if abs(one.bytes_ratio - 1) <= EQUAL_BYTES else f"  {one.bytes_ratio:.3f} of the preset's bytes"
+        lines.append(
+            f"{label(one):26} {one.bytes / 1e6:7.1f} {one.bits_per_weight:5.2f}  {_interval(one.kld, '.3g'):26} "
+            f"{one.top1.value:6.1%}  {loss:20} {one.flips.value:6.1%}  {_interval(one.kld_to_none, '.2f'):22} "
+            f"{_interval(one.kld_to_text, '.2f') if one.kld_to_text else ''}{unequal}".rstrip()
+        )
+    slowest: dict[str, Step] = {}
+    for step in sorted(found.steps, key=lambda step: step.cost.seconds):
+        slowest[step.name] = step
+    grown = "; at other sizes, if time and memory grow with the parameters" if found.steps[0].at else ""
+    size = f"{found.parameters / 1e6:.1f} million parameters, {found.image_tokens} tokens a picture"
+    lines.append(f"costs with {size}{grown}")
+    for step in slowest.values():
+        costs = [_cost(step.cost), *(f"{size} {_cost(cost)}" for size, cost in step.at.items())]
+        lines.append(f"{step.name:18} {step.what:24} {'; '.join(costs)}")
+    return lines
+
+
+def draw(found: Comparison, path: Path) -> None:
+    """Draw KLD with its intervals over the language model's file size, as PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = require("matplotlib.figure", "bench").Figure(figsize=(9, 6), layout="constrained")
+    transforms = require("matplotlib.transforms", "bench")
+    axes = figure.subplots(subplot_kw={"yscale": "log"})
+    series = list(dict.fromkeys((result.family, result.calibration) for result in found.results))
+    calibrations = list(dict.fromkeys(name for _, name in series if name))
+    for place, (family, name) in enumerate(series):
+        points = sorted(
+            (result for result in found.results if (result.family, result.calibration) == (family, name)),
+            key=lambda result: result.bytes,
+        )
+        kld = [point.kld.value for point in points]
+        marker, colour = _STYLES[family]
+        shift = _APART_POINTS * (place - (len(series) - 1) / 2) / 72
+        axes.errorbar(
+            [point.bytes / 1e6 for point in points], kld,
+            yerr=[
+                [point.kld.value - point.kld.ci_low for point in points],
+                [point.kld.ci_high - point.kld.value for point in points],
+            ],
+            label=_NAMES[family] + (f" ({name})" if name and len(calibrations) > 1 else ""),
+            marker=marker, color=colour, markeredgecolor="black", markersize=7, capsize=2.5, elinewidth=1,
+            linewidth=2 if family == "plan" else 1,
+            linestyle=_LINES[calibrations.index(name) % len(_LINES)] if name else "-",
+            transform=axes.transData + transforms.ScaledTranslation(shift, 0, figure.dpi_scale_trans),
+        )  # fmt: skip
+    edges = [(result.bytes / 1e6, end) for result in found.results for end in (result.kld.ci_low, result.kld.ci_high)]
+    axes.update_datalim(edges)  # matplotlib leaves what is moved aside out
+    bases = {result.bytes: result.base for result in found.results if result.family == "none"}
+    for size, base in bases.items():
+        axes.annotate(
+            base, (size / 1e6, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
+            ha="center", fontsize=9, annotation_clip=False,
+        )  # fmt: skip
+        axes.axvline(size / 1e6, color="#dddddd", linewidth=1, zorder=0)
+    axes.set_xlabel("language model's file, MB")
+    axes.set_ylabel("mean KLD from the merged model, nats an answer token")
+    axes.grid(axis="y", which="both", color="#eeeeee")
+    axes.set_title(
+        f"Loss against size: {found.tokens} answer tokens of {found.questions} held-out questions about "
+        f"{found.images} pictures\n(95% intervals by picture; files of one size side by side)",
+        fontsize=10, pad=22,
+    )  # fmt: skip
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _interval(one: Ratio, form: str) -> str:
+    return f"{one.value:{form}} ({one.ci_low:{form}} to {one.ci_high:{form}})"
+
+
+def _cost(cost: Cost) -> str:
+    return f"{cost.seconds:.0f} s, {cost.peak_bytes / 1e9:.1f} GB"

@@ -1,0 +1,185 @@
+"""Quantisers side by side: equal bytes, numbers from real files, steps that are done once and cost what they cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny as builders
+from PIL import Image
+
+from ldrt_edge import artifact
+from ldrt_edge.bench import quantisers
+from ldrt_edge.bench.quantisers import ask, compare, main
+from ldrt_edge.bench.statistics import paired_ratio
+from ldrt_edge.bench.steps import Cost, Journal, apart
+from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
+from ldrt_edge.convert.quantize import quantize
+from ldrt_edge.dataset import Dataset, DatasetWriter
+from ldrt_edge.errors import DataError
+from ldrt_edge.fidelity import compare_logits
+from ldrt_edge.front import Front
+from ldrt_edge.runtimes.hf import HfRuntime
+from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
+from ldrt_edge.train.data.phantom import phantom
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantom(tmp_path_factory.mktemp("data") / "phantom", 8, 0, test_fraction=0.5, languages=("en",))
+
+
+def test_a_ratio_is_paired_and_its_interval_knows_clusters() -> None:
+    rng = np.random.default_rng(0)
+    pictures = np.repeat(np.arange(40), 6)
+    hard = rng.lognormal(0, 1.5, 40)[pictures]  # one picture's tokens are hard together
+    theirs = hard * rng.lognormal(0, 0.2, 240)
+    ours = 0.5 * hard * rng.lognormal(0, 0.2, 240)
+
+    found = paired_ratio(ours.tolist(), theirs.tolist(), pictures.tolist())
+    mean = paired_ratio(theirs.tolist(), [1.0] * 240, pictures.tolist())
+    by_row = paired_ratio(theirs.tolist(), [1.0] * 240, list(range(240)))
+
+    assert found.value == pytest.approx(ours.sum() / theirs.sum())
+    assert (found.n, found.clusters) == (240, 40)
+    assert found.ci_low < 0.5 < found.ci_high and found.ci_high - found.ci_low < 0.1
+    assert mean.value == pytest.approx(theirs.mean())
+    assert mean.ci_high - mean.ci_low > 1.5 * (by_row.ci_high - by_row.ci_low)
+    assert (mean.ci_high - mean.ci_low) / mean.value > 3 * (found.ci_high - found.ci_low) / found.value
+    with pytest.raises(ValueError, match="sum of 0"):
+        paired_ratio([1.0], [0.0], [0])
+
+
+def test_a_step_is_done_once_and_half_a_line_is_done_again(tmp_path: Path) -> None:
+    path, done = tmp_path / "journal.jsonl", []
+
+    def work() -> int:
+        done.append(len(done))
+        return done[-1]
+
+    journal = Journal(path)
+    assert [journal.once({"a": 1}, work), journal.once({"a": 1}, work), journal.once({"a": 2}, work)] == [0, 0, 1]
+    assert Journal(path).once({"a": 2}, work) == 1
+    assert Journal(path).once({"a": 2}, work, kept=tmp_path / "gone") == 2
+    path.write_bytes(path.read_bytes()[:-5])
+    assert Journal(path).once({"a": 2}, work) == 1, "the line that a killed run did not end is not counted"
+    assert Journal(path).once({"a": 3}, work) == 3
+    assert [json.loads(line)["key"]["a"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    path.write_text("no journal\n")
+    with pytest.raises(DataError, match="no journal of steps"):
+        Journal(path)
+
+
+def _hold(megabytes: int) -> int:
+    return len(np.ones(megabytes << 17).tobytes()) if megabytes else 0
+
+
+def test_each_step_has_its_own_peak_of_memory() -> None:
+    held, much = apart((), _hold, 200)
+    _, little = apart((), _hold, 0)
+    assert held == 200 << 20
+    assert much.peak_bytes - much.idle_bytes > 390 << 20  # the array and its copy, 400 MiB
+    assert little.peak_bytes - little.idle_bytes < 50 << 20
+    assert Cost(2.0, 300, 100).scaled(3) == Cost(6.0, 700, 100)
+
+
+def test_pictures_that_are_asked_about_are_not_calibrated_on(
+    tiny: builders.Tiny, data: Path, tmp_path: Path
+) -> None:
+    front, dataset, same = Front.load(tiny("llava15", "llama")), Dataset(data), tmp_path / "same"
+    with artifact.create(same, "dataset", {}) as draft, DatasetWriter(draft.path) as writer:
+        for row in dataset:
+            image, _ = writer.add_image(dataset.image_path(row).read_bytes(), ".png")
+            writer.add(replace(row, image=image, split="train"))
+    assert ask(front, dataset, None, 0, {"own": data})
+    with pytest.raises(DataError, match=r"--calibration other: .* trains on pictures that are asked about"):
+        ask(front, dataset, None, 0, {"own": data, "other": same})
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (["--bases", "Q4_K_M,IQ2_XXS"], "--bases 'IQ2_XXS': choose one of"),  # needs an importance matrix
+        (["--weightings", "all"], "--weightings 'all': choose one of pooled, balanced, answer"),
+        (["--calibration", "phantom"], "--calibration phantom: wants NAME=DATASET"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    tiny: builders.Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], told: str
+) -> None:
+    assert main([str(tiny("llava15", "llama")), "--data", str(data), "--out", str(tmp_path / "out"), *option]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and told in said[0]
+
+
+def test_text_importance_sees_no_picture(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    merged = tiny("llava15", "llama")
+    whole = importance(merged, data, tmp_path / "whole", limit=8)
+    text = importance(merged, data, tmp_path / "text", limit=8, pictures=False)
+
+    counts = [artifact.read(folder).metrics["tokens"] for folder in (whole, text)]
+    assert counts[0]["vision"] > 0 == counts[1]["vision"]
+    assert counts[0]["answer"] == counts[1]["answer"]
+    means = [read_imatrix(imatrix_path(folder, "pooled")) for folder in (whole, text)]
+    assert {name for name in means[0] if name.startswith(("v.", "mm."))} == means[0].keys() - means[1].keys()
+    assert not np.allclose(means[0]["blk.0.attn_q.weight"], means[1]["blk.0.attn_q.weight"], rtol=0.05)
+
+
+@pytest.mark.slow
+def test_quantisers_side_by_side(
+    tiny: builders.Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
+    given: dict[str, Any] = {"calibration_rows": 16, "sensitivity_rows": 8, "threads": 1}
+
+    found = compare(merged, data, out, ["Q4_K_M"], ["balanced"], **given)
+
+    by_family = {result.family: result for result in found.results}
+    assert list(by_family) == ["none", "text", "balanced", "plan"]
+    none, plan = by_family["none"], by_family["plan"]
+    assert all(0.99 <= result.bytes_ratio <= 1.01 for result in found.results)
+    assert len(plan.types) > len(none.types) and plan.kld_to_none.ci_high < 0.8
+    assert plan.kld_to_text is not None and plan.kld_to_text.value == pytest.approx(
+        plan.kld.value / by_family["text"].kld.value
+    )
+    assert none.kld_to_none.value == 1 and none.kld_to_text is None
+
+    edge = quantize(merged, tmp_path / "q4", "Q4_K_M")  # the same by the product's own way
+    asked = ask(Front.load(merged), Dataset(data), None, 0, {})
+    scores = []
+    for runtime in (HfRuntime(merged, threads=1), LlamaCppRuntime(edge, threads=1)):
+        scores.append([runtime.score(question.prompt, question.answer) for question in asked])
+        runtime.close()
+    kld = np.concatenate([compare_logits(*pair).kld for pair in zip(*scores, strict=True)])
+    assert none.bytes == (edge / "model-Q4_K_M.gguf").stat().st_size
+    assert none.kld.value == pytest.approx(kld.mean(), rel=1e-3)
+    assert (found.questions, found.tokens) == (len(asked), len(kld))
+
+    costs = {step.name: step.cost for step in found.steps}
+    assert list(costs) == ["quantisation", "importance, text", "importance", "sensitivity", "allocation"]
+    assert costs["sensitivity"].seconds > costs["importance"].seconds > 0
+    assert all(cost.peak_bytes >= cost.idle_bytes > 0 for cost in costs.values())
+    written = json.loads((out / "quantisers.json").read_text())
+    assert [result["kld"]["value"] for result in written["results"]] == [r.kld.value for r in found.results]
+    assert str(tmp_path) not in (out / "quantisers.json").read_text()
+    with Image.open(out / "quantisers.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
+    assert not list(out.rglob("*.gguf.part")) and not (out / "work").exists(), "subjects are deleted"
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(quantisers, "apart", refuse)
+    assert compare(merged, data, out, ["Q4_K_M"], ["balanced"], **given) == found
+    with pytest.raises(AssertionError, match="measured again"):
+        compare(merged, data, out, ["Q4_K_M"], ["balanced", "answer"], **given)
+    command = [merged, "--data", data, "--out", out, "--bases", "Q4_K_M", "--weightings", "balanced"]
+    options = ["--calibration-rows", 16, "--sensitivity-rows", 8, "--threads", 1]
+    capsys.readouterr()
+    assert main([str(word) for word in [*command, *options]]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == str(out / "quantisers.json") and any(line.startswith("Q4_K_M plan phantom") for line in told)
