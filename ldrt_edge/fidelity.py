@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from ldrt_edge.runtimes.base import FloatArray, log_softmax
 
+KERNELS_APART = 0.25
+"""Logits of one quantised model that differ by less may come from kernels: of other processors, or for one token and
+for many (0.16 measured at a 7B's depth). So close together, either of two tokens is right."""
+
 
 @dataclass(frozen=True, eq=False)
 class TokenFidelity:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ldrt_edge import artifact
 from ldrt_edge.errors import ArtifactError
+from ldrt_edge.fidelity import KERNELS_APART
 from ldrt_edge.front import Front, Message
 from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.base import Prompt, Runtime, Sampling, load
@@ -26,8 +27,6 @@ from ldrt_edge.runtimes.base import Prompt, Runtime, Sampling, load
 GOLDEN = "golden"
 _RECORDS = "records.jsonl"
 RECORDS_PATH = f"{GOLDEN}/{_RECORDS}"
-_CLOSE_LOGITS = 0.1
-"""Kernels of other processors move a logit by less; so close together, either of two tokens is right."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _turned(runtime: Runtime, prompt: Prompt, record: Record) -> bool:
     if not record.answer_ids:
         return False
     first = runtime.score(prompt, record.answer_ids).argmax(axis=1) == np.asarray(record.answer_ids)
-    return bool((first | (np.asarray(record.margins) < _CLOSE_LOGITS)).all())
+    return bool((first | (np.asarray(record.margins) < KERNELS_APART)).all())
 
 
 def _prompt(front: Front, question: str, picture: NDArray[np.uint8]) -> Prompt:

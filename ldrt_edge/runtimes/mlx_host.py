@@ -52,7 +52,7 @@ _REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _many(x: mx.array) -> bool:
-    return x.size // x.shape[-1] > _FEW_ROWS
+    return bool(x.size // x.shape[-1] > _FEW_ROWS)
 
 
 def _unpacked(layer: Any) -> mx.array:
