@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ldrt_edge.options import PATH, json_option
+
 if TYPE_CHECKING:
     from ldrt_edge.bundle.container import Opened
     from ldrt_edge.bundle.keys import Signer
 
-PATH = click.Path(path_type=Path)
-_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 trust_once_option = click.option("--trust-once", is_flag=True, help="Open a bundle that nobody you trust has signed.")
 
 
@@ -43,7 +43,7 @@ def bundle() -> None:
 @click.option("--licence", help="Of the model: an SPDX identifier.")
 @click.option("--max-loss", default=1.0, show_default=True, help="Percentage points that it may have lost.")
 @click.option("--unreleased", is_flag=True, help="Pack a model that lost more, or whose loss is not known.")
-@_json
+@json_option
 def pack(edge: Path, report: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Pack an export and its report. The report's pictures and answers go with it: mind whose they are."""
     from ldrt_edge.bundle.pack import pack as run
@@ -55,7 +55,7 @@ def pack(edge: Path, report: Path, out: Path, as_json: bool, **options: Any) -> 
 @click.argument("name", type=PATH)
 @click.option("--passphrase", prompt="Passphrase (empty for none)", default="", hide_input=True, show_default=False,
               confirmation_prompt=True)  # fmt: skip
-@_json
+@json_option
 def keygen(name: Path, passphrase: str, as_json: bool) -> None:
     """Make a key pair, NAME.key (keep it secret) and NAME.pub (give it to those who shall trust you)."""
     from ldrt_edge.bundle.keys import keygen as run
@@ -66,7 +66,7 @@ def keygen(name: Path, passphrase: str, as_json: bool) -> None:
 
 @bundle.command()
 @click.argument("public_key", type=PATH)
-@_json
+@json_option
 def trust(public_key: Path, as_json: bool) -> None:
     """Trust a NAME.pub: bundles that its owner signs will open. Compare the key that is shown with its owner's."""
     from ldrt_edge.bundle.keys import trust as run
@@ -81,7 +81,7 @@ def trust(public_key: Path, as_json: bool) -> None:
 @bundle.command()
 @click.argument("path", type=PATH, metavar="NAME.ldrt")
 @click.option("--key", required=True, type=PATH, help="NAME.key")
-@_json
+@json_option
 def sign(path: Path, key: Path, as_json: bool) -> None:
     """Sign a bundle where it lies, after holding all of it against its statement."""
     from ldrt_edge.bundle import keys
@@ -97,7 +97,7 @@ def sign(path: Path, key: Path, as_json: bool) -> None:
 @bundle.command()
 @click.argument("path", type=PATH, metavar="BUNDLE")
 @trust_once_option
-@_json
+@json_option
 def verify(path: Path, trust_once: bool, as_json: bool) -> None:
     """Check signature, trust and every byte of a bundle, packed or installed."""
     from ldrt_edge.bundle.open import accept, check_whole, open_any
@@ -112,7 +112,7 @@ def verify(path: Path, trust_once: bool, as_json: bool) -> None:
 @click.argument("path", type=PATH, metavar="NAME.ldrt")
 @click.option("--out", type=PATH, help="Default: in your own folder, where chat finds it again.")
 @trust_once_option
-@_json
+@json_option
 def install(path: Path, out: Path | None, trust_once: bool, as_json: bool) -> None:
     """Verify a bundle, unpack it, and ask the model its golden questions; no network is used."""
     from ldrt_edge.bundle.open import install as run
@@ -123,7 +123,7 @@ def install(path: Path, out: Path | None, trust_once: bool, as_json: bool) -> No
 
 @click.command()
 @click.argument("path", type=PATH, metavar="BUNDLE")
-@_json
+@json_option
 def inspect(path: Path, as_json: bool) -> None:
     """What a bundle says of itself, and who signed that. Reads its statement only; nothing is checked or loaded."""
     _show(path, as_json, whole=True)
