@@ -5,7 +5,7 @@
 Nothing is downloaded: about 14 GB of bf16 weights are drawn, merged with a random adapter, converted, quantised and
 asked a question. Each stage runs in a process of its own, whose wall time and peak memory are printed; with
 `--converter`, llama.cpp's official text converter and its quantiser run on the same files beside ours. FOLDER needs
-about 50 GB and can be deleted afterwards. What is done already is not done again.
+about 50 GB and can be deleted afterwards. A merge or an export that is there is neither made nor timed again.
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ def run(
     if converter is None:
         commands["upstream"] = []
     costs = []
+    made = {"merge": merged, "gguf": gguf, "mlx": mlx}
     for stage in stages:
+        if stage in made and made[stage].exists():
+            console.say(f"{stage}: {made[stage]} is there already")
+            continue
         costs += [_measure(label, command) for label, command in commands[stage]]
         for name in _LEFTOVERS.get(stage, ()):
             (folder / name).unlink(missing_ok=True)

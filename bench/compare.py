@@ -195,7 +195,7 @@ def _open(folder: Path, name: str) -> _Opened:
             reference=(reference["name"], reference["manifest_sha256"]) if reference else None,
             samples={sample.id: sample for sample in read_samples(folder / SAMPLES)},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{folder}: not a report that this version reads ({error!r})") from error
 
 
@@ -242,6 +242,13 @@ def _two(one: tuple[str, str], other: tuple[str, str]) -> str:
 
 
 def _column(report: _Opened, clusters: Mapping[str, Hashable], first: _Opened | None) -> Column:
+    try:
+        return _read_column(report, clusters, first)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{report.name}: not a report that this version reads ({error!r})") from error
+
+
+def _read_column(report: _Opened, clusters: Mapping[str, Hashable], first: _Opened | None) -> Column:
     samples = [report.samples[id] for id in clusters]
     labels = list(clusters.values())
     right = [sample.subject.correct for sample in samples]

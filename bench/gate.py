@@ -43,8 +43,8 @@ class Gate:
         self, merged: Path, data: Path, max_loss: float, max_flips: float | None = None, limit: int | None = None,
         seed: int = 0,
     ) -> None:
-        if max_loss <= 0 or (max_flips is not None and not 0 < max_flips <= 100):
-            raise ConfigError("--max-loss wants more than 0 points, --max-flips between 0 and 100 percent")
+        if not 0 < max_loss <= 100 or (max_flips is not None and not 0 < max_flips <= 100):
+            raise ConfigError("--max-loss wants more than 0 points, --max-flips more than 0 percent, both at most 100")
         self._merged, self._dataset, self._seed = merged, Dataset(data), seed
         self._rows = choose_rows(self._dataset.rows("test"), limit, seed)
         if not self._rows:

@@ -29,7 +29,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from ldrt_edge import __version__, artifact, console
 from ldrt_edge.artifact import Json
 from ldrt_edge.bench.quantisers_view import draw, label, table
-from ldrt_edge.bench.statistics import Difference, Rate, Ratio, paired_difference, paired_ratio, rate
+from ldrt_edge.bench.statistics import Difference, Rate, Ratio, joined, paired_difference, paired_ratio, rate
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
 from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity, write
@@ -176,7 +176,7 @@ def compare(
 class _Question:
     prompt: Prompt
     answer: tuple[int, ...]
-    group: str
+    cluster: Hashable
 
 
 class _Run:
@@ -201,8 +201,8 @@ class _Run:
         self._journal = Journal(out / "journal.jsonl")
         self._steps: list[tuple[str, str, Cost]] = []
         self._parameters = open_source(merged).weights.count
-        self._groups = [question.group for question in self._asked]
-        self._token_groups = [q.group for q in self._asked for _ in q.answer]
+        self._groups = [question.cluster for question in self._asked]
+        self._token_groups = [q.cluster for q in self._asked for _ in q.answer]
         self._ends = np.cumsum([len(question.answer) for question in self._asked])
 
     def family(self, base: str, weightings: Sequence[str]) -> Iterator[Result]:
@@ -389,15 +389,18 @@ def ask(
     for name, folder in calibrations.items():
         if any(row.image_sha256 in pictures for row in Dataset(folder).rows("train")):
             raise DataError(f"--calibration {name}: {folder} trains on pictures that are asked about: split it anew")
+    labels = joined([row.image_sha256 for row in rows], [row.group for row in rows])
+    clusters = {row.id: label for row, label in zip(rows, labels, strict=True)}
     asked = []
     for members in group_by_image(rows).values():
         image = front.image(read_image(dataset.image_path(members[0])).rgb)
         for row in members:
             messages = conversation(row.turns[:-1], image)
             try:
-                asked.append(_Question(front.prompt(messages), front.answer_ids(messages, row.answer), row.group))
+                prompt, answer = front.prompt(messages), front.answer_ids(messages, row.answer)
             except DataError as error:
                 raise DataError(f"row {row.id}: {error}") from error
+            asked.append(_Question(prompt, answer, clusters[row.id]))
     return asked
 
 
@@ -442,6 +445,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     given = parser.parse_args(arguments)
+    numbers = (given.questions, given.calibration_rows, given.sensitivity_rows, given.threads)
+    if any(number is not None and number < 1 for number in numbers):
+        parser.error("--questions, --calibration-rows, --sensitivity-rows and --threads want at least 1")
     try:
         found = compare(
             given.merged, given.data, given.out, given.bases.split(","), given.weightings.split(","),
@@ -461,6 +467,8 @@ def _named(given: Sequence[str]) -> dict[str, Path] | None:
     for name, equals, folder in pairs:
         if not (name and equals and folder):
             raise ConfigError(f"--calibration {name}{equals}{folder}: wants NAME=DATASET")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise ConfigError("--calibration: every data set wants a NAME of its own")
     return {name: Path(folder) for name, _, folder in pairs} or None
 
 

@@ -68,8 +68,8 @@ def bench(
     """
     if runs < 0 or (limit is not None and limit < 1) or (threads is not None and threads < 1):
         raise ConfigError("bench wants --runs of at least 0, --limit and --threads of at least 1")
-    if margin <= 0:
-        raise ConfigError("--margin wants more than 0 points")
+    if not 0 < margin <= 100:
+        raise ConfigError("--margin wants more than 0 points, and at most 100")
     artifact.read(edge, "gguf", "mlx", "merged", "base")
     if reference:
         artifact.read(reference, "merged", "base")
@@ -77,11 +77,12 @@ def bench(
     rows = _questions(dataset, split, limit, seed)
     settings = _Settings(split, limit, threads or physical_cores(), runs, seed, margin)
     inputs = [edge, data, *([reference] if reference else [])]
-    with artifact.create(out, "report", asdict(settings), inputs, seed, resumable=True) as draft:
+    config = asdict(settings) | {"overlap": overlap_installed()}
+    with artifact.create(out, "report", config, inputs, seed, resumable=True) as draft:
         if draft.complete:
             return out
-        if not overlap_installed():
-            console.say("ROUGE-L and chrF are left out: for them, pip install 'ldrt-edge[bench]' and bench again")
+        if not config["overlap"]:
+            console.say("ROUGE-L and chrF are left out; for them: pip install 'ldrt-edge[bench]', and another --out")
         environment = _environment(settings, _command(edge, data, out, reference, settings))
         samples = _ask(edge, reference, dataset, rows, draft.path / SAMPLES, settings)
         vqa = summarise(samples, (row for row in dataset if row.split != split), seed, margin / 100)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,7 +24,7 @@ import psutil
 
 from ldrt_edge.artifact import Json
 from ldrt_edge.bench.latency import peak_rss_bytes
-from ldrt_edge.errors import DataError
+from ldrt_edge.errors import ArtifactError, DataError
 
 _JOURNAL_LIMIT_BYTES = 1 << 30
 
@@ -67,7 +68,7 @@ class Journal:
             for line in whole.splitlines():
                 entry = json.loads(line)
                 self._done[digest(entry["key"])] = entry["gave"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{path}: no journal of steps ({error!r}): remove it to measure again") from error
         os.truncate(path, len(whole))
 
@@ -90,9 +91,16 @@ def digest(key: Mapping[str, Json]) -> str:
 
 
 def apart(packages: Sequence[str], function: Callable[..., T], *arguments: Any) -> tuple[T, Cost]:
-    """Call a function in a fresh process, in which `packages` are loaded before its cost is counted."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_costed, tuple(packages), function, arguments).result()
+    """Call a function in a fresh process, in which `packages` are loaded before its cost is counted.
+
+    Raises:
+        ArtifactError: the process was killed.
+    """
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_costed, tuple(packages), function, arguments).result()
+    except BrokenProcessPool as error:
+        raise ArtifactError("a step was killed, perhaps for lack of memory: a second run goes on") from error
 
 
 def _costed(packages: tuple[str, ...], function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T, Cost]:

@@ -8,6 +8,7 @@ Source: Huangfu and Hall, "Parallelizing the dual revised simplex method", Math.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,13 +23,17 @@ from ldrt_edge.errors import ConfigError
 _GAP = 1e-3
 
 
+class OutOfReach(ConfigError):
+    """A bound that no allocation meets."""
+
+
 def plan(
     merged: Path,
     data: Path,
     to: Format,
     out: Path,
     *,
-    target_bytes: int | None = None,
+    target_bytes: float | None = None,
     bits_per_weight: float | None = None,
     max_kld: float | None = None,
     limit: int = 16,
@@ -45,6 +50,8 @@ def plan(
     refuse_existing(out)
     if sum(bound is not None for bound in (target_bytes, bits_per_weight, max_kld)) != 1:
         raise ConfigError("plan wants one of --target-size, --bpw and --max-kld")
+    if not 0 < (target_bytes or bits_per_weight or max_kld or 0) < math.inf:
+        raise ConfigError("--target-size, --bpw and --max-kld want a number above 0")
     source = open_source(merged)
     found, fixed = sensitivities(source, data, to, limit, seed), to.fixed_bytes(source)
     if bits_per_weight is not None:
@@ -54,7 +61,7 @@ def plan(
 
 
 def allocate(
-    to: FormatName, matrices: Sequence[Matrix], fixed: int = 0, target_bytes: int | None = None,
+    to: FormatName, matrices: Sequence[Matrix], fixed: int = 0, target_bytes: float | None = None,
     max_damage: float | None = None,
 ) -> TypePlan:
     """Least damage within `target_bytes`, or fewest bytes within `max_damage`.
@@ -62,7 +69,8 @@ def allocate(
     to: the format of the options' types. fixed: bytes of what is never quantised; they count towards the size.
 
     Raises:
-        ConfigError: the bound cannot be met; says what can.
+        OutOfReach: the bound cannot be met; says what can.
+        ConfigError: the solver failed.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -77,11 +85,12 @@ def allocate(
     least = sum(cost[owner == i].min() for i in range(len(matrices)))
     if least > bound:
         told = f"{(least + fixed) / 1e6:.2f} MB" if target_bytes is not None else f"an estimated KLD of {least:.3g}"
-        raise ConfigError(f"the bound cannot be met: the least possible is {told}")
+        raise OutOfReach(f"the bound cannot be met: the least possible is {told}")
     once = csr_array((np.ones(len(options)), (owner, np.arange(len(options)))), (len(matrices), len(options)))
-    within = LinearConstraint(cost[None] / cost.max(), -np.inf, bound / cost.max())
+    scale = cost.max() or 1
+    within = LinearConstraint(cost[None] / scale, -np.inf, bound / scale)
     solved = milp(
-        goal / goal.max(), integrality=np.ones(len(options)), bounds=Bounds(0, 1),
+        goal / (goal.max() or 1), integrality=np.ones(len(options)), bounds=Bounds(0, 1),
         constraints=[LinearConstraint(once, 1, 1), within], options={"mip_rel_gap": _GAP},
     )  # fmt: skip
     if solved.x is None:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ldrt_edge import artifact, console
-from ldrt_edge.convert.allocate import allocate
+from ldrt_edge.convert.allocate import OutOfReach, allocate
 from ldrt_edge.convert.fallbacks import report
 from ldrt_edge.convert.gguf import identity
 from ldrt_edge.convert.parity import check
@@ -24,7 +24,6 @@ from ldrt_edge.convert.planned import WORK, Format
 from ldrt_edge.convert.sensitivity import Matrix, sensitivities
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName, TypePlan, write_type_plan
-from ldrt_edge.errors import ConfigError
 from ldrt_edge.release import RELEASE, Verdict, read_verdict
 
 BITS = (8.5, 7.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0, 3.75, 3.5, 3.25, 3.0, 2.75, 2.5)
@@ -94,7 +93,7 @@ def _plans(to: FormatName, found: Sequence[Matrix], fixed: int) -> Iterator[tupl
     for bits in BITS:
         try:
             plan = allocate(to, found, fixed, target_bytes=int(bits * weights / 8) + fixed)
-        except ConfigError:  # smaller than the smallest types
+        except OutOfReach:  # smaller than the smallest types
             if before is None:
                 raise
             return

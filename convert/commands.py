@@ -215,7 +215,7 @@ def plan(
     elif importance is None:
         raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
     wanted = _format(to, _importance(importance, weighting))
-    target = None if target_size is None else int(target_size * 1e6)
+    target = None if target_size is None else target_size * 1e6
     made = run(
         merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
     )

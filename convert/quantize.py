@@ -156,11 +156,12 @@ class Gguf:
         """Write a pair; `work` keeps the full-precision files."""
         files = _files(source)
         types = assign(plan, {part: _matrices(file) for part, file in files.items()})
-        needed = sum(
-            tensor.nbytes + (nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else 0)
+        wanted = sum(
+            nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else tensor.nbytes
             for file in files.values() for tensor in file.tensors
         )  # fmt: skip
-        check_room(folder, needed)
+        missing = sum(file.nbytes for part, file in files.items() if not (work / _PLANNED[part]).exists())
+        check_room(folder, wanted + missing)
         work.mkdir(exist_ok=True)
         for part, file in files.items():
             target, own = folder / _PLANNED[part], {t.name: types[t.name] for t in file.tensors if t.name in types}

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -83,7 +83,7 @@ def read_type_plan(path: Path, to: FormatName) -> TypePlan:
         if path.stat().st_size > _LIMIT_BYTES:
             raise ConfigError(f"--plan {path}: larger than {_LIMIT_BYTES >> 20} MiB, refused")
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--plan {path}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict) or data.get("format") != _SCHEMA:
         raise ConfigError(f"--plan {path}: not a plan: its first line should be 'format: {_SCHEMA}'")
@@ -98,14 +98,18 @@ def read_type_plan(path: Path, to: FormatName) -> TypePlan:
             problems.append(f"wants a list of types under '{part}'")
             continue
         known = {type_.lower(): type_ for type_ in types}
-        parts[part] = {str(name): known.get(str(value).lower(), "") for name, value in given.items()}
+        parts[part] = {str(name): known.get(_lower(value), "") for name, value in given.items()}
         problems += [
-            f"{name}: {value} is none of {', '.join(types)}"
-            for name, value in given.items() if str(value).lower() not in known
+            f"{name}: {value if isinstance(value, str) else type(value).__name__} is none of {', '.join(types)}"
+            for name, value in given.items() if _lower(value) not in known
         ]  # fmt: skip
     if problems:
         raise ConfigError(all_problems(problems, f"--plan {path}"))
     return TypePlan(to, parts)
+
+
+def _lower(value: Any) -> str:
+    return value.lower() if isinstance(value, str) else ""
 
 
 def write_type_plan(plan: TypePlan, path: Path) -> None:
@@ -123,13 +127,15 @@ def write_type_plan(plan: TypePlan, path: Path) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse to write over a plan, before minutes are spent on another.
+    """Refuse to write over a plan or into no folder, before minutes are spent on one.
 
     Raises:
-        ConfigError: there is a file of that name.
+        ConfigError: there is a file of that name, or no folder for it.
     """
     if path.exists():
         raise ConfigError(f"--out {path}: there is such a file already, perhaps edited: choose another name")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {path}: no such folder: {path.parent}")
 
 
 def assign(plan: TypePlan, matrices: Mapping[str, Sequence[PlannedMatrix]]) -> dict[str, str]:

@@ -85,7 +85,7 @@ def starter(out: Path, seed: int, as_json: bool) -> None:
 @click.option("--base", required=True, help="'starter', a folder, or a hub id (org/name or org/name@revision).")
 @click.option("--data", "datasets", required=True, multiple=True, type=PATH, help="Dataset artefact; repeatable.")
 @click.option("--out", required=True, type=PATH, help="The adapter artefact.")
-@click.option("--recipe", help="A recipe that ships with ldrt-edge; see --list-recipes.")
+@click.option("--recipe", help="A recipe that ships with ldrt-edge; an unknown name lists all.")
 @click.option("--config", type=PATH, help="A recipe of your own (YAML), instead of --recipe.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
 @click.option("--resume/--fresh", default=True, help="Go on from a killed run's checkpoint (the default), or not.")

@@ -272,6 +272,34 @@ def test_options_that_do_not_go_together(words: list[str], reason: str) -> None:
     assert isinstance(done.exception, ConfigError) and reason in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--bpw", "nan"], "a number above 0"), (["--target-size", "inf"], "a number above 0"),
+        (["--max-kld", "0"], "a number above 0"), (["--bpw", "4", "--max-kld", "1"], "one of --target-size"),
+    ],
+)  # fmt: skip
+def test_a_bound_is_checked_before_anything_is_measured(tmp_path: Path, words: list[str], reason: str) -> None:
+    given = ["plan", "merged", "--data", "data", "--to", "mlx", "--out"]
+    done = CliRunner().invoke(cli, [*given, str(tmp_path / "plan.yaml"), *words])
+    assert isinstance(done.exception, ConfigError) and reason in str(done.exception)
+    lost = CliRunner().invoke(cli, [*given, str(tmp_path / "no" / "plan.yaml"), "--bpw", "4"])
+    assert isinstance(lost.exception, ConfigError) and "no such folder" in str(lost.exception)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: 2001-99-99", "format: ldrt-edge/plan/1\nmodel: {a: [1, 2]}"])
+def test_a_plan_that_is_none_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        read_type_plan(tmp_path / "plan.yaml", "gguf")
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 2000
+
+
+def test_damages_of_nothing_are_no_trouble_to_the_solver() -> None:
+    idle = Matrix("a.weight", "model", 256, (Option("Q4_0", 144, 0.0), Option("Q8_0", 272, 0.0)))
+    assert allocate("gguf", [idle], target_bytes=300).parts == {"model": {"a.weight": "Q4_0"}}
+
+
 def test_the_gate_needs_held_out_rows_and_a_budget(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
     merged = tiny("llava15", "llama")
     only_training = phantom(tmp_path / "training", 2, 0, test_fraction=0.0, languages=("en",))
