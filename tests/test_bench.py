@@ -412,3 +412,9 @@ def test_what_cannot_be_compared_is_refused_with_every_reason(merged: Path, data
         compare([whole, elsewhere, fewer, held])
     with pytest.raises(ConfigError, match="which reports"):
         compare([whole])
+
+
+@pytest.mark.parametrize("margin", [0.0, float("nan"), float("inf")])
+def test_a_margin_that_is_none_is_refused_before_anything_is_asked(tmp_path: Path, margin: float) -> None:
+    with pytest.raises(ConfigError, match="--margin wants"):
+        bench(tmp_path / "edge", tmp_path / "data", tmp_path / "out", margin=margin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ldrt_edge.bench.steps import Cost, Journal, apart
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
 from ldrt_edge.convert.quantize import quantize
 from ldrt_edge.dataset import Dataset, DatasetWriter
-from ldrt_edge.errors import DataError
+from ldrt_edge.errors import ArtifactError, DataError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.hf import HfRuntime
@@ -183,3 +184,23 @@ def test_quantisers_side_by_side(
     assert main([str(word) for word in [*command, *options]]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == str(out / "quantisers.json") and any(line.startswith("Q4_K_M plan phantom") for line in told)
+
+
+def test_a_step_that_is_killed_is_one_line() -> None:
+    with pytest.raises(ArtifactError, match="a step was killed"):
+        apart((), os.abort)
+
+
+def test_a_journal_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match="no journal of steps"):
+        Journal(tmp_path / "journal.jsonl")
+
+
+def test_numbers_and_names_are_checked_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main([*words, "--questions", "0"])
+    assert "want at least 1" in capsys.readouterr().err
+    assert main([*words, "--calibration", "a=x", "--calibration", "a=y"]) == 1
+    assert "a NAME of its own" in capsys.readouterr().err
