@@ -351,5 +351,5 @@ def _edit(path: Path, **changes: Any) -> None:
     _write(path, _read(path) | changes)
 
 
-if __name__ == "__main__":  # python tests/tiny.py llavanext smollm2 FOLDER
-    build(Path(sys.argv[3]), *sys.argv[1:3])  # type: ignore[arg-type]
+if __name__ == "__main__":  # python tests/tiny.py llavanext smollm2 FOLDER [WIDTH]
+    build(Path(sys.argv[3]), *sys.argv[1:3], hidden=int((*sys.argv, 64)[4]))  # type: ignore[arg-type]
