@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,7 @@ class Sample:
         ("better"), or neither ("other"); None where they agree or there is no reference model.
     kld, top1: per token of the reference answer, given the right picture: Kullback-Leibler divergence of the subject
         from the reference model in nats, and whether both rank the same token first.
+    others: what further models answered, by their names (`bench.ladder`).
     """
 
     id: str
@@ -95,6 +96,7 @@ class Sample:
     kld: tuple[float, ...] | None
     top1: tuple[bool, ...] | None
     source: str = ""
+    others: Mapping[str, Answer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,12 @@ def draw_controls(rows: Sequence[Row], seed: int) -> Controls:
         if len(members) > 1:
             same_kind.update(_derange(members, seed))
     return Controls(same_kind, any_kind)
+
+
+def answers(sample: Sample) -> dict[str, Answer]:
+    """What each model said, given the right picture: "subject", "reference" if there is one, and others by name."""
+    reference = {"reference": sample.reference} if sample.reference else {}
+    return {"subject": sample.subject, **reference, **sample.others}
 
 
 def cluster_labels(samples: Sequence[Sample]) -> list[Hashable]:
@@ -283,4 +291,5 @@ def _parse(data: dict[str, Any]) -> Sample:
         data[name] = Answer(**data[name]) if data[name] else None
     for name in ("kld", "top1"):
         data[name] = tuple(data[name]) if data[name] is not None else None
+    data["others"] = {name: Answer(**given) for name, given in data.get("others", {}).items()}
     return Sample(**data)
