@@ -38,6 +38,9 @@ def bench() -> None:
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
 @click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
 @click.option("--margin", default=1.0, show_default=True, help="Points of accuracy: a loss within it counts as none.")
+@click.option("--probes", default=0, show_default=True, type=click.IntRange(min=0), metavar="PICTURES",
+              help="Probe with so many pictures what the model makes up.")
+@click.option("--beside", type=PATH, multiple=True, help="Another model to ask the same (base, exports); repeatable.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @trust_once_option
 @json_option
@@ -84,6 +87,34 @@ def judge(report: Path, out: Path | None, judges: tuple[str, ...], as_json: bool
     from ldrt_edge.bench.judge import judge as run
 
     show_artifact(run(report, out or beside(report, "judged"), judges, **options), as_json)
+
+
+@bench.command()
+@click.argument("edge", type=PATH)
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="About so many questions.")
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@click.option("--branches", default=16, show_default=True, type=click.IntRange(2, 64), help="Questions side by side.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@click.option("--seed", default=0, show_default=True, help="Of the choice of questions.")
+@trust_once_option
+@json_option
+def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **options: Any) -> None:
+    """Questions a minute: each alone, one after the other, and side by side."""
+    from ldrt_edge.bench.throughput import throughput as run
+    from ldrt_edge.bundle.open import model_folder
+
+    found = run(model_folder(edge, trust_once), dataset, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(found) | {"gain": found.gain}))
+        return
+    click.echo(f"{found.questions} questions about {found.pictures} pictures, {found.threads} threads")
+    for name in ("alone", "one_by_one", "side_by_side"):
+        same = getattr(found, f"{name}_identical", found.questions)
+        click.echo(
+            f"{name.replace('_', ' '):13} {getattr(found, f'{name}_per_min'):7.1f} a minute, {same} answers as alone"
+        )
+    click.echo(f"side by side: {found.gain:.1f} times as many as alone")
 
 
 @click.command()

@@ -187,15 +187,9 @@ def copy_bandwidth(threads: int, repeats: int = 5) -> float:
     return 2 * sum(part.nbytes for part in source) / min(seconds) / 1e9
 
 
-def forget(runtime: Runtime, prompt: Prompt) -> None:
-    """Let the runtime's key-value cache hold nothing that `prompt` could use."""
-    other = prompt.stop_ids[0] if prompt.stop_ids[0] != prompt.ids[0] else int(not prompt.ids[0])
-    runtime.score(replace(prompt, ids=(other,), images=()), (other,))
-
-
 def _run(runtime: Runtime, front: Front, rgb: NDArray[np.uint8], row: Row) -> _Run:
     prompt = front.prompt(conversation(row.turns[:-1], front.image(rgb)))
-    forget(runtime, prompt)
+    runtime.forget()
     started = time.perf_counter()
     prompt = front.prompt(conversation(row.turns[:-1], front.image(rgb)))
     tokens = runtime.generate(replace(prompt, stop_ids=()), Sampling(max_tokens=DECODE_TOKENS))

@@ -44,7 +44,8 @@ class Row:
 
     `image` is relative to the dataset folder. `group` is what a split must not divide. `kind` says what sort of
     picture it is ("dose map", "CHEST"): the wrong-image control draws the other picture from the same kind.
-    `task` names the question kind ("beam count", "modality"); `language` is BCP 47.
+    `task` names the question kind ("beam count", "modality"); `language` is BCP 47. `present` and `absent` are
+    structures that are surely in the picture and surely not, by their English names ("thalamus"), where that is known.
     """
 
     id: str
@@ -59,6 +60,8 @@ class Row:
     group: str
     kind: str = ""
     split: Split = "train"
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -216,7 +219,8 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
     try:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
-        row = Row(turns=turns, **data)
+        present, absent = (tuple(data.pop(name, ())) for name in ("present", "absent"))
+        row = Row(turns=turns, present=present, absent=absent, **data)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: line {number} is not a dataset row ({error})") from error
     if len(turns) < 2 or turns[-1].role != "assistant":
