@@ -37,7 +37,7 @@ from ldrt_edge.dataset import Dataset, Row, Split, group_by_image
 from ldrt_edge.errors import DataError, LdrtError, RuntimeLoadError
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image
-from ldrt_edge.runtimes.base import Prompt, Runtime, Sampling, load
+from ldrt_edge.runtimes.base import Runtime, Sampling, load
 from ldrt_edge.runtimes.processor import physical_cores
 
 WARMUP_RUNS, DECODE_TOKENS, LOADS = 1, 32, 3
