@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from ldrt_edge.bundle.commands import trust_once_option
+from ldrt_edge.errors import ConfigError
 from ldrt_edge.options import PATH, beside, json_option, show_artifact
 
 _MEASURE = "measure"
@@ -87,6 +88,43 @@ def judge(report: Path, out: Path | None, judges: tuple[str, ...], as_json: bool
     from ldrt_edge.bench.judge import judge as run
 
     show_artifact(run(report, out or beside(report, "judged"), judges, **options), as_json)
+
+
+@bench.command()
+@click.argument("edge", type=PATH, required=False)
+@click.option("--arch", help="Instead of EDGE: random weights of this shape (llava-1.5-7b, ...).")
+@click.option("--q4", "type_", flag_value="Q4_K_M", default=True, help="Of --arch: Q4_K_M (the default).")
+@click.option("--q8", "type_", flag_value="Q8_0", help="Of --arch: Q8_0.")
+@click.option("--f16", "type_", flag_value="F16", help="Of --arch: F16.")
+@click.option("--data", "dataset", type=PATH, help="Of EDGE: ask about a dataset's pictures instead of noise.")
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@click.option("--sweep", default="", metavar="1,2,4", help="Numbers of threads to try beside.")
+@click.option("--keep", type=PATH, metavar="FOLDER", help="Of --arch: keep what was drawn, to use it again.")
+@trust_once_option
+@json_option
+def latency(
+    edge: Path | None, arch: str | None, type_: str, dataset: Path | None, runs: int, threads: int | None, sweep: str,
+    keep: Path | None, trust_once: bool, as_json: bool,
+) -> None:
+    """Time a model on this machine: cold start, image, prefill, first token, decoding, threads, energy."""
+    from ldrt_edge.bench.latency import measure as time_one
+    from ldrt_edge.bench.latency import table
+    from ldrt_edge.bundle.open import model_folder
+
+    if (edge is None) == (arch is None) or (arch and dataset) or (edge and keep):
+        raise ConfigError("bench latency times EDGE [--data D], or --arch ARCH [--keep FOLDER]")
+    counts = tuple(int(count) if count.isdecimal() and int(count) else 0 for count in sweep.split(",") if count)
+    if 0 in counts:
+        raise ConfigError(f"--sweep {sweep}: wants numbers of threads, for instance 1,2,4")
+    if arch is not None:
+        from ldrt_edge.bench.feel import feel
+
+        found = feel(arch, cast("Any", type_), runs, threads, counts, keep)
+    else:
+        assert edge is not None
+        found = time_one(model_folder(edge, trust_once), dataset, runs=runs, threads=threads, sweep=counts)
+    click.echo(json.dumps(asdict(found)) if as_json else table(found))
 
 
 @bench.command()
