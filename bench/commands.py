@@ -1,4 +1,4 @@
-"""The commands that measure: `bench EDGE`, and beside it `bench judge`; `compare` puts reports side by side."""
+"""The commands that measure: `bench EDGE`, what else `bench` does, and `compare`, which puts reports side by side."""
 
 from __future__ import annotations
 
@@ -153,6 +153,18 @@ def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **opt
             f"{name.replace('_', ' '):13} {getattr(found, f'{name}_per_min'):7.1f} a minute, {same} answers as alone"
         )
     click.echo(f"side by side: {found.gain:.1f} times as many as alone")
+
+
+@bench.command("export")
+@click.argument("report", type=PATH)
+@click.option("--out", type=PATH, help="Default: REPORT-lmms beside it.")
+@json_option
+def export_(report: Path, out: Path | None, as_json: bool) -> None:
+    """Write a report's answers as logs of lmms-eval, for tools that read those."""
+    from ldrt_edge.bench.lmms import export
+
+    made = export(report, out or beside(report, "lmms"))
+    click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
 
 @click.command()

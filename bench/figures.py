@@ -127,7 +127,7 @@ def size_against_accuracy(rungs: Sequence[Rung]) -> Plot | None:
     most = max(sizes) * 1.1
     floor = max(0.0, min(rate.ci_low for rate in rates) - 0.05)
     ceiling = min(1.0, max(rate.ci_high for rate in rates) + 0.05)
-    left, right, bottom, top = _MARGIN, _PLOT_WIDTH - 12, _PLOT_HEIGHT - _MARGIN, 12.0
+    left, right, bottom, top = _MARGIN, _PLOT_WIDTH - 24, _PLOT_HEIGHT - _MARGIN, 12.0
 
     def x(size: float) -> float:
         return round(left + size / most * (right - left), 1)
@@ -150,7 +150,7 @@ def size_against_accuracy(rungs: Sequence[Rung]) -> Plot | None:
 
 def confidence_against_accuracy(found: Calibration) -> Plot:
     """The reliability diagram: a dot for each bin, larger for more answers; on the diagonal a model knows itself."""
-    left, right, bottom, top = _MARGIN, _PLOT_WIDTH - 12, _PLOT_HEIGHT - _MARGIN, 12.0
+    left, right, bottom, top = _MARGIN, _PLOT_WIDTH - 24, _PLOT_HEIGHT - _MARGIN, 12.0
 
     def x(share: float) -> float:
         return round(left + share * (right - left), 1)

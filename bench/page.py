@@ -29,6 +29,7 @@ from ldrt_edge.bench.formats import (
     short_p,
     signed,
 )
+from ldrt_edge.bench.hallucination import Hedging
 from ldrt_edge.bench.schema import Report
 from ldrt_edge.bench.significance import McNemar, NonInferiority, Power
 from ldrt_edge.bench.statistics import Difference
@@ -58,6 +59,7 @@ def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Se
         calibration_plot=confidence_against_accuracy(report.calibration) if report.calibration else None,
         browser={state: _evenly(found, _SHOWN[state]) for state, found in by_state.items() if found},
         counts={state: len(found) for state, found in by_state.items()},
+        hedging_rows=_hedging_rows,
         thumbnail=cache(lambda sha256: thumbnail(files[sha256])),
     )
 
@@ -118,13 +120,15 @@ def verdicts(report: Report) -> list[Verdict]:
             )
         )
     if report.hallucination and report.hallucination.presence:
-        made_up = report.hallucination.presence["all"].invented
+        asked = report.hallucination.presence["all"]
+        made_up = asked.invented
         found.append(
             Verdict(
                 percent(made_up),
                 "of structures that are not in the picture are said to be there",
-                f"interval {interval(made_up)}; {made_up.n} such questions, {report.hallucination.pictures} pictures",
-                made_up.ci_high < 0.5,
+                f"interval {interval(made_up)}, {made_up.n} questions; whether something is there or not, "
+                f"{percent(asked.accuracy)} is answered right",
+                made_up.ci_high < 0.5 < asked.accuracy.ci_low,
             )
         )
     if report.latency:
@@ -202,6 +206,18 @@ def thumbnail(path: Path) -> str:
     stream = io.BytesIO()
     picture.save(stream, "JPEG", quality=_THUMBNAIL_QUALITY)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _hedging_rows(report: Report) -> list[tuple[str, str, Hedging]]:
+    """Who hedges, in which language, and how."""
+    names = {"key": "the keys", "subject": report.subject.name}
+    names |= {"reference": report.reference.name} if report.reference else {}
+    return [
+        (names.get(who, who), language, found)
+        for language, speakers in report.hedging.items()
+        for who, found in speakers.items()
+        if found.words
+    ]
 
 
 def _evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
