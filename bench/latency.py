@@ -11,10 +11,9 @@ system lets its cache be emptied for a file, up to the first token.
 
 Decoding one token reads the language model's weights once, so tokens a second cannot exceed the speed at which memory
 can be read over these bytes: `roofline` is the share of it that is reached. It stands beside the timings, with the
-threads and the load average, without which none of them says anything. `bandwidth_gb_per_s` is STREAM's copy with as
-many threads. Energy is what the processor's own counters tell, if they may be read.
-
-Source: McCalpin, "Memory bandwidth and machine balance in current high performance computers" (1995), for STREAM.
+threads and the load average, without which none of them says anything. The bandwidth is that of reading alone, as
+decoding does, with as many threads (`ldrt_edge.machine`). Energy is what the processor's own counters tell, if they may
+be read.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -48,7 +46,6 @@ from ldrt_edge.runtimes.processor import physical_cores
 WARMUP_RUNS, DECODE_TOKENS, LOADS, SWEEP_RUNS = 1, 32, 3, 3
 _STOCK = "How many beams are used?"
 _WEIGHTS = (".gguf", ".safetensors")
-_COPY_BYTES = 256 << 20
 
 Question = tuple[NDArray[np.uint8], Sequence[Turn]]
 """A picture, (height, width, 3), and what is asked about it."""
@@ -83,7 +80,7 @@ class Latency:
     threads: of llama.cpp and torch; MLX has no such setting, there it is what the bandwidth was measured with.
     end_to_end_ms: a question with its answer of `decode_tokens` tokens. cold_start_ms: from files that are not in
         memory to the first token, once. joules_per_question: of the whole package; None where the system does not tell.
-    read_gb_per_s, roofline: memory's speed for reading, and decoding as a share of what it allows.
+    bandwidth_gb_per_s, roofline: memory's speed for reading, and decoding as a share of what it allows.
     by_threads: the same question at other numbers of threads, where it was asked for.
     """
 
@@ -103,7 +100,6 @@ class Latency:
     decode_tokens: int
     end_to_end_ms: Spread | None = None
     cold_start_ms: float | None = None
-    read_gb_per_s: float | None = None
     roofline: float | None = None
     joules_per_question: float | None = None
     by_threads: tuple[AtThreads, ...] = ()
@@ -185,14 +181,13 @@ def time_model(
         runtime=name,
         threads=threads,
         load_average=load_average,
-        bandwidth_gb_per_s=copy_bandwidth(threads),
+        bandwidth_gb_per_s=read,
         model_bytes=sum(weights(folder).values()),
         prompt_tokens=int(np.median(columns[5])),
         image_tokens=int(np.median(columns[6])),
         decode_tokens=DECODE_TOKENS,
         end_to_end_ms=whole,
         cold_start_ms=cold_start_ms,
-        read_gb_per_s=read,
         roofline=decode.median * _read_a_token(folder) / read / 1e9,
         joules_per_question=None if joules is None else joules / runs,
         by_threads=tuple(by_threads),
@@ -210,7 +205,7 @@ def table(found: Latency) -> str:
         ("decoding", f"{found.decode_tok_per_s.median:.1f} tokens/s"),
         (f"a question with {found.decode_tokens} tokens of answer", found.end_to_end_ms
          and f"{found.end_to_end_ms.median / 1e3:.1f} s"),
-        ("of what memory allows", found.roofline and f"{found.roofline:.0%} of {found.read_gb_per_s:.1f} GB/s"),
+        ("of what memory allows", found.roofline and f"{found.roofline:.0%} of {found.bandwidth_gb_per_s:.1f} GB/s"),
         ("peak memory", f"{found.peak_rss_bytes / 1e9:.2f} GB; weights {found.model_bytes / 1e9:.2f} GB"),
         ("energy", f"{found.joules_per_question:.0f} J a question" if found.joules_per_question is not None
          else "not told by this system"),
@@ -250,40 +245,6 @@ def peak_rss_bytes() -> int:
     import resource
 
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
-
-
-def copy_bandwidth(threads: int, repeats: int = 5) -> float:
-    """Memory bandwidth in GB/s: bytes read and written by the best of `repeats` copies with `threads` threads."""
-    source = [np.ones(_COPY_BYTES // threads // 8) for _ in range(threads)]
-    target = [np.zeros_like(part) for part in source]
-    seconds = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            started = time.perf_counter()
-            list(pool.map(np.copyto, target, source))
-            seconds.append(time.perf_counter() - started)
-    return 2 * sum(part.nbytes for part in source) / min(seconds) / 1e9
-
-
-def _run(runtime: Runtime, front: Front, rgb: NDArray[np.uint8], turns: Sequence[Turn]) -> _Run:
-    runtime.forget()
-    started = time.perf_counter()
-    prompt = front.prompt(conversation(turns, front.image(rgb)))
-    tokens = runtime.generate(replace(prompt, stop_ids=()), Sampling(max_tokens=DECODE_TOKENS))
-    next(tokens)
-    first_ms = (time.perf_counter() - started) * 1e3
-    list(tokens)
-    whole_ms = (time.perf_counter() - started) * 1e3
-    timings = runtime.timings
-    return _Run(
-        image_encode_ms=timings.image_encode_ms,
-        prefill_tok_per_s=timings.prefill_tokens / timings.prefill_ms * 1e3,
-        ttft_ms=first_ms,
-        decode_tok_per_s=timings.decode_tokens / timings.decode_ms * 1e3,
-        end_to_end_ms=whole_ms,
-        prompt_tokens=len(prompt.ids),
-        image_tokens=sum(image.token_count for image in prompt.images),
-    )
 
 
 def _read_a_token(folder: Path) -> int:
