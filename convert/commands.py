@@ -27,14 +27,14 @@ def _weighting_option(command: F) -> F:
 
 @click.command()
 @click.argument("model", type=PATH)
-@click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
-@click.option("--type", "type_", type=click.Choice(["f32", "f16", "bf16"]), default="f16", show_default=True)
+@click.option("--to", type=click.Choice(["gguf", "mlx"]), help="Default: gguf.")
+@click.option("--type", "type_", type=click.Choice(["f32", "f16", "bf16"]), help="Default: f16.")
 @click.option("--mmproj", type=click.Choice(["f32", "f16", "q8_0"]), help="GGUF's. Default: f32 for f32, else f16.")
 @click.option("--for", "app", type=click.Choice(["ollama", "lmstudio"]), help="Lay out an export as an app wants it.")
 @click.option("--out", type=PATH, help="Default: MODEL-TO-TYPE, or MODEL-APP, beside it.")
 @json_option
 def convert(
-    model: Path, to: str, type_: str, mmproj: str | None, app: str | None, out: Path | None, as_json: bool
+    model: Path, to: str | None, type_: str | None, mmproj: str | None, app: str | None, out: Path | None, as_json: bool
 ) -> None:
     """Convert merged weights for llama.cpp or MLX, held against them by logits before the result gets its name.
 
@@ -43,11 +43,15 @@ def convert(
     if app is not None:
         from ldrt_edge.convert.apps import for_app
 
+        _refuse(f"--for {app}", to=to, type=type_, mmproj=mmproj)
         made = for_app(model, app, out or beside(model, app))
-    elif to == "mlx":
+        show_artifact(made, as_json)
+        return
+    type_ = type_ or "f16"
+    if to == "mlx":
         from ldrt_edge.convert import mlx
 
-        _refuse(to, mmproj=mmproj)
+        _refuse("--to mlx", mmproj=mmproj)
         made = mlx.convert(model, out or beside(model, f"mlx-{type_.upper()}"), type_)
     else:
         from ldrt_edge.convert import gguf
@@ -80,8 +84,8 @@ def importance(
 @click.command()
 @click.argument("merged", type=PATH)
 @click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
-@click.option("--q4", "type_", flag_value="q4", help="Four bits: Q4_K_M, or MLX's affine 4.")
-@click.option("--q8", "type_", flag_value="q8", help="Eight bits: Q8_0, or MLX's affine 8.")
+@click.option("--q4", is_flag=True, help="Four bits: Q4_K_M, or MLX's affine 4.")
+@click.option("--q8", is_flag=True, help="Eight bits: Q8_0, or MLX's affine 8.")
 @click.option(
     "--type", "type_", metavar="TYPE",
     help="Any of llama.cpp's types: Q5_K_M, Q6_K, IQ4_NL, …; or MLX's: mixed_4_6, mxfp4, nvfp4, …",
@@ -101,20 +105,22 @@ def importance(
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
 @json_option
 def quantize(
-    merged: Path, to: str, type_: str | None, mmproj: str | None, group_size: str | None, importance: Path | None,
-    weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None, dataset: Path | None,
-    limit: int | None, out: Path | None, as_json: bool,
+    merged: Path, to: str, q4: bool, q8: bool, type_: str | None, mmproj: str | None, group_size: str | None,
+    importance: Path | None, weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None,
+    dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
 ) -> None:
     """Quantise merged weights to GGUF or MLX: to a preset, by a plan, or as far as a loss budget allows.
 
     Falls back per tensor where rows do not divide into a preset's type, and says so.
     """
-    if [type_, plan, max_loss].count(None) != 2:
+    types = [name for name in ("q4" * q4, "q8" * q8, type_) if name]
+    if len(types) + (plan is not None) + (max_loss is not None) != 1:
         raise ConfigError("which types? one of --q4, --q8 or --type TYPE, --plan FILE, --max-loss POINTS")
+    type_ = types[0] if types else None
     if to == "mlx":
-        _refuse(to, importance=importance)
+        _refuse(f"--to {to}", importance=importance)
     else:
-        _refuse(to, group_size=group_size)
+        _refuse(f"--to {to}", group_size=group_size)
     given = _importance(importance, weighting)
     if max_loss is None and (max_flips, dataset, limit) != (None, None, None):
         raise ConfigError("--max-flips, --data and --limit go with --max-loss")
@@ -137,7 +143,7 @@ def quantize(
     if to == "mlx":
         from ldrt_edge.convert import mlx
 
-        _refuse(to, mmproj=mmproj)
+        _refuse(f"--to {to}", mmproj=mmproj)
         out = out or beside(merged, f"mlx-{type_}")
         made = mlx.quantize(merged, out, type_, int(group_size) if group_size else None)
     else:
@@ -211,7 +217,7 @@ def plan(
     from ldrt_edge.convert.allocate import plan as run
 
     if to == "mlx":
-        _refuse(to, importance=importance)
+        _refuse(f"--to {to}", importance=importance)
     elif importance is None:
         raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
     wanted = _format(to, _importance(importance, weighting))
@@ -276,8 +282,8 @@ def _replay_golden(edge: Path, as_json: bool) -> None:
         raise ArtifactError(f"{edge}: {len(faults)} of {len(found)} golden answers are not what they were")
 
 
-def _refuse(to: str, **options: object) -> None:
-    """Options that the target does not know."""
+def _refuse(chosen: str, **options: object) -> None:
+    """Options that mean nothing beside the one chosen."""
     for name, value in options.items():
         if value is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} does not go with --to {to}")
+            raise ConfigError(f"--{name.replace('_', '-')} {value} does not go with {chosen}")

@@ -262,6 +262,7 @@ def write_full(plan: FilePlan, folder: Path, name: str = _FULL) -> Path:
 def quantize_file(full: Path, target: Path, wanted: Wanted, plan: FilePlan) -> None:
     """Quantise a full-precision file; the result appears when whole."""
     part = target.with_suffix(".part")
+    part.unlink(missing_ok=True)  # the child of a killed run may still write into it
     run_quantizer(full, part, wanted, sum(math.prod(tensor.shape) for tensor in plan.tensors))
     read_back(part)
     part.replace(target)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -76,7 +76,7 @@ class Dataset:
 
     Raises:
         ArtifactError: not a complete dataset artefact.
-        DataError: a row cannot be read (on access), or images are missing (`check_images`).
+        DataError: a row cannot be read (on access), or images are missing (`rows`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -203,6 +203,9 @@ def assign_splits(
     return splits
 
 
+_TEXTS = tuple(field.name for field in fields(Row) if field.name != "turns")
+
+
 def _line_offsets(path: Path) -> Iterator[int]:
     offset = 0
     with path.open("rb") as stream:
@@ -217,8 +220,11 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
         row = Row(turns=turns, **data)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: line {number} is not a dataset row ({error})") from error
+    texts = [*(getattr(row, name) for name in _TEXTS), *(turn.text for turn in turns)]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{path}: line {number} is not a dataset row (a value that is no text)")
     if len(turns) < 2 or turns[-1].role != "assistant":
         raise DataError(f"{path}: line {number}: a row ends with an assistant turn that answers a user turn")
     return row

@@ -23,6 +23,7 @@ from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from ldrt_edge import artifact, console
@@ -177,13 +178,26 @@ def _stage(
     )
     trainer.recipe, trainer.packed, trainer.lora = recipe, model, stage == "instruct"
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-    last = get_last_checkpoint(str(folder / stage)) if (folder / stage).is_dir() else None
+    last = _last_checkpoint(folder / stage)
     if last:
         console.say(f"{stage}: going on from step {Path(last).name.rpartition('-')[2]}")
     # Under bf16 autocast PEFT's own casts to float32 and back cost a tenth of a step and change nothing.
     with disable_input_dtype_casting(model.peft, active=bf16):
         trainer.train(resume_from_checkpoint=last)
     trainer._save(str(done.parent))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that is whole; what a kill or a full disk cut off is removed.
+
+    transformers writes the trainer's state last, and counts any folder of that name as a checkpoint.
+    """
+    for path in folder.glob("checkpoint-*"):
+        try:
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        except (OSError, ValueError, TypeError):
+            shutil.rmtree(path)
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 class _PackedTrainer(Trainer):

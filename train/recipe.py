@@ -124,17 +124,15 @@ def recipe_names() -> list[str]:
 
 def _read(source: str | Path) -> dict[str, Any]:
     if isinstance(source, Path):
-        if not source.is_file():
-            raise ConfigError(f"{source}: no such recipe file")
-        text = source.read_text(encoding="utf-8")
+        try:
+            text = source.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{source}: a recipe file that cannot be read: {error}") from error
     elif source in recipe_names():
         text = (resources.files("ldrt_edge.train") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     else:
         raise ConfigError(f"no recipe {source!r}; there are: {', '.join(recipe_names())}")
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML ({str(error).splitlines()[0]})") from error
+    data = _yaml(text, str(source)) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: a recipe is a mapping of settings")
     return data
@@ -149,4 +147,11 @@ def _override(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(group, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override}: {group} holds a value, not a group of settings")
-    data[last] = yaml.safe_load(value)
+    data[last] = _yaml(value, f"--set {override}")
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: not YAML ({str(error).splitlines()[0]})") from error

@@ -59,15 +59,18 @@ def find_picture(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file that `name` means in `root`, or in one of the `folders` under it.
 
     Raises:
-        DataError: not there, or outside `root`.
+        DataError: not there, outside `root`, or no name that a file can have.
     """
     inside = root.resolve()
-    for folder in ("", *folders):
-        path = root / folder / name
-        if not path.resolve().is_relative_to(inside):
-            raise DataError(f"image {name}: outside {root}")
-        if path.is_file():
-            return path
+    try:
+        for folder in ("", *folders):
+            path = root / folder / name
+            if not path.resolve().is_relative_to(inside):
+                raise DataError(f"image {name}: outside {root}")
+            if path.is_file():
+                return path
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise DataError(f"image {name[:80]!r}: not the name of a file ({getattr(error, 'strerror', error)})") from error
     raise DataError(f"image {name}: no such file")
 
 
