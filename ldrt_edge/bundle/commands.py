@@ -1,4 +1,4 @@
-"""The bundle's commands: pack, keygen, trust, sign, verify, install; and inspect, which looks and trusts nobody."""
+"""The bundle's commands, from packing to a kit; and inspect, which looks and trusts nobody."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldrt_edge.options import PATH, json_option
+from ldrt_edge.options import PATH, json_option, show_artifact
 
 if TYPE_CHECKING:
     from ldrt_edge.bundle.container import Opened
@@ -119,6 +119,28 @@ def install(path: Path, out: Path | None, trust_once: bool, as_json: bool) -> No
 
     folder = run(path, out, trust_once)
     click.echo(json.dumps({"path": str(folder)}) if as_json else folder)
+
+
+@bundle.command()
+@click.argument("path", type=PATH, metavar="[NAME.ldrt]", required=False)
+@click.option("--platform", required=True, help="linux-x86_64, macos-arm64 or windows-x86_64.")
+@click.option("--out", required=True, type=PATH, help="The kit's folder.")
+@click.option("--python", help="Python's version there, as 3.11. Default: the one that runs here.")
+@click.option("--wheels", type=PATH, help="A folder with wheels of your own, such as llama.cpp's for that platform.")
+@json_option
+def kit(path: Path | None, out: Path, as_json: bool, **options: Any) -> None:
+    """Collect what a machine without a network needs: wheels, a signed bundle, an installer, a page to print.
+
+    Tell whoever installs it the digest, by another way than you give the kit.
+    """
+    from ldrt_edge import artifact
+    from ldrt_edge.bundle.kit import DIGEST
+    from ldrt_edge.bundle.kit import kit as run
+
+    made = run(out, bundle=path, **options)
+    if not as_json:
+        click.echo(f"digest {artifact.read(made).metrics[DIGEST]}")
+    show_artifact(made, as_json)
 
 
 @click.command()
