@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ldrt_edge import __version__, artifact
 from ldrt_edge.bundle.container import Opened, open_bundle
-from ldrt_edge.bundle.keys import trust_folder
+from ldrt_edge.bundle.keys import trusted_file
 from ldrt_edge.bundle.open import accept
 from ldrt_edge.bundle.wheels import Target, Wheel, collect, target
 from ldrt_edge.console import say
@@ -87,7 +87,7 @@ def _accepted(bundle: Path, machine: Target) -> _Carried:
     signer = accept(opened)
     assert signer is not None and signer.trusted_as, "without --trust-once only a trusted signer is accepted"
     opened.check()
-    return _Carried(opened, signer.key, trust_folder() / f"{signer.trusted_as}.pub")
+    return _Carried(opened, signer.told, trusted_file(signer))
 
 
 def _write(
@@ -98,7 +98,7 @@ def _write(
     values: dict[str, object] = {
         "version": __version__, "platform": machine.platform, "python": machine.python, "missing": missing,
         "needs": _needs(machine, wheels), "windows": windows, "linux": machine.platform == "linux-x86_64",
-        "room_mb": round(3 * sum(wheel.path.stat().st_size for wheel in wheels) / 1e6, -1),
+        "room_mb": sum(wheel.path.stat().st_size for wheel in wheels) * 3 // 10**7 * 10,
     }  # fmt: skip
     if carried:
         shutil.copyfile(carried.opened.path, folder / carried.name)

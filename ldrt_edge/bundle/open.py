@@ -95,7 +95,7 @@ def accept(opened: Opened, trust_once: bool = False) -> Signer | None:
     """
     signer = signer_of(opened.raw, opened.signature)
     if signer is None or signer.trusted_as is None:
-        stranger = f"signed by a key that you do not trust, {signer.key}" if signer else "signed by nobody"
+        stranger = f"signed by {signer.told}" if signer else "signed by nobody"
         if not trust_once:
             raise ArtifactError(
                 f"{opened.path} is {stranger}: refused. Trust its maker's key with 'ldrt-edge bundle trust NAME.pub', "

