@@ -35,6 +35,7 @@ _LIBRARIES = (
     "mlx-vlm", "numpy", "pillow", "pydicom", "rouge-score", "sacrebleu",
 )
 _MANIFEST_LIMIT_BYTES = 64 << 20
+_NAME_LIMIT = 255
 
 Kind = Literal["base", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle", "kit"]
 Json = Any
@@ -182,10 +183,29 @@ def read(folder: Path, *kinds: Kind) -> Manifest:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a manifest that this version reads ({error!r})") from error
     if manifest.schema != SCHEMA:
-        raise ArtifactError(f"{path}: schema {manifest.schema}, this version reads {SCHEMA}")
+        raise ArtifactError(f"{path}: schema {str(manifest.schema)[:60]}, this version reads {SCHEMA}")
+    if problem := _problem(manifest):
+        raise ArtifactError(f"{path}: not a manifest that this version reads ({problem})")
     if kinds and manifest.kind not in kinds:
         raise ArtifactError(f"{folder} holds a {manifest.kind} artefact, wanted: {' or '.join(kinds)}")
     return manifest
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """What is not of its type, or names a file that no artefact holds; None where nothing is."""
+    texts = [manifest.kind, manifest.version, *manifest.libraries, *manifest.libraries.values()]
+    texts += [manifest.git_commit or "", *(text for i in manifest.inputs for text in (i.kind, i.manifest_sha256))]
+    if not all(isinstance(text, str) for text in texts) or type(manifest.seed) not in (int, type(None)):
+        return "a field is not of its type"
+    for entry in manifest.files:
+        if not isinstance(entry.path, str) or type(entry.bytes) is not int or not isinstance(entry.sha256, str):
+            return "a file's entry is none"
+        parts = entry.path.split("/")
+        if not entry.path.isprintable() or not all(parts) or max(map(len, parts)) > _NAME_LIMIT or entry.bytes < 0:
+            return f"a file must not be named {entry.path[:80]!r}"
+    if len({entry.path for entry in manifest.files}) < len(manifest.files):
+        return "a file is named twice"
+    return None
 
 
 def identity(folder: Path) -> Input:

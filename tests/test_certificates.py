@@ -117,9 +117,9 @@ def test_others_certificates_are_refused(clinic: Holder, signed_by: Callable[[Ho
         "an authority itself": Holder("Authority", clinic, authority=True),
         "issued by a signer": Holder("Friend", signer),
     }
-    for why, holder in strangers.items():
+    for holder in strangers.values():
         with pytest.raises(ArtifactError, match="a key that you do not trust"):
-            pytest.fail(f"accepted: {why}") if accept(open_bundle(signed_by(holder))) else None
+            accept(open_bundle(signed_by(holder)))
     assert accept(open_bundle(signed_by(signer))) is not None
 
 
