@@ -183,7 +183,7 @@ def read(folder: Path, *kinds: Kind) -> Manifest:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a manifest that this version reads ({error!r})") from error
     if manifest.schema != SCHEMA:
-        raise ArtifactError(f"{path}: schema {str(manifest.schema)[:60]}, this version reads {SCHEMA}")
+        raise ArtifactError(f"{path}: schema {str(manifest.schema)[:60]!r}, this version reads {SCHEMA}")
     if problem := _problem(manifest):
         raise ArtifactError(f"{path}: not a manifest that this version reads ({problem})")
     if kinds and manifest.kind not in kinds:
@@ -195,7 +195,7 @@ def _problem(manifest: Manifest) -> str | None:
     """What is not of its type, or names a file that no artefact holds; None where nothing is."""
     texts = [manifest.kind, manifest.version, *manifest.libraries, *manifest.libraries.values()]
     texts += [manifest.git_commit or "", *(text for i in manifest.inputs for text in (i.kind, i.manifest_sha256))]
-    if not all(isinstance(text, str) for text in texts) or type(manifest.seed) not in (int, type(None)):
+    if not all(isinstance(text, str) and text.isprintable() for text in texts) or type(manifest.seed) not in (int, type(None)):
         return "a field is not of its type"
     for entry in manifest.files:
         if not isinstance(entry.path, str) or type(entry.bytes) is not int or not isinstance(entry.sha256, str):

@@ -21,8 +21,11 @@ from typing import Any
 import pytest
 from bundling import Made, make, sign, write_small
 from click.testing import CliRunner, Result
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from PIL import Image
+from serving import Server
 
 from ldrt_edge import artifact
 from ldrt_edge.artifact import FileEntry
@@ -32,6 +35,7 @@ from ldrt_edge.bundle.evidence import read_evidence
 from ldrt_edge.bundle.open import accept, check_whole, install, model_folder, open_any
 from ldrt_edge.bundle.pack import _source, pack
 from ldrt_edge.bundle.statement import dump, parse
+from ldrt_edge.chat.desk import Model
 from ldrt_edge.cli import cli
 from ldrt_edge.errors import ArtifactError, ConfigError, LdrtError
 from ldrt_edge.release import RELEASE, Verdict
@@ -103,6 +107,12 @@ def test_the_papers_say_what_was_measured(signed: Path, made: Made) -> None:
     weights = {c["name"]: c["hashes"][0]["content"] for c in bill["components"] if c["type"] == "file"}
     assert weights == {path.name: artifact.file_sha256(path) for path in made.edge.glob("*.gguf")}
 
+    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    assert validator.validate_str(files["sbom.cdx.json"].decode()) is None
+    assert validator.validate_str(json.dumps(bill | {"version": "x"})) is not None, "the validator finds nothing"
+    considerations = model["modelCard"]["considerations"]
+    assert "Research" in considerations["useCases"][0] and len(considerations["technicalLimitations"]) == 3
+
     card = ModelCard(files["README.md"].decode())  # as the hub reads it
     assert card.data.license == "apache-2.0" and card.data.base_model == "a base"
     assert {result.metric_type for result in card.data.eval_results or ()} == set(shown)
@@ -137,6 +147,28 @@ def test_a_model_that_its_loss_does_not_release_is_packed_only_as_such(made: Mad
         assert "not released: loss" in run(*command, out).stdout
     assert json.loads(run("inspect", out, "--json").stdout)["statement"]["released"] is False
     assert "not released" in strict(out)["README.md"].decode().lower()
+
+    asked = run("chat", out, "--ask", "What is it?", "--max-tokens", "2", "--threads", "1", "--json")
+    assert "WARNING" in asked.stderr and "not released: loss" in json.loads(asked.stdout)["unreleased"]
+    model = Model.of(model_folder(out))
+    assert model.unreleased is not None and model.unreleased.startswith("not released: loss")
+    assert Model.of(made.edge).unreleased is None
+
+
+def test_an_export_that_its_gate_did_not_release_says_so_wherever_it_answers(made: Made, tmp_path: Path) -> None:
+    judged = asdict(Verdict(False, "too many flips", 1.0, 0.0, 0.0, 0.5, 5.0, 9.0, 12.0, 100, 50, None))
+    edge = tmp_path / "judged"
+    shutil.copytree(made.edge, edge)
+    manifest = json.loads((edge / "manifest.json").read_text())
+    manifest["metrics"][RELEASE] = judged
+    (edge / "manifest.json").write_text(json.dumps(manifest))
+    asked = run("chat", edge, "--ask", "What is it?", "--max-tokens", "2", "--threads", "1", "--json")
+    assert "WARNING: judged is not released: too many flips" in asked.stderr
+    assert json.loads(asked.stdout)["unreleased"] == "not released: too many flips"
+    server = Server(edge)
+    told, listed = server.json("GET", "/api/model"), server.json("GET", "/v1/models")["data"][0]
+    assert "WARNING" in server.close()
+    assert told["unreleased"] == listed["unreleased"] == "not released: too many flips"
 
 
 def test_an_interval_that_reaches_beyond_the_budget_releases_nothing(made: Made) -> None:
