@@ -133,7 +133,7 @@ def create(
         partial.rename(out)
         _sync_folder(out.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             shutil.rmtree(partial, ignore_errors=True)
             raise ArtifactError(f"disk full while writing {out}: free some space, then run this again") from error
         if isinstance(error, PermissionError):
@@ -195,7 +195,8 @@ def _problem(manifest: Manifest) -> str | None:
     """What is not of its type, or names a file that no artefact holds; None where nothing is."""
     texts = [manifest.kind, manifest.version, *manifest.libraries, *manifest.libraries.values()]
     texts += [manifest.git_commit or "", *(text for i in manifest.inputs for text in (i.kind, i.manifest_sha256))]
-    if not all(isinstance(text, str) and text.isprintable() for text in texts) or type(manifest.seed) not in (int, type(None)):
+    seeded = manifest.seed is None or type(manifest.seed) is int
+    if not seeded or not all(isinstance(text, str) and text.isprintable() for text in texts):
         return "a field is not of its type"
     for entry in manifest.files:
         if not isinstance(entry.path, str) or type(entry.bytes) is not int or not isinstance(entry.sha256, str):
