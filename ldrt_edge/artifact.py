@@ -37,8 +37,9 @@ _LIBRARIES = (
 _MANIFEST_LIMIT_BYTES = 64 << 20
 _NO_ROOM_BYTES = 1 << 20
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NAME_LIMIT = 255
 
-Kind = Literal["base", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle"]
+Kind = Literal["base", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle", "kit"]
 Json = Any
 """A JSON value; the one place where structure is not typed, because it is a file's."""
 
@@ -170,7 +171,7 @@ def _is_full(folder: Path, error: Exception) -> bool:
 
     Libraries tell so in words of their own (safetensors, torch, MLX), so the disk itself is asked.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return not isinstance(error, LdrtError) and folder.is_dir() and shutil.disk_usage(folder).free < _NO_ROOM_BYTES
 
@@ -225,10 +226,30 @@ def read(folder: Path, *kinds: Kind) -> Manifest:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: not a manifest that this version reads ({error!r})") from error
     if manifest.schema != SCHEMA:
-        raise ArtifactError(f"{path}: schema {manifest.schema}, this version reads {SCHEMA}")
+        raise ArtifactError(f"{path}: schema {str(manifest.schema)[:60]!r}, this version reads {SCHEMA}")
+    if problem := _problem(manifest):
+        raise ArtifactError(f"{path}: not a manifest that this version reads ({problem})")
     if kinds and manifest.kind not in kinds:
         raise ArtifactError(f"{folder} holds a {manifest.kind} artefact, wanted: {' or '.join(kinds)}")
     return manifest
+
+
+def _problem(manifest: Manifest) -> str | None:
+    """What is not of its type, or names a file that no artefact holds; None where nothing is."""
+    texts = [manifest.kind, manifest.version, *manifest.libraries, *manifest.libraries.values()]
+    texts += [manifest.git_commit or "", *(text for i in manifest.inputs for text in (i.kind, i.manifest_sha256))]
+    seeded = manifest.seed is None or type(manifest.seed) is int
+    if not seeded or not all(isinstance(text, str) and text.isprintable() for text in texts):
+        return "a field is not of its type"
+    for entry in manifest.files:
+        if not isinstance(entry.path, str) or type(entry.bytes) is not int or not isinstance(entry.sha256, str):
+            return "a file's entry is none"
+        parts = entry.path.split("/")
+        if not entry.path.isprintable() or not all(parts) or max(map(len, parts)) > _NAME_LIMIT or entry.bytes < 0:
+            return f"a file must not be named {entry.path[:80]!r}"
+    if len({entry.path for entry in manifest.files}) < len(manifest.files):
+        return "a file is named twice"
+    return None
 
 
 def identity(folder: Path) -> Input:

@@ -25,6 +25,7 @@ from ldrt_edge.errors import DataError, all_problems
 ROWS = "rows.jsonl"
 IMAGES = "images"
 _LINE_LIMIT_BYTES = 1 << 20
+_NAME_LIMIT = 255
 
 Split = Literal["train", "test"]
 AnswerType = Literal["closed", "open"]
@@ -221,10 +222,12 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
         row = Row(turns=turns, **data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: line {number} is not a dataset row ({error})") from error
-    texts = [*(getattr(row, name) for name in _TEXTS), *(turn.text for turn in turns)]
+        raise DataError(f"{path}: line {number} is not a dataset row ({str(error)[:200]})") from error
+    texts = [*(getattr(row, name) for name in _TEXTS), *(text for turn in turns for text in (turn.role, turn.text))]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{path}: line {number} is not a dataset row (a value that is no text)")
-    if len(turns) < 2 or turns[-1].role != "assistant":
+    if not row.image.isprintable() or len(row.image) > _NAME_LIMIT:
+        raise DataError(f"{path}: line {number}: no name for an image: {row.image[:80]!r}")
+    if len(turns) < 2 or turns[-1].role != "assistant" or "user" not in [turn.role for turn in turns]:
         raise DataError(f"{path}: line {number}: a row ends with an assistant turn that answers a user turn")
     return row

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldrt_edge import artifact
+from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.chat.audit import AuditLog
 from ldrt_edge.chat.pictures import Pictures
 from ldrt_edge.chat.session import Session
@@ -26,13 +27,14 @@ class Model:
     """What the page and the API say of the model.
 
     type: of its weights ("Q4_K_M"), if its manifest says. fidelity: how far its export's tokens are from the model it
-    was made of, as `convert` measured it: mean_kld, top1_agreement and on how many tokens.
+    was made of, as `convert` measured it: mean_kld, top1_agreement and on how many tokens. unreleased: why it is not.
     """
 
     name: str
     identity: artifact.Input
     type: str | None
     fidelity: dict[str, float] | None
+    unreleased: str | None
 
     @classmethod
     def of(cls, folder: Path) -> Model:
@@ -40,7 +42,8 @@ class Model:
         manifest = artifact.read(folder)
         measured = manifest.metrics.get("fidelity") or {}
         fidelity = {name: measured[name] for name in ("mean_kld", "top1_agreement", "tokens") if name in measured}
-        return cls(folder.resolve().name, artifact.identity(folder), manifest.config.get("type"), fidelity or None)
+        named, made = folder.resolve().name, artifact.identity(folder)
+        return cls(named, made, manifest.config.get("type"), fidelity or None, unreleased(folder))
 
 
 @dataclass
@@ -95,7 +98,9 @@ class Desk:
         if len(self.conversations) >= _MOST_CONVERSATIONS:
             raise DataError(f"{_MOST_CONVERSATIONS} conversations are open: delete some")
         name = secrets.token_urlsafe(12)
-        session = session or Session(self.runtime, self.front, self.sampling, self.model.identity)
+        session = session or Session(
+            self.runtime, self.front, self.sampling, self.model.identity, self.model.unreleased
+        )
         self.conversations[name] = Conversation(session)
         return name
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Self
 
 from ldrt_edge import artifact
 from ldrt_edge.artifact import Input
+from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.chat.session import NOTICE, Finish, Session
 from ldrt_edge.console import say, stderr
 from ldrt_edge.errors import DataError, LdrtError
@@ -48,7 +49,8 @@ _UNPRINTABLE = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) 
 class Answer:
     """One answer and what it rests on.
 
-    finish: "end", or "length" where `max_tokens` or the context cut it off. image_sha256: of the file.
+    finish: "end", or "length" where `max_tokens` or the context cut it off. image_sha256: of the file. unreleased: why
+    the model is not.
     """
 
     answer: str
@@ -58,6 +60,7 @@ class Answer:
     timings: Timings
     runtime: str
     model: Input
+    unreleased: str | None
     notice: str = NOTICE
 
 
@@ -90,6 +93,7 @@ def ask_once(
             timings=kept.timings if kept else session.runtime.timings,
             runtime=session.runtime.name,
             model=artifact.identity(folder),
+            unreleased=session.unreleased,
         )
 
 
@@ -284,7 +288,7 @@ def _opened(folder: Path, sampling: Sampling | None, threads: int | None) -> Ite
     with _busy("loading the model"):
         runtime = load(folder, threads=threads)
     try:
-        yield Session(runtime, Front.load(folder), sampling, artifact.identity(folder))
+        yield Session(runtime, Front.load(folder), sampling, artifact.identity(folder), unreleased(folder))
     finally:
         runtime.close()
 

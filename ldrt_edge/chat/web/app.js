@@ -178,6 +178,7 @@ function facts(turn) {
     t("timing", number(timings.ttft_ms / 1000, 2), number(timings.decode_tokens / (timings.decode_ms / 1000 || 1))),
   ];
   if (model.fidelity) told.splice(1, 0, fidelity());
+  if (model.unreleased) told.unshift(t("unreleased", model.unreleased));
   if (turn.finish !== "end") told.unshift(t(turn.finish === "stopped" ? "finishStopped" : "finishLength"));
   const made = element("p", told.join(" · "), element("br"), t("notice"));
   made.className = "facts";
@@ -236,6 +237,7 @@ function showModel() {
   document.title = `${model.name} · ldrt-edge`;
   $("model-name").textContent = model.name;
   $("model-facts").textContent = [model.type, model.runtime, model.fidelity && fidelity()].filter(Boolean).join(" · ");
+  $("unreleased").textContent = model.unreleased ? t("unreleased", model.unreleased) : "";
 }
 
 function showHint() {

@@ -105,6 +105,7 @@ const STRINGS = {
   edit: ["Ask differently", "Anders fragen", "Preguntar de otro modo", "Demander autrement", "修改提问"],
   you: ["You", "Sie", "Usted", "Vous", "您"],
   answer: ["Answer", "Antwort", "Respuesta", "Réponse", "回答"],
+  unreleased: ["Warning: {0}", "Achtung: {0}", "Atención: {0}", "Attention : {0}", "警告：{0}"],
   fidelity: [
     "{0} of tokens as before export (KLD {1}, {2} tokens)",
     "{0} der Token wie vor dem Export (KLD {1}, {2} Token)",
