@@ -128,6 +128,7 @@ def prepare(
         place.wait_for_everyone()
         if recipe.standardise_features:
             model.standardise(*store.statistics(material.rows))
+        model.drop_tower()
     return tuple(PackedDataset(rows, model.front, store) for rows in (material.rows, material.held_out))
 
 

@@ -121,6 +121,10 @@ class PackedLlava(nn.Module):
             linear.weight *= gain
             linear.bias *= gain
 
+    def drop_tower(self) -> None:
+        """Free the vision tower, once its features are kept."""
+        self.llava.model.vision_tower = nn.Identity()
+
     def folded_projector(self) -> dict[str, torch.Tensor]:
         """The trained projector as stock LLaVA weights on raw features: `linear_1.weight`, … in float32."""
         state = {name: gathered(tensor).float() for name, tensor in self._projector().named_parameters()}
@@ -181,10 +185,11 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     """
     from peft import LoraConfig, get_peft_model
 
-    llava = load_model(base, "float32")
-    if bf16:
-        llava.model.language_model.to(torch.bfloat16)
-        llava.lm_head.to(torch.bfloat16)
+    llava = load_model(base, "auto")  # and each part straight to its own: a 13B in float32 would take 52 GB on the way
+    for module in (llava.model.language_model, llava.lm_head):
+        module.to(torch.bfloat16 if bf16 else torch.float32)
+    for module in (llava.model.vision_tower, llava.model.multi_modal_projector):
+        module._apply(lambda tensor: tensor.float().clone())  # a view would keep the whole mapped file in memory
     names = "|".join(recipe.lora.target_modules)
     config = LoraConfig(
         r=recipe.lora.rank,

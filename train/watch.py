@@ -121,10 +121,11 @@ def plot(folder: Path) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`; a step that a resumed run did again counts once, as it was done last."""
-    lines: dict[tuple[str, int, bool], dict[str, Any]] = {}
+    lines: dict[tuple[str, int, str], dict[str, Any]] = {}
     for line in path.read_text().splitlines():
         entry = json.loads(line)
-        lines[entry["stage"], entry["step"], "eval_loss" in entry] = entry
+        kind = next((name for name in ("loss", "eval_loss") if name in entry), "summary")
+        lines[entry["stage"], entry["step"], kind] = entry
     return list(lines.values())
 
 
