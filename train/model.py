@@ -189,7 +189,7 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     for module in (llava.model.language_model, llava.lm_head):
         module.to(torch.bfloat16 if bf16 else torch.float32)
     for module in (llava.model.vision_tower, llava.model.multi_modal_projector):
-        module._apply(lambda tensor: tensor.float().clone())  # a view would keep the whole mapped file in memory
+        module.to(torch.float32)._apply(torch.clone)  # a view would keep the whole mapped file in memory
     names = "|".join(recipe.lora.target_modules)
     config = LoraConfig(
         r=recipe.lora.rank,
