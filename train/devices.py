@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ldrt_edge import artifact
+from ldrt_edge.errors import ConfigError
 
 
 def state() -> PartialState:
@@ -27,6 +28,22 @@ def state() -> PartialState:
 def name(device: torch.device) -> str:
     """What a report calls a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def accumulation(accumulate: int, meant_for: int | None) -> int:
+    """Forwards per optimizer step here, so that a step stays the one of `meant_for` devices on fewer of them.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly.
+    """
+    number = state().num_processes
+    total = accumulate * (meant_for or number)
+    if total % number:
+        raise ConfigError(
+            f"a step of {total} forwards (accumulate {accumulate} on {meant_for} devices) cannot be shared among "
+            f"{number} devices: set devices or accumulate so that it can"
+        )
+    return total // number
 
 
 @contextmanager

@@ -6,6 +6,7 @@ the front end's table, masks branches from each other, and computes logits only 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ class PackedLlava(nn.Module):
         self.peft = peft_model
         self.front = front
         self.recipe = recipe
+        self._no_split_modules = list(self.llava.model.language_model._no_split_modules)  # what FSDP2 shards apart
         width = self.llava.config.vision_config.hidden_size
         self.register_buffer("feature_mean", torch.zeros(width))
         self.register_buffer("feature_scale", torch.ones(width))
@@ -183,6 +185,7 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     Raises:
         RuntimeLoadError: the base does not load.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports; it tells of kernels nobody asked for
     from peft import LoraConfig, get_peft_model
 
     llava = load_model(base, "auto")  # and each part straight to its own: a 13B in float32 would take 52 GB on the way

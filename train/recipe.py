@@ -64,7 +64,9 @@ class Recipe:
     """A training run.
 
     rows_per_step: packed rows (one image, up to `questions_per_row` questions) in one forward of one device.
-    accumulate: forwards per optimizer step.
+    accumulate: forwards per optimizer step, on each device.
+    devices: how many `accumulate` is meant for; on fewer, each does more, so that a run that lost or gained devices
+        takes the same steps. null: as many as there are.
     precision: "auto" is bf16 on CUDA and on CPUs with native bf16, else fp32.
     cache_features: run the frozen tower once per image and keep its features on disk.
     cache_gb: of all features together; those not used for longest go first.
@@ -97,6 +99,7 @@ class Recipe:
     max_tokens: PositiveInt = 2048
     rows_per_step: PositiveInt = 4
     accumulate: PositiveInt = 1
+    devices: PositiveInt | None = None
     warmup: NonNegativeFloat = 0.03
     min_learning_rate_ratio: float = 0.0
     adam_beta2: float = 0.999

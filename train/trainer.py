@@ -14,9 +14,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from ldrt_edge.errors import DataError, all_problems
 from ldrt_edge.train import devices
@@ -48,7 +50,7 @@ def arguments(stage: str, folder: Path, recipe: Recipe, bf16: bool, evaluate: bo
         max_steps=recipe.max_steps or -1,
         per_device_train_batch_size=recipe.rows_per_step,
         per_device_eval_batch_size=recipe.rows_per_step,
-        gradient_accumulation_steps=recipe.accumulate,
+        gradient_accumulation_steps=devices.accumulation(recipe.accumulate, recipe.devices),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate_ratio},
@@ -86,7 +88,7 @@ class PackedTrainer(Trainer):
         self._guard = _Guard(recipe.spike_factor)
         self._rows_of_step: list[str] = []
         super().__init__(model=packed, train_dataset=train_dataset, **options)
-        step = recipe.rows_per_step * recipe.accumulate * self.args.world_size
+        step = recipe.rows_per_step * self.args.gradient_accumulation_steps * self.args.world_size
         self.order = RowOrder(train_dataset.lengths(), recipe.seed, step if recipe.group_by_length else None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -132,6 +134,16 @@ class PackedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained, whole, whatever the devices hold of it."""
         save_trained(self.packed, Path(str(output_dir or self.args.output_dir)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # transformers would write the frozen base with every checkpoint
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.packed, Path(resume_from_checkpoint))

@@ -57,10 +57,12 @@ class Progress(TrainerCallback):
             self._loss = f"loss {logs['loss']:.3f}"
         if not state.is_world_process_zero:
             return
-        seconds = round(time.monotonic() - self._started, 3)
+        line = {
+            "stage": self._stage, "step": state.global_step, "seconds": round(time.monotonic() - self._started, 3),
+            "processor_seconds": round(time.process_time(), 3), **logs,
+        }
         with (self._folder / METRICS).open("a") as stream:
-            stream.write(json.dumps({"stage": self._stage, "step": state.global_step, "seconds": seconds, **logs}))
-            stream.write("\n")
+            stream.write(json.dumps(line) + "\n")
         if time.monotonic() - self._plotted > _PLOT_EVERY_S:
             plot(self._folder)
             self._plotted = time.monotonic()
