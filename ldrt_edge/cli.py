@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -111,7 +112,9 @@ def train(
     from ldrt_edge.train.recipe import load_recipe
 
     settings = load_recipe(config or recipe or "starter", overrides)
-    show_artifact(run(resolve_base(base), datasets, out, settings, resume), as_json)
+    trained = run(resolve_base(base), datasets, out, settings, resume)
+    if os.environ.get("RANK", "0") == "0":  # of several processes on several devices, one tells
+        show_artifact(trained, as_json)
 
 
 @cli.command()

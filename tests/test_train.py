@@ -83,6 +83,7 @@ def gradients(model: PackedLlava, front: Front, rows: list[PackedRow]) -> tuple[
     model.zero_grad()
     dataset = PackedDataset(rows, front, None)
     batch = collator(front, 16)([dataset[i] for i in range(len(dataset))])
+    batch.pop("row_ids")
     loss = model(**batch, num_items_in_batch=1)["loss"]
     loss.backward()
     return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
