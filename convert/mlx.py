@@ -106,12 +106,16 @@ class Mlx:
 
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
         """Write a folder; MLX packs in memory, so that `work` stays empty."""
-        whole = mlx_plan(source, "f16")
-        types = assign(plan, _matrices(whole))
-        planned = whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
+        planned = self.planned(source, plan)
         check_room(folder, planned.nbytes)
         write(source, planned, folder)
         return planned.holds()
+
+    def planned(self, source: Source, plan: TypePlan) -> MlxPlan:
+        """The folder that a plan makes of a model."""
+        whole = mlx_plan(source, "f16")
+        types = assign(plan, _matrices(whole))
+        return whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
 
 
 def write(source: Source, plan: MlxPlan, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
