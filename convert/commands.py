@@ -194,31 +194,40 @@ def _to_budget(
 @click.option("--target-size", type=float, metavar="MB", help="Of all weights, of vision tower and projector too.")
 @click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over all of them.")
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
+@click.option("--min-speed", type=float, metavar="TOKENS", help="A second, when decoding; with or without the others.")
+@click.option("--bandwidth", type=float, metavar="GB/S", help="With --min-speed: the laptop's, as doctor tells there.")
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
 @json_option
 def plan(
     merged: Path, dataset: Path, to: str, importance: Path | None, weighting: str | None, target_size: float | None,
-    bpw: float | None, max_kld: float | None, limit: int, seed: int, out: Path, as_json: bool,
+    bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, limit: int, seed: int,
+    out: Path, as_json: bool,
 ) -> None:
-    """Choose a type for every matrix: least damage to the answers within a size, or least size within a damage.
+    """Choose a type for every matrix: least damage to the answers within a size or above a speed, or least size within
+    a damage.
 
     The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`. It names GGUF's types (Q4_K, IQ3_S, Q8_0,
     …), or MLX's as affine-BITS-gGROUP: 2, 3, 4, 5, 6 or 8 bits a weight, 32, 64 or 128 weights to a scale. Both have
     f16.
     """
+    from ldrt_edge.convert.allocate import Speed
     from ldrt_edge.convert.allocate import plan as run
 
+    if (min_speed is None) != (bandwidth is None):
+        raise ConfigError("--min-speed and --bandwidth go together: a token waits for the memory it reads")
     if to == "mlx":
         _refuse(to, importance=importance)
     elif importance is None:
         raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
     wanted = _format(to, _importance(importance, weighting))
     target = None if target_size is None else target_size * 1e6
+    speed = None if min_speed is None or bandwidth is None else Speed(min_speed, bandwidth)
     made = run(
-        merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
-    )
+        merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, speed=speed,
+        limit=limit, seed=seed,
+    )  # fmt: skip
     click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
 
