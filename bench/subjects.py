@@ -25,9 +25,12 @@ from ldrt_edge.convert.plan import mmproj_plan, text_plan
 from ldrt_edge.convert.quantize import TYPES, Wanted, lossless, read_back, run_quantizer, write_full
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName, TypePlan
+from ldrt_edge.convert.weights import canonical
+from ldrt_edge.errors import require
 from ldrt_edge.runtimes.base import Runtime
+from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
-from ldrt_edge.runtimes.mlx import MlxRuntime
+from ldrt_edge.runtimes.mlx import MlxRuntime, on_gpu
 
 
 class Subject(NamedTuple):
@@ -95,7 +98,7 @@ class GgufSubjects:
 
 
 class MlxSubjects:
-    """MLX's. `types` of what is wanted name the language model's matrices as plans do."""
+    """MLX's. Where it has no GPU, transformers computes with the weights as MLX unpacks them, five times as fast."""
 
     name: ClassVar[FormatName] = "mlx"
     types: ClassVar[tuple[str, ...]] = tuple(SCHEMES)
@@ -114,7 +117,22 @@ class MlxSubjects:
 
     def load(self, folder: Path, threads: int | None) -> Runtime:
         """See `Subjects`; MLX schedules its own threads."""
-        return MlxRuntime(folder)
+        return MlxRuntime(folder) if on_gpu() else unpacked(self._merged, folder, threads)
+
+
+def unpacked(merged: Path, folder: Path, threads: int | None) -> HfRuntime:
+    """The merged model with the language model's weights of an MLX folder made from it."""
+    from ldrt_edge.runtimes.mlx_host import unpack
+    from ldrt_edge.runtimes.mlx_model import load_network
+
+    torch = require("torch", "train")
+    runtime = HfRuntime(merged, threads=threads)
+    parameters = {canonical(name): parameter for name, parameter in runtime.model.named_parameters()}
+    for path, module in load_network(folder, widen=True).language_model.named_modules():
+        name = canonical(f"{LANGUAGE}{path}.weight")
+        if "weight" in module and name in parameters:  # a tied head has none of its own
+            parameters[name].data.copy_(torch.from_numpy(unpack(module)))
+    return runtime
 
 
 def _pack(merged: Path, folder: Path, wanted: Wanted) -> tuple[Quantized, int]:

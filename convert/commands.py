@@ -96,14 +96,15 @@ def importance(
     help="Search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
 )
 @click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
+@click.option("--feedback", is_flag=True, help="With --plan or --max-loss: let weights make good for others' rounding.")
 @click.option("--data", "dataset", type=PATH, help="With --max-loss: its test rows judge, its training rows guide.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --max-loss: about how many test rows are asked.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
 @json_option
 def quantize(
     merged: Path, to: str, type_: str | None, mmproj: str | None, group_size: str | None, importance: Path | None,
-    weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None, dataset: Path | None,
-    limit: int | None, out: Path | None, as_json: bool,
+    weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None,
+    feedback: bool, dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
 ) -> None:
     """Quantise merged weights to GGUF or MLX: to a preset, by a plan, or as far as a loss budget allows.
 
@@ -116,21 +117,26 @@ def quantize(
     else:
         _refuse(to, group_size=group_size)
     given = _importance(importance, weighting)
-    if max_loss is None and (max_flips, dataset, limit) != (None, None, None):
-        raise ConfigError("--max-flips, --data and --limit go with --max-loss")
+    if max_loss is None and (max_flips, limit) != (None, None):
+        raise ConfigError("--max-flips and --limit go with --max-loss")
+    if feedback and (type_ is not None or dataset is None):
+        raise ConfigError("--feedback wants --data, and goes with --plan or --max-loss")
+    if max_loss is None and dataset is not None and not feedback:
+        raise ConfigError("--data goes with --max-loss or --feedback")
     if type_ is None and (mmproj, group_size) != (None, None):
         raise ConfigError("--mmproj and --group-size go with a preset: a plan has every type itself")
     if max_loss is not None:
         if dataset is None or (given is None and to == "gguf"):
             raise ConfigError("--max-loss wants --data, and for GGUF --importance")
         out = out or beside(merged, f"{to}-loss{max_loss:g}")
-        _to_budget(merged, out, dataset, _format(to, given), (max_loss, max_flips), limit, as_json)
+        wanted = _format(to, given, dataset if feedback else None)
+        _to_budget(merged, out, dataset, wanted, (max_loss, max_flips), limit, as_json)
         return
     if plan is not None:
         from ldrt_edge.convert.planned import quantize_planned
         from ldrt_edge.convert.type_plan import read_type_plan
 
-        wanted, out = _format(to, given), out or beside(merged, f"{to}-{plan.stem}")
+        wanted, out = _format(to, given, dataset), out or beside(merged, f"{to}-{plan.stem}")
         show_artifact(quantize_planned(merged, out, read_type_plan(plan, wanted.name), wanted), as_json)
         return
     assert type_ is not None
@@ -159,14 +165,17 @@ def _importance(folder: Path | None, weighting: str | None) -> Importance | None
     return Importance(folder, weighting or Importance.weighting)
 
 
-def _format(to: str, importance: Importance | None) -> Format:
+def _format(to: str, importance: Importance | None, feedback: Path | None = None) -> Format:
+    from ldrt_edge.convert.feedback import Feedback
+
+    given = Feedback(feedback) if feedback else None
     if to == "mlx":
         from ldrt_edge.convert.mlx import Mlx
 
-        return Mlx()
+        return Mlx(given)
     from ldrt_edge.convert.quantize import Gguf
 
-    return Gguf(importance)
+    return Gguf(importance, given)
 
 
 def _to_budget(
