@@ -100,6 +100,7 @@ def importance(
     help="Search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
 )
 @click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
+@click.option("--feedback", is_flag=True, help="With --plan or --max-loss: let weights make good for others' rounding.")
 @click.option("--data", "dataset", type=PATH, help="With --max-loss: its test rows judge, its training rows guide.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --max-loss: about how many test rows are asked.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
@@ -107,7 +108,7 @@ def importance(
 def quantize(
     merged: Path, to: str, q4: bool, q8: bool, type_: str | None, mmproj: str | None, group_size: str | None,
     importance: Path | None, weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None,
-    dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
+    feedback: bool, dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
 ) -> None:
     """Quantise merged weights to GGUF or MLX: to a preset, by a plan, or as far as a loss budget allows.
 
@@ -122,21 +123,26 @@ def quantize(
     else:
         _refuse(f"--to {to}", group_size=group_size)
     given = _importance(importance, weighting)
-    if max_loss is None and (max_flips, dataset, limit) != (None, None, None):
-        raise ConfigError("--max-flips, --data and --limit go with --max-loss")
+    if max_loss is None and (max_flips, limit) != (None, None):
+        raise ConfigError("--max-flips and --limit go with --max-loss")
+    if feedback and (type_ is not None or dataset is None):
+        raise ConfigError("--feedback wants --data, and goes with --plan or --max-loss")
+    if max_loss is None and dataset is not None and not feedback:
+        raise ConfigError("--data goes with --max-loss or --feedback")
     if type_ is None and (mmproj, group_size) != (None, None):
         raise ConfigError("--mmproj and --group-size go with a preset: a plan has every type itself")
     if max_loss is not None:
         if dataset is None or (given is None and to == "gguf"):
             raise ConfigError("--max-loss wants --data, and for GGUF --importance")
         out = out or beside(merged, f"{to}-loss{max_loss:g}")
-        _to_budget(merged, out, dataset, _format(to, given), (max_loss, max_flips), limit, as_json)
+        wanted = _format(to, given, dataset if feedback else None)
+        _to_budget(merged, out, dataset, wanted, (max_loss, max_flips), limit, as_json)
         return
     if plan is not None:
         from ldrt_edge.convert.planned import quantize_planned
         from ldrt_edge.convert.type_plan import read_type_plan
 
-        wanted, out = _format(to, given), out or beside(merged, f"{to}-{plan.stem}")
+        wanted, out = _format(to, given, dataset), out or beside(merged, f"{to}-{plan.stem}")
         show_artifact(quantize_planned(merged, out, read_type_plan(plan, wanted.name), wanted), as_json)
         return
     assert type_ is not None
@@ -165,14 +171,17 @@ def _importance(folder: Path | None, weighting: str | None) -> Importance | None
     return Importance(folder, weighting or Importance.weighting)
 
 
-def _format(to: str, importance: Importance | None) -> Format:
+def _format(to: str, importance: Importance | None, feedback: Path | None = None) -> Format:
+    from ldrt_edge.convert.feedback import Feedback
+
+    given = Feedback(feedback) if feedback else None
     if to == "mlx":
         from ldrt_edge.convert.mlx import Mlx
 
-        return Mlx()
+        return Mlx(given)
     from ldrt_edge.convert.quantize import Gguf
 
-    return Gguf(importance)
+    return Gguf(importance, given)
 
 
 def _to_budget(
@@ -200,31 +209,40 @@ def _to_budget(
 @click.option("--target-size", type=float, metavar="MB", help="Of all weights, of vision tower and projector too.")
 @click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over all of them.")
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
+@click.option("--min-speed", type=float, metavar="TOKENS", help="A second, when decoding; with or without the others.")
+@click.option("--bandwidth", type=float, metavar="GB/S", help="With --min-speed: the laptop's, as doctor tells there.")
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
 @json_option
 def plan(
     merged: Path, dataset: Path, to: str, importance: Path | None, weighting: str | None, target_size: float | None,
-    bpw: float | None, max_kld: float | None, limit: int, seed: int, out: Path, as_json: bool,
+    bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, limit: int, seed: int,
+    out: Path, as_json: bool,
 ) -> None:
-    """Choose a type for every matrix: least damage to the answers within a size, or least size within a damage.
+    """Choose a type for every matrix: least damage to the answers within a size or above a speed, or least size within
+    a damage.
 
     The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`. It names GGUF's types (Q4_K, IQ3_S, Q8_0,
     …), or MLX's as affine-BITS-gGROUP: 2, 3, 4, 5, 6 or 8 bits a weight, 32, 64 or 128 weights to a scale. Both have
     f16.
     """
+    from ldrt_edge.convert.allocate import Speed
     from ldrt_edge.convert.allocate import plan as run
 
+    if (min_speed is None) != (bandwidth is None):
+        raise ConfigError("--min-speed and --bandwidth go together: a token waits for the memory it reads")
     if to == "mlx":
         _refuse(f"--to {to}", importance=importance)
     elif importance is None:
         raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
     wanted = _format(to, _importance(importance, weighting))
     target = None if target_size is None else target_size * 1e6
+    speed = None if min_speed is None or bandwidth is None else Speed(min_speed, bandwidth)
     made = run(
-        merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
-    )
+        merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, speed=speed,
+        limit=limit, seed=seed,
+    )  # fmt: skip
     click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
 

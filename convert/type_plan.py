@@ -174,7 +174,12 @@ def assign(plan: TypePlan, matrices: Mapping[str, Sequence[PlannedMatrix]]) -> d
 
 def fits(type_: str, row_length: int) -> bool:
     """Whether rows of that length divide into whole blocks of a type."""
-    return row_length % _block(type_)[0] == 0
+    return row_length % block_weights(type_) == 0
+
+
+def block_weights(type_: str) -> int:
+    """How many weights of a row a type packs at once."""
+    return _block(type_)[0]
 
 
 def nbytes(type_: str, weights: int) -> int:
