@@ -35,7 +35,7 @@ from ldrt_edge.errors import DataError, LdrtError, RuntimeLoadError
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image
 from ldrt_edge.machine import read_gb_per_s
-from ldrt_edge.runtimes.base import Prompt, Runtime, Sampling, load
+from ldrt_edge.runtimes.base import Runtime, Sampling, load
 from ldrt_edge.runtimes.processor import physical_cores
 
 WARMUP_RUNS, DECODE_TOKENS, LOADS = 1, 32, 3
@@ -171,15 +171,9 @@ def peak_rss_bytes() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
-def forget(runtime: Runtime, prompt: Prompt) -> None:
-    """Let the runtime's key-value cache hold nothing that `prompt` could use."""
-    other = prompt.stop_ids[0] if prompt.stop_ids[0] != prompt.ids[0] else int(not prompt.ids[0])
-    runtime.score(replace(prompt, ids=(other,), images=()), (other,))
-
-
 def _run(runtime: Runtime, front: Front, rgb: NDArray[np.uint8], row: Row) -> _Run:
     prompt = front.prompt(conversation(row.turns[:-1], front.image(rgb)))
-    forget(runtime, prompt)
+    runtime.forget()
     started = time.perf_counter()
     prompt = front.prompt(conversation(row.turns[:-1], front.image(rgb)))
     tokens = runtime.generate(replace(prompt, stop_ids=()), Sampling(max_tokens=DECODE_TOKENS))

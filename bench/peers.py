@@ -49,7 +49,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldrt_edge import artifact, console
-from ldrt_edge.bench.latency import Spread, forget, spread
+from ldrt_edge.bench.latency import Spread, spread
 from ldrt_edge.errors import LdrtError, require
 from ldrt_edge.front import Front, Message
 from ldrt_edge.runtimes.base import Prompt, Sampling
@@ -145,7 +145,7 @@ class Ours:
     def chat(self, png: bytes, pooled: bool = False) -> tuple[float, float]:
         """Milliseconds to the first token, and tokens a second behind it."""
         front = self._pooled if pooled else self.front
-        forget(self._runtime, front.prompt([Message("user", QUESTION)]))
+        self._runtime.forget()
         started = time.perf_counter()
         image = front.image(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
         prompt = replace(front.prompt([Message("user", QUESTION, (image,))]), stop_ids=())
@@ -158,7 +158,7 @@ class Ours:
     def prefill(self, ids: list[int]) -> float:
         """Tokens a second through an empty cache."""
         prompt = Prompt(tuple(ids), (), self.front.config.image_token_id, self.front.config.stop_ids)
-        forget(self._runtime, prompt)
+        self._runtime.forget()
         started = time.perf_counter()
         self._runtime.score(prompt, (ids[0],))
         return len(ids) / (time.perf_counter() - started)

@@ -18,10 +18,11 @@ from typing import Any, TypeVar, cast
 import click
 
 from ldrt_edge import __version__
+from ldrt_edge.bench.commands import bench, compare
 from ldrt_edge.bundle.commands import bundle, inspect, trust_once_option
 from ldrt_edge.convert.commands import convert, importance, parity, plan, quantize
 from ldrt_edge.errors import ConfigError, LdrtError
-from ldrt_edge.options import PATH, beside, json_option, show_artifact
+from ldrt_edge.options import PATH, json_option, show_artifact
 from ldrt_edge.train.data.commands import data
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,7 +56,7 @@ def cli() -> None:
     """
 
 
-for command in (data, convert, importance, plan, quantize, parity, bundle, inspect):
+for command in (data, convert, importance, plan, quantize, parity, bench, compare, bundle, inspect):
     cli.add_command(command)
 
 
@@ -131,47 +132,6 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
     from ldrt_edge.train.merge import merge as run
 
     show_artifact(run(resolve_base(base), adapter, out), as_json)
-
-
-@cli.command()
-@click.argument("edge", type=PATH)
-@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
-@click.option("--reference", type=PATH, help="The merged model, for paired loss, flips and fidelity.")
-@click.option("--out", type=PATH, help="Default: EDGE-report beside it.")
-@click.option("--limit", type=click.IntRange(min=1), help="About this many questions, as whole pictures.")
-@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
-@click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
-@click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
-@click.option("--margin", default=1.0, show_default=True, help="Points of accuracy: a loss within it counts as none.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
-@trust_once_option
-@json_option
-def bench(
-    edge: Path, dataset: Path, reference: Path | None, out: Path | None, trust_once: bool, as_json: bool, **options: Any
-) -> None:
-    """Measure a model: accuracy with its blind control, loss against the merged model, speed. Writes report.html."""
-    from ldrt_edge.bench.report import bench as run
-    from ldrt_edge.bundle.open import model_folder
-
-    out = out or beside(edge, "report")
-    show_artifact(run(model_folder(edge, trust_once), dataset, out, reference, **options), as_json)
-
-
-@cli.command()
-@click.argument("reports", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, help="Also write the table there, with a page, as an artefact.")
-@json_option
-def compare(reports: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Put reports of `bench` side by side, of several models or machines, on the same questions.
-
-    Each is held against the first. Refuses reports about other questions, or with another reference model.
-    """
-    from ldrt_edge.bench import compare as stage
-
-    found = stage.compare(reports)
-    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else stage.markdown(found), nl=as_json)
-    if out is not None:
-        click.echo(stage.save(reports, found, out), err=as_json)
 
 
 @cli.command()

@@ -45,7 +45,8 @@ class Row:
 
     `image` is relative to the dataset folder. `group` is what a split must not divide. `kind` says what sort of
     picture it is ("dose map", "CHEST"): the wrong-image control draws the other picture from the same kind.
-    `task` names the question kind ("beam count", "modality"); `language` is BCP 47.
+    `task` names the question kind ("beam count", "modality"); `language` is BCP 47. `present` and `absent` are
+    structures that are surely in the picture and surely not, by their English names ("thalamus"), where that is known.
     """
 
     id: str
@@ -60,6 +61,8 @@ class Row:
     group: str
     kind: str = ""
     split: Split = "train"
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -204,7 +207,8 @@ def assign_splits(
     return splits
 
 
-_TEXTS = tuple(field.name for field in fields(Row) if field.name != "turns")
+_LISTS = ("present", "absent")
+_TEXTS = tuple(field.name for field in fields(Row) if field.name not in ("turns", *_LISTS))
 
 
 def _line_offsets(path: Path) -> Iterator[int]:
@@ -220,10 +224,12 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
     try:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
-        row = Row(turns=turns, **data)
+        lists = {name: tuple(data.pop(name, ())) for name in _LISTS}
+        row = Row(turns=turns, **lists, **data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: line {number} is not a dataset row ({str(error)[:200]})") from error
     texts = [*(getattr(row, name) for name in _TEXTS), *(text for turn in turns for text in (turn.role, turn.text))]
+    texts += [name for names in lists.values() for name in names]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{path}: line {number} is not a dataset row (a value that is no text)")
     if not row.image.isprintable() or len(row.image) > _NAME_LIMIT:

@@ -176,7 +176,8 @@ def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_
     assert {path.name for path in out.iterdir()} == {"manifest.json", "report.html", "report.json", "samples.jsonl"}
     report = json.loads((out / "report.json").read_text())
     assert list(report) == [
-        "schema", "subject", "reference", "dataset", "environment", "vqa", "fidelity", "latency"
+        "schema", "subject", "reference", "dataset", "environment", "vqa", "fidelity", "latency", "calibration",
+        "hallucination", "hedging", "ladder",
     ]
     assert report["schema"] == "ldrt-edge/report/1"
     assert report["subject"]["manifest_sha256"] == artifact.read(edge).sha256
@@ -186,7 +187,9 @@ def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_
 
     vqa, interval = report["vqa"], {"value", "ci_low", "ci_high", "n", "clusters"}
     for name in ("overall", "blind", "blind_any", "prior", "reference"):
-        assert set(vqa[name]) == {"accuracy", "closed_accuracy", "exact_match", "token_f1", "rouge_l", "chrf"}
+        assert set(vqa[name]) == {
+            "accuracy", "closed_accuracy", "exact_match", "token_f1", "rouge_l", "chrf", "similarity"
+        }
         assert set(vqa[name]["accuracy"]) == set(vqa[name]["exact_match"]) == interval
     assert set(vqa["by"]) == {"task", "language", "answer_type", "kind", "source"}
     assert vqa["by"]["answer_type"]["closed"]["accuracy"] == vqa["overall"]["closed_accuracy"]
