@@ -36,7 +36,7 @@ _LIBRARIES = (
 )
 _MANIFEST_LIMIT_BYTES = 64 << 20
 
-Kind = Literal["base", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle"]
+Kind = Literal["base", "pairs", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle"]
 Json = Any
 """A JSON value; the one place where structure is not typed, because it is a file's."""
 
