@@ -127,7 +127,7 @@ def test_captions_in_several_languages_share_one_picture(tmp_path: Path) -> None
     spanish = "Distribución de la dosis en el talón izquierdo, en el plano del isocentro"
     german = "Dosisverteilung des Bestrahlungsplans an der linken Ferse in der Ebene des Isozentrums"
     after = (
-            '<sub-article article-type="translation" id="s1" xml:lang="es"><front-stub><title-group>'
+        '<sub-article article-type="translation" id="s1" xml:lang="es"><front-stub><title-group>'
         "<article-title>Radioterapia"
         '</article-title></title-group></front-stub><body><fig id="f1es"><label>Figura 1</label><caption>'
         f"<p>{spanish}</p></caption></fig></body></sub-article>"
@@ -669,3 +669,76 @@ def test_relevance_on_the_hand_checked_sample() -> None:
         counts[score >= terms.threshold, row["relevant"] == "1"] += 1
     assert counts.total() == 84 and counts[True, True] + counts[False, True] == 16
     assert counts[True, True] >= 12 and counts[True, False] <= 3
+
+
+# PDFs
+
+
+def _pdf(path: Path, figures: bool = True, licence: str = "https://creativecommons.org/licenses/by/4.0/") -> Path:
+    """A page as journals lay it out: two columns, text, two pictures with captions, the second over two lines."""
+    from matplotlib.figure import Figure as Page
+
+    page = Page(figsize=(8.27, 11.69))
+    page.text(0.1, 0.95, "Low-dose radiotherapy of plantar fasciitis. https://doi.org/10.1234/pdf.1")
+    page.text(0.1, 0.92, f"Distributed under the Creative Commons licence {licence}", fontsize=7)
+    page.text(
+        0.55, 0.4, "A column of text that has nothing to do with the figures,\nas articles are made of.", fontsize=8
+    )
+    for number, (left, bottom) in enumerate(((0.1, 0.6), (0.55, 0.6)) if figures else ()):
+        axes = page.add_axes((left, bottom, 0.35, 0.25))
+        axes.imshow(np.asarray(Image.open(io.BytesIO(picture(number)))), interpolation="none", aspect="auto")
+        axes.set_axis_off()
+    if figures:
+        page.text(0.1, 0.58, "Figure 1. Dose distribution over the left heel in colour wash", fontsize=7)
+        page.text(0.55, 0.58, "Fig. 2: Dose volume histogram of the right heel and of", fontsize=7)
+        page.text(0.55, 0.57, "the bone around it, after six fractions", fontsize=7)
+    page.savefig(path, metadata={"Title": "Low-dose radiotherapy of heels", "Keywords": "radiotherapy, heel"})
+    return path
+
+
+def test_a_pdf_gives_its_pictures_with_the_captions_of_its_layout(tmp_path: Path) -> None:
+    box = folder(tmp_path / "in", {})
+    box.mkdir()
+    path = curate([_pdf(tmp_path / "article.pdf")], tmp_path / "pairs", Settings(terms=load_terms()))
+    first, second = Pairs(path)
+    assert first.caption == "Dose distribution over the left heel in colour wash"
+    assert second.caption == "Dose volume histogram of the right heel and of the bone around it, after six fractions"
+    assert (first.doi, first.licence, first.title) == ("10.1234/pdf.1", "CC-BY-4.0", "Low-dose radiotherapy of heels")
+    assert (first.language, first.language_source) == ("en", "identified")
+    for number, pair in enumerate((first, second)):
+        with Image.open(path / pair.image) as image:
+            shown = np.asarray(image.convert("RGB").resize((64, 48))).astype(int)
+        drawn = np.asarray(Image.open(io.BytesIO(picture(number))).resize((64, 48))).astype(int)
+        assert np.abs(shown - drawn).mean() < 12, "the picture over the caption, and nothing else"
+
+
+def test_scans_locked_and_damaged_pdfs_are_reported_and_left(tmp_path: Path) -> None:
+    box = tmp_path / "in"
+    box.mkdir()
+    scans = [Image.open(io.BytesIO(picture(n, (600, 800)))) for n in range(2)]
+    scans[0].save(box / "scan.pdf", save_all=True, append_images=scans[1:])
+    data = _pdf(tmp_path / "good.pdf").read_bytes()
+    (box / "cut.pdf").write_bytes(data[: len(data) // 3])
+    (box / "text.pdf").write_bytes(b"%PDF-1.7\nnothing else")
+    _pdf(box / "closed.pdf", licence="All rights reserved")
+    folder(box / "beside", {"a.xml": jats("10.1/a", figure(1, CAPTION)), "x-g001.png": picture(1), "a.pdf": data})
+    path = curate([box], tmp_path / "pairs", Settings(terms=load_terms()))
+    assert [pair.article for pair in Pairs(path)] == ["doi:10.1/a"], "a PDF beside its XML is not read twice"
+    told = {one.where: (one.step, one.reason) for one in dropped(path)}
+    assert told["in/scan.pdf"] == ("unreadable", "a scan without text: 2 pages")
+    assert told["in/cut.pdf"][0] == told["in/text.pdf"][0] == "unreadable"
+    assert told["in/closed.pdf"] == ("licence", "unknown")
+
+
+def test_the_print_of_a_real_article_gives_its_figures(tmp_path: Path) -> None:
+    if not SHARED.is_dir():
+        pytest.skip("the real packages are not beside this checkout (shared/data/articles)")
+    from ldrt_edge.train.data.pdfs import read_pdf
+
+    with zipfile.ZipFile(SHARED / "scielo-bjmbr-54-e11439.zip") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".pdf")]
+        paper = read_pdf(archive.read(name))
+    assert paper.article.id == "doi:10.1590/1414-431x2021e11439" and paper.scanned == ()
+    assert [figure.label for figure in paper.article.figures] == ["Figure 1", "Figure 2"]
+    assert paper.article.figures[0].caption.startswith("Bioinformatics data of cathepsin Z (CTSZ) expression.")
+    assert all(len(figure.pictures) == 1 for figure in paper.article.figures)

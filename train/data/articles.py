@@ -80,7 +80,7 @@ def read_articles(data: bytes) -> list[Article]:
     """
     parser = etree.XMLParser(
         resolve_entities=False, no_network=True, load_dtd=False, dtd_validation=False, huge_tree=False,
-        remove_comments=True, remove_pis=True,
+        remove_comments=True, remove_pis=True, collect_ids=False,
     )
     try:
         root = etree.fromstring(data, parser)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -100,6 +101,32 @@ def instruct(
         if writer is not None:
             writer.close()
     show_artifact(path, as_json)
+
+
+@data.command("export")
+@click.argument("dataset", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--to", "form", required=True, type=click.Choice(["llava", "hf"]))
+@json_option
+def export_(dataset: Path, out: Path, form: str, as_json: bool) -> None:
+    """A dataset as LLaVA's conversation JSON, or as a folder for Hugging Face `datasets`."""
+    from ldrt_edge.train.data.outputs import export as run
+
+    show_artifact(run(dataset, form, out), as_json)
+
+
+@data.command()
+@click.argument("artefact", type=PATH)
+@click.option("--plot", type=PATH, metavar="PNG", help="Draw the counts, too.")
+@json_option
+def stats(artefact: Path, plot: Path | None, as_json: bool) -> None:
+    """Counts of a pairs or dataset artefact: languages, licences, tasks, lengths."""
+    from ldrt_edge.train.data.stats import count, draw, stats_text
+
+    counts = count(artefact)
+    if plot:
+        draw(counts, plot)
+    click.echo(json.dumps(counts, ensure_ascii=False) if as_json else stats_text(counts))
 
 
 def _listed(values: str) -> tuple[str, ...]:

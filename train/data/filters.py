@@ -29,6 +29,7 @@ ARTICLE_STEPS = {
     "no figure": "an article without figures",
 }
 PAIR_STEPS = {
+    "scanned page": "of a PDF: a picture of a page, without text",
     "licence of the figure": "reprinted under another licence, or none",
     "equation, table or logo": "not a figure",
     "caption too short": "says too little",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 _LETTERS = "ABCDEFGHIJKLMNOP"
 _MARKS = (
     re.compile(r"(?:(?<=^)|(?<=[\s;,.:]))\(([A-Pa-p])\)\s*"),  # (A) text
-    re.compile(r"(?:(?<=^)|(?<=[\s;.:]))([A-P])[,:.)]\s+(?=\S)"),  # A, text or A) text
+    re.compile(r"(?:(?<=^)|(?<=[\s;.:]))([A-P]) ?[,:.)]\s+(?=\S)"),  # A, text or A) text
     re.compile(r"(?:(?<=^)|(?<=[\s;.:]))([a-p])[:)]\s+(?=\S)"),
 )
 _MIN_PANEL_SIDE = 96

@@ -123,8 +123,17 @@ def _read_document(found: Found, settings: Settings, folder: Path) -> Iterator[T
     if isinstance(found.data, Refused):
         yield _dropped(Drop("refused", found.data.reason), found.where)
         return
+    files = found.files
     try:
-        articles = read_articles(found.data)
+        if found.kind == "pdf":
+            from ldrt_edge.train.data.pdfs import read_pdf  # PDFium is loaded for PDFs only
+
+            files = paper = read_pdf(found.data)
+            articles = [paper.article]
+            if paper.scanned and not paper.article.figures:
+                raise DataError(f"a scan without text: {len(paper.scanned)} pages")
+        else:
+            articles = read_articles(found.data)
     except DataError as error:
         yield _dropped(Drop("unreadable", str(error)), found.where)
         return
@@ -134,12 +143,15 @@ def _read_document(found: Found, settings: Settings, folder: Path) -> Iterator[T
             yield _dropped(drop, found.where, article.id)
             continue
         yield Told(article=article.id, where=found.where)
+        for page in paper.scanned if found.kind == "pdf" else ():
+            yield _dropped(Drop("scanned page", "a picture without text"), found.where, article.id, f"p{page}")
         for number, figure in enumerate(article.figures, start=1):
-            yield from _read_figure(article, figure, number, relevance, found, settings, folder)
+            yield from _read_figure(article, figure, number, relevance, found.where, files, settings, folder)
 
 
 def _read_figure(
-    article: Article, figure: Figure, number: int, relevance: float, found: Found, settings: Settings, folder: Path
+    article: Article, figure: Figure, number: int, relevance: float, where: str, files: Files, settings: Settings,
+    folder: Path,
 ) -> Iterator[Told]:
     name = figure.id or str(number)
     drop = judge_figure(figure, settings)
@@ -150,15 +162,15 @@ def _read_figure(
         drop = Drop("language", language[0])
     if drop is not None or language is None:
         assert drop is not None
-        yield _dropped(drop, found.where, article.id, name)
+        yield _dropped(drop, where, article.id, name)
         return
     count = len(figure.pictures)
     for index, names in enumerate(figure.pictures, start=1):
         part = f"{index}/{count}" if count > 1 else ""
-        looked_at = _look(figure, names, part, found.files, settings)
+        looked_at = _look(figure, names, part, files, settings)
         for seen in looked_at:
             if isinstance(seen, Drop):
-                yield _dropped(seen, found.where, article.id, f"{name} {part}".strip())
+                yield _dropped(seen, where, article.id, f"{name} {part}".strip())
                 continue
             image, digest = _store(seen.pixels, folder)
             pair = Pair(

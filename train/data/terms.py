@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 _Phrase = tuple[tuple[str, ...], int]
+_REMEMBERED_WORDS = 200_000
 _UNSPACED = re.compile(r"[぀-ヿ㐀-鿿가-힯]")
 
 
@@ -25,6 +26,7 @@ class TermIndex:
         self._starts: dict[str, list[_Phrase]] = {}
         self._ends: dict[str, list[_Phrase]] = {}
         self._anywhere: list[tuple[str, int]] = []
+        self._known: dict[str, tuple[_Phrase, ...]] = {}
         for number, terms in enumerate(concepts):
             for term in map(plain, terms):
                 words = tuple(re.findall(r"\*?\w+\*?", term))
@@ -44,20 +46,26 @@ class TermIndex:
         searched = plain(text)
         words = re.findall(r"\w+", searched)
         found = {number for term, number in self._anywhere if term in searched}
-        places: dict[str, list[int]] = {}
         for place, word in enumerate(words):
-            places.setdefault(word, []).append(place)
-        for word, at in places.items():
+            for phrase, number in self._beginning(word):
+                if number not in found and _fits(phrase, words, place):
+                    found.add(number)
+        return found
+
+    def _beginning(self, word: str) -> tuple[_Phrase, ...]:
+        """The phrases that may begin with a word; remembered, since texts share most of their words."""
+        known = self._known.get(word)
+        if known is None:
             phrases = [*self._exact.get(word, ())]
             for length in self._start_lengths:
                 phrases += self._starts.get(word[:length], ())
             for end, some in self._ends.items():
                 if end in word:
                     phrases += some
-            for phrase, number in phrases:
-                if number not in found and any(_fits(phrase, words, place) for place in at):
-                    found.add(number)
-        return found
+            if len(self._known) >= _REMEMBERED_WORDS:
+                self._known.clear()
+            known = self._known[word] = tuple(phrases)
+        return known
 
 
 def _fits(phrase: tuple[str, ...], words: list[str], place: int) -> bool:
