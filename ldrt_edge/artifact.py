@@ -39,7 +39,9 @@ _NO_ROOM_BYTES = 1 << 20
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NAME_LIMIT = 255
 
-Kind = Literal["base", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle", "kit"]
+Kind = Literal[
+    "base", "pairs", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle", "kit",
+]
 Json = Any
 """A JSON value; the one place where structure is not typed, because it is a file's."""
 

@@ -30,6 +30,7 @@ from ldrt_edge.runtimes.processor import free_cores
 from ldrt_edge.train import devices
 from ldrt_edge.train.base import Base
 from ldrt_edge.train.collate import PackedRow, pack_rows
+from ldrt_edge.train.data.split import check_leakage
 from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.recipe import Recipe
@@ -154,6 +155,7 @@ def _split(
     datasets: Sequence[Dataset], recipe: Recipe
 ) -> tuple[list[tuple[Dataset, list[Row]]], list[tuple[Dataset, list[Row]]]]:
     """Training rows, and those of a few held-out groups of the training split for the evaluation loss."""
+    check_leakage(row for dataset in datasets for row in dataset)
     rows = [(dataset, dataset.rows("train")) for dataset in datasets]
     groups = sorted({row.group for _, part in rows for row in part})
     if not groups:
