@@ -24,7 +24,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ldrt_edge import artifact
-from ldrt_edge.dataset import AnswerType, Dataset, DatasetWriter, Row, Turn, group_by_image
+from ldrt_edge.dataset import Dataset, DatasetWriter, Row, Turn, group_by_image
 from ldrt_edge.errors import DataError
 from ldrt_edge.train.data.questions import MODALITIES, WORDINGS, Question
 from ldrt_edge.train.data.summary import summary
@@ -48,15 +48,15 @@ _FILM = {"PA", "AP"}
 """Views of a film: two names of a coronal plane, so never asked against it."""
 
 _STRUCTURES = {
-    "HEAD": r"brain|skull|cerebr\w*|cerebell\w*|sulc\w+|gyr\w+|gr[ae]y|white matter|midbrain|temporal|frontal|occipital|"
-            r"parietal|ventricles?|orbits?|optic|basilar|mca|calvari\w+|pituitary|sinus\w*",
+    "HEAD": r"brain|skull|cerebr\w*|cerebell\w*|sulc\w+|gyr\w+|gr[ae]y|white matter|midbrain|temporal|frontal|"
+            r"occipital|parietal|ventricles?|orbits?|optic|basilar|mca|calvari\w+|pituitary|sinus\w*",
     "CHEST": r"lungs?|heart|cardi\w+|pneumothora\w+|pleura\w*|trache\w+|ribs?|clavicles?|\w*diaphragms?|mediastin\w+|"
              r"hil[au]\w*|costophrenic|pulmonary|thora\w+|chest|cavitary|airspace",
     "ABD": r"liver|hepat\w+|kidneys?|renal|bowels?|spleen|splenic|pancrea\w+|gall\w+|\w*cholecyst\w+|colon|append\w+|"
            r"stomach|gastric|abdom\w+|ascites|celiac|\w*periton\w+|mesenter\w+|intestin\w+|stool|feces|aort\w+|sigmoid",
 }
 """What lies in a region and cannot be in a picture of a region that it is set against."""
-_APART = {"HEAD": ("ABD", "CHEST"), "CHEST": ("HEAD",), "ABD": ("HEAD",)}
+_APART = {"HEAD": {"CHEST", "ABD"}, "CHEST": {"HEAD"}, "ABD": {"HEAD"}}
 _FINDINGS = ("presence", "abnormality", "size")
 _UNSAFE = r"no|not|without|free of|normal\w*|clear|midline|intact|removed|patent|open|adequate"
 """Words of questions whose yes may be said of a picture that does not show the structure at all."""
@@ -82,8 +82,7 @@ def contrast(data: Path, out: Path, seed: int = 0) -> Path:
         asked: dict[str, list[Question]] = defaultdict(list)
         rng = random.Random(f"{seed}/contrast")
         for image, question in (*_about_attributes(by_image, rng), *_about_findings(by_image, rng)):
-            if question not in asked[image]:
-                asked[image].append(question)
+            asked[image].append(question)
         if not asked:
             raise DataError(f"{data}: no training question tells a picture's modality, plane or region")
         rows: list[Row] = []
@@ -93,10 +92,11 @@ def contrast(data: Path, out: Path, seed: int = 0) -> Path:
                 path = dataset.image_path(first)
                 name, digest = writer.add_image(path.read_bytes(), path.suffix)
                 for index, question in enumerate(asked[image]):
+                    turns = (Turn("user", question.text), Turn("assistant", question.answer))
                     rows.append(replace(
-                        first, id=f"contrast-{digest[:12]}-{index}", image=name, image_sha256=digest,
-                        turns=(Turn("user", question.text), Turn("assistant", question.answer)), task=question.task,
-                        answer_type=question.answer_type, source=f"{first.source}, question derived",
+                        first, id=f"contrast-{digest[:12]}-{index}", image=name, image_sha256=digest, turns=turns,
+                        task=question.task, answer_type=question.answer_type,
+                        source=f"{first.source}, question derived",
                     ))
                     writer.add(rows[-1])
         draft.metrics.update(summary(rows))
@@ -110,7 +110,7 @@ def known(rows: Sequence[Row]) -> dict[str, str]:
         found["plane"].discard("coronal")
         found["modality"].add("x-ray")
     told = {task: next(iter(values)) for task, values in found.items() if len(values) == 1}
-    return told | {"organ": REGIONS[row.kind] for row in rows if row.kind in REGIONS}
+    return told | ({"organ": REGIONS[rows[0].kind]} if rows[0].kind in REGIONS else {})
 
 
 def _told(row: Row, task: str) -> set[str]:
@@ -133,61 +133,66 @@ def _named(task: str, text: str, before: str = "") -> set[str]:
 
 def _about_attributes(by_image: Mapping[str, Sequence[Row]], rng: random.Random) -> Iterator[tuple[str, Question]]:
     """Modality, plane and region: openly, yes/no, and modality as a choice."""
-    told = {image: known(rows) for image, rows in by_image.items()}
+    told = {image: known(rows) for image, rows in sorted(by_image.items())}
     for task in (*NAMED, "organ"):
         holders: dict[str, list[str]] = defaultdict(list)
-        for image, values in sorted(told.items()):
+        for image, values in told.items():
             if task in values:
                 holders[values[task]].append(image)
         say = MODALITIES if task == "modality" else {value: value for value in holders}
         for value, images in sorted(holders.items()):
             for image in images:
-                yield image, _worded(task, value, "open", rng)
-            others = [i for other, held in holders.items() if not _same_view(value, other) for i in held]
+                yield image, Question(task, rng.choice(WORDINGS[task]), value, "open")
+            others = [image for other, held in holders.items() if not _same_view(value, other) for image in held]
             article = "an" if value[0].lower() in "aeiou" else "a"
-            for image, answer in _even(images, others, ("yes", "no"), rng):
-                yield image, _worded(f"{task} check", answer, "closed", rng, a=say[value], article=article)
+            for pair in _pairs(images, others, rng):
+                text = rng.choice(WORDINGS[f"{task} check"]).format(a=say[value], article=article)
+                yield from _asked_of(pair, task, text, ("yes", "no"))
         for one, two in combinations(sorted(holders), 2) if task == "modality" else ():
-            for image, answer in _even(holders[one], holders[two], (one, two), rng):
+            for pair in _pairs(holders[one], holders[two], rng):
                 a, b = rng.sample((say[one], say[two]), 2)
-                yield image, _worded("modality choice", answer, "closed", rng, a=a, b=b)
+                text = rng.choice(WORDINGS["modality choice"]).format(a=a, b=b)
+                yield from _asked_of(pair, task, text, (one, two))
 
 
 def _about_findings(by_image: Mapping[str, Sequence[Row]], rng: random.Random) -> Iterator[tuple[str, Question]]:
-    """What was found in a picture of one region, asked of it and of a picture of a region that cannot show it."""
-    places: dict[str, list[str]] = defaultdict(list)
+    """What was found in pictures of one region, asked of them and of pictures of a region that cannot show it."""
+    kinds = {image: rows[0].kind for image, rows in sorted(by_image.items())}
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for image, rows in sorted(by_image.items()):
-        places[rows[0].kind].append(image)
-    for image, rows in sorted(by_image.items()):
-        elsewhere = [other for region in _APART.get(rows[0].kind, ()) for other in places[region]]
-        for row in rows:
-            if elsewhere and _of_one_region(row):
-                yield image, Question(row.task, row.question, "yes", "closed")
-                yield rng.choice(elsewhere), Question(row.task, row.question, "no", "closed")
+        for task, text in sorted({(row.task, row.question) for row in rows if _of_one_region(row)}):
+            found[task, text].append(image)
+    for (task, text), images in sorted(found.items()):
+        apart = set.intersection(*(_APART[kinds[image]] for image in images))
+        for pair in _pairs(images, [image for image, kind in kinds.items() if kind in apart], rng):
+            yield from _asked_of(pair, task, text, ("yes", "no"))
 
 
 def _of_one_region(row: Row) -> bool:
     text = row.question.lower()
     return (
-        row.task in _FINDINGS and (row.answer_type, row.answer.strip().lower()) == ("closed", "yes")
+        row.kind in _STRUCTURES
+        and row.task in _FINDINGS
+        and (row.answer_type, row.answer.strip().lower()) == ("closed", "yes")
         and re.search(rf"\b({_STRUCTURES[row.kind]})\b", text) is not None
         and re.search(rf"\b({_UNSAFE})\b", text) is None
     )
 
 
-def _even(
-    yes: Sequence[str], no: Sequence[str], answers: tuple[str, str], rng: random.Random
-) -> Iterator[tuple[str, str]]:
-    """Equally many pictures of both sides, each with its answer."""
-    count = min(len(yes), len(no))
-    for images, answer in zip((yes, no), answers, strict=True):
-        yield from ((image, answer) for image in rng.sample(list(images), count))
+def _pairs(one: Sequence[str], other: Sequence[str], rng: random.Random) -> list[tuple[str, str]]:
+    """Pictures of two sides, drawn in pairs until the smaller side is used up."""
+    count = min(len(one), len(other))
+    return list(zip(rng.sample(list(one), count), rng.sample(list(other), count), strict=True))
+
+
+def _asked_of(
+    pair: tuple[str, str], task: str, text: str, answers: tuple[str, str]
+) -> Iterator[tuple[str, Question]]:
+    """One wording to both pictures of a pair."""
+    for image, answer in zip(pair, answers, strict=True):
+        yield image, Question(task, text, answer, "closed")
 
 
 def _same_view(one: str, two: str) -> bool:
-    return one == two or (bool({one, two} & _FILM) and {one, two} <= {*_FILM, "coronal"} and "coronal" in {one, two})
-
-
-def _worded(form: str, answer: str, answer_type: AnswerType, rng: random.Random, **words: str) -> Question:
-    text = rng.choice(WORDINGS[form]).format(**words)
-    return Question(form.partition(" ")[0], text, answer, answer_type)
+    """Whether a picture of one plane may be said to be of the other."""
+    return one == two or ("coronal" in (one, two) and bool({one, two} & _FILM))
