@@ -201,6 +201,18 @@ def augment(dataset: Path, out: Path, copies: int, seed: int, as_json: bool) -> 
 
 
 @data.command()
+@click.argument("dataset", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--seed", default=0, show_default=True)
+@json_option
+def contrast(dataset: Path, out: Path, seed: int, as_json: bool) -> None:
+    """Questions that only the picture answers: each put to as many pictures where it is true as to others."""
+    from ldrt_edge.train.data.contrast import contrast as run
+
+    show_artifact(run(dataset, out, seed), as_json)
+
+
+@data.command()
 @click.argument("folders", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, required=True)
 @click.option("--images", default=300, show_default=True, type=click.IntRange(min=1))
