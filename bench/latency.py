@@ -247,6 +247,27 @@ def peak_rss_bytes() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
+def _run(runtime: Runtime, front: Front, rgb: NDArray[np.uint8], turns: Sequence[Turn]) -> _Run:
+    runtime.forget()
+    started = time.perf_counter()
+    prompt = front.prompt(conversation(turns, front.image(rgb)))
+    tokens = runtime.generate(replace(prompt, stop_ids=()), Sampling(max_tokens=DECODE_TOKENS))
+    next(tokens)
+    first_ms = (time.perf_counter() - started) * 1e3
+    list(tokens)
+    whole_ms = (time.perf_counter() - started) * 1e3
+    timings = runtime.timings
+    return _Run(
+        image_encode_ms=timings.image_encode_ms,
+        prefill_tok_per_s=timings.prefill_tokens / timings.prefill_ms * 1e3,
+        ttft_ms=first_ms,
+        decode_tok_per_s=timings.decode_tokens / timings.decode_ms * 1e3,
+        end_to_end_ms=whole_ms,
+        prompt_tokens=len(prompt.ids),
+        image_tokens=sum(image.token_count for image in prompt.images),
+    )
+
+
 def _read_a_token(folder: Path) -> int:
     """Bytes that decoding a token reads: the language model's, where it has a file of its own."""
     return sum(count for path, count in weights(folder).items() if "mmproj" not in path)

@@ -34,6 +34,7 @@ from ldrt_edge.bench.vqa import Controls, Model, Sample, answer_rows, cluster_la
 from ldrt_edge.dataset import Dataset, Row, Split, choose_rows
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
+from ldrt_edge.machine import processor_name
 from ldrt_edge.runtimes.base import load
 from ldrt_edge.runtimes.processor import physical_cores
 
@@ -276,7 +277,7 @@ def _environment(settings: _Settings, command: str) -> Environment:
     return Environment(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         platform=platform.platform(),
-        processor=_processor(),
+        processor=processor_name(),
         cores_physical=psutil.cpu_count(logical=False) or 0,
         cores_logical=psutil.cpu_count() or 0,
         memory_bytes=psutil.virtual_memory().total,
@@ -289,13 +290,3 @@ def _environment(settings: _Settings, command: str) -> Environment:
         libraries=artifact.library_versions(),
         command=command,
     )
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -112,7 +113,9 @@ def train(
     from ldrt_edge.train.recipe import load_recipe
 
     settings = load_recipe(config or recipe or "starter", overrides)
-    show_artifact(run(resolve_base(base), datasets, out, settings, resume), as_json)
+    trained = run(resolve_base(base), datasets, out, settings, resume)
+    if os.environ.get("RANK", "0") == "0":  # of several processes on several devices, one tells
+        show_artifact(trained, as_json)
 
 
 @cli.command()
@@ -177,7 +180,10 @@ def chat(
 @click.option("--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
 @click.option("--threads", type=click.IntRange(min=1))
-def serve(edge: Path, port: int, audit: Path | None, max_tokens: int, threads: int | None) -> None:
+@json_option
+def serve(
+    edge: Path, port: int, audit: Path | None, max_tokens: int, threads: int | None, as_json: bool
+) -> None:
     """The page and OpenAI's chat API on 127.0.0.1, behind a token. Prints one line: the address with the token.
 
     Programs take http://127.0.0.1:PORT/v1 as base URL and the token as API key.
@@ -185,7 +191,7 @@ def serve(edge: Path, port: int, audit: Path | None, max_tokens: int, threads: i
     from ldrt_edge.chat.server import serve as run
     from ldrt_edge.runtimes.base import Sampling
 
-    run(edge, port, Sampling(max_tokens=max_tokens), threads, audit)
+    run(edge, port, Sampling(max_tokens=max_tokens), threads, audit, as_json=as_json)
 
 
 @cli.group()

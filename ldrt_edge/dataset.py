@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -25,6 +25,7 @@ from ldrt_edge.errors import DataError, all_problems
 ROWS = "rows.jsonl"
 IMAGES = "images"
 _LINE_LIMIT_BYTES = 1 << 20
+_NAME_LIMIT = 255
 
 Split = Literal["train", "test"]
 AnswerType = Literal["closed", "open"]
@@ -79,7 +80,7 @@ class Dataset:
 
     Raises:
         ArtifactError: not a complete dataset artefact.
-        DataError: a row cannot be read (on access), or images are missing (`check_images`).
+        DataError: a row cannot be read (on access), or images are missing (`rows`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -206,6 +207,10 @@ def assign_splits(
     return splits
 
 
+_LISTS = ("present", "absent")
+_TEXTS = tuple(field.name for field in fields(Row) if field.name not in ("turns", *_LISTS))
+
+
 def _line_offsets(path: Path) -> Iterator[int]:
     offset = 0
     with path.open("rb") as stream:
@@ -219,10 +224,16 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
     try:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
-        present, absent = (tuple(data.pop(name, ())) for name in ("present", "absent"))
-        row = Row(turns=turns, present=present, absent=absent, **data)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: line {number} is not a dataset row ({error})") from error
-    if len(turns) < 2 or turns[-1].role != "assistant":
+        lists = {name: tuple(data.pop(name, ())) for name in _LISTS}
+        row = Row(turns=turns, **lists, **data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{path}: line {number} is not a dataset row ({str(error)[:200]})") from error
+    texts = [*(getattr(row, name) for name in _TEXTS), *(text for turn in turns for text in (turn.role, turn.text))]
+    texts += [name for names in lists.values() for name in names]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{path}: line {number} is not a dataset row (a value that is no text)")
+    if not row.image.isprintable() or len(row.image) > _NAME_LIMIT:
+        raise DataError(f"{path}: line {number}: no name for an image: {row.image[:80]!r}")
+    if len(turns) < 2 or turns[-1].role != "assistant" or "user" not in [turn.role for turn in turns]:
         raise DataError(f"{path}: line {number}: a row ends with an assistant turn that answers a user turn")
     return row

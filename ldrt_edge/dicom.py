@@ -46,10 +46,10 @@ def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
         photometric = str(header.PhotometricInterpretation)
         bits_stored = int(header.get("BitsStored", header.BitsAllocated))
         signed = int(header.get("PixelRepresentation", 0)) == 1
-        syntax = header.file_meta.TransferSyntaxUID
+        syntax = _syntax_name(header)
     image.check_size(columns, rows)
     image.check_frame(frame, frames)
-    with decoding(f"{named} whose pixels cannot be decoded ({syntax.name}): damaged, truncated or not supported"):
+    with decoding(f"{named} whose pixels cannot be decoded ({syntax}): damaged, truncated or not supported"):
         stored = _decode(data, header, frame)
         display = _display_settings(header, frame)
         if photometric == "PALETTE COLOR":
@@ -212,6 +212,14 @@ def _through_palette(stored: Values, header: Dataset) -> Values:
     if coloured.dtype == np.uint8 and not 0 < entries <= 256:  # pydicom looks them up modulo 256
         raise DataError("a palette of more than 256 entries of 8 bits, which is not supported: convert it to RGB")
     return coloured.astype(np.uint8) if depth == 8 else coloured  # 8-bit entries may come in 16-bit words
+
+
+def _syntax_name(header: Dataset) -> str:
+    """Of the transfer syntax, as the standard has it: what else the element may hold is not passed on."""
+    from pydicom.uid import UID
+
+    found = UID(str(header.file_meta.TransferSyntaxUID))
+    return found.name if found.is_valid and found.name != str(found) else "an unknown syntax"
 
 
 def _modality(header: Dataset) -> str | None:

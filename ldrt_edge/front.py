@@ -21,14 +21,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import Template, TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template
 from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
+from ldrt_edge.chat_template import compile_template
 from ldrt_edge.dataset import Turn
 from ldrt_edge.errors import ArtifactError, DataError
 from ldrt_edge.front_config import TOKENIZER, FrontConfig, config_from_hf, read_json, read_tokenizer
@@ -58,6 +56,10 @@ class Front:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
+    def __reduce__(self) -> tuple[type[Front], tuple[FrontConfig, Tokenizer, Path]]:
+        """For another process: without what is cached, as templates stay where they were compiled."""
+        return type(self), (self.config, self.tokenizer, self._tokenizer_path)
+
     @classmethod
     def load(cls, folder: Path) -> Front:
         """Load the front end that a model artefact carries; one without `front.json` is read as a Hugging Face folder.
@@ -73,7 +75,7 @@ class Front:
             if values["grid_pinpoints"]:
                 values["grid_pinpoints"] = tuple((h, w) for h, w in values["grid_pinpoints"])
             config = FrontConfig(**values)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ArtifactError(f"{folder / FRONT}: not a front end that this version reads ({error})") from error
         return cls(config, read_tokenizer(folder / TOKENIZER), folder / TOKENIZER)
 
@@ -84,7 +86,11 @@ class Front:
         Raises:
             ArtifactError: a file is missing or says something that this front end cannot do.
         """
-        return cls(config_from_hf(folder), read_tokenizer(folder / TOKENIZER), folder / TOKENIZER)
+        try:
+            config = config_from_hf(folder)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(f"{folder}: its settings are not those of a LLaVA ({str(error)[:120]})") from error
+        return cls(config, read_tokenizer(folder / TOKENIZER), folder / TOKENIZER)
 
     def save(self, folder: Path) -> None:
         """Write `front.json` and `tokenizer.json` into a draft folder."""
@@ -167,11 +173,12 @@ class Front:
         for message in messages:
             parts = [{"type": "image"} for _ in message.images] + [{"type": "text", "text": message.text.strip()}]
             turns.append({"role": message.role, "content": parts})
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=turns, add_generation_prompt=add_generation_prompt, **self.config.special_tokens
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program that came with a model, and may raise anything
             raise DataError(f"the model's chat template refuses this conversation: {error}") from error
 
     def _encode(self, text: str) -> list[int]:
@@ -192,14 +199,7 @@ class Front:
 
     @cached_property
     def _template(self) -> Template:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _raise_exception
-        try:
-            return environment.from_string(self.config.chat_template)
-        except TemplateError as error:
-            raise ArtifactError(f"the model's chat template cannot be read: {error}") from error
+        return compile_template(self.config.chat_template)
 
     @cached_property
     def _answer_prefix(self) -> str:
@@ -219,17 +219,3 @@ def conversation(turns: Sequence[Turn], image: FrontImage | None) -> list[Messag
         first = turn.role == "user" and not any(m.images for m in messages)
         messages.append(Message(turn.role, turn.text, (image,) if image and first else ()))
     return messages
-
-
-class _Generation(Extension):
-    """transformers' `{% generation %}` block, which marks what the assistant said; here it is just its body."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from PIL import Image
 from tokenizers import Tokenizer
@@ -19,6 +19,9 @@ from ldrt_edge.errors import ArtifactError
 
 TOKENIZER = "tokenizer.json"
 _FILE_LIMIT_BYTES = 128 << 20
+_SIDE_LIMIT = 8192
+_PINPOINTS_LIMIT = 256
+_COLOUR_LIMIT = 1e4
 
 Fit = Literal["crop", "pad", "stretch", "tiles"]
 
@@ -48,6 +51,40 @@ class FrontConfig:
     image_std: tuple[float, float, float]
     grid_pinpoints: tuple[tuple[int, int], ...] | None = None
     vision_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what nobody's model has, and what would be allocated for it.
+
+        Raises:
+            ValueError: says which setting.
+        """
+        tokens = isinstance(self.special_tokens, dict) and all(isinstance(t, str) for t in self.special_tokens.values())
+        colours = (*self.image_mean, *self.image_std)
+        pinpoints = [side for size in self.grid_pinpoints or () for side in size]
+        wrong = {
+            "chat_template": not isinstance(self.chat_template, str),
+            "special_tokens": not tokens,
+            "image_token": not isinstance(self.image_token, str) or not self.image_token,
+            "image_token_id": not _is_count(self.image_token_id, 0),
+            "stop_ids": not self.stop_ids or not all(_is_count(number, 0) for number in self.stop_ids),
+            "context_length": not _is_count(self.context_length, 1),
+            "image_size": not _is_count(self.image_size, 1, _SIDE_LIMIT),
+            "patch_size": not _is_count(self.patch_size, 1, _SIDE_LIMIT),
+            "fit": self.fit not in get_args(Fit),
+            "resample": self.resample not in set(Image.Resampling),
+            "image_mean, image_std": len(colours) != 6
+            or not all(isinstance(value, (int, float)) and abs(value) < _COLOUR_LIMIT for value in colours)
+            or not all(self.image_std),
+            "grid_pinpoints": len(pinpoints) > _PINPOINTS_LIMIT
+            or not all(_is_count(side, 1, _SIDE_LIMIT) for side in pinpoints),
+            "vision_tokens": self.vision_tokens is not None and not _is_count(self.vision_tokens, 1),
+        }
+        if any(wrong.values()):
+            raise ValueError(f"{', '.join(name for name in wrong if wrong[name])}: not what a model has")
+
+
+def _is_count(value: object, least: int, most: int = 1 << 24) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def config_from_hf(folder: Path) -> FrontConfig:

@@ -67,7 +67,7 @@ def replay(edge: Path) -> list[Replay]:
         MissingExtraError, RuntimeLoadError: it does not load here.
     """
     artifact.verify(edge, "gguf", "mlx")
-    records, front = _read(edge), Front.load(edge)
+    records, front = read_records(edge), Front.load(edge)
     runtime = load(edge)
     try:
         return [_replay(runtime, front, edge, record) for record in records]
@@ -133,7 +133,12 @@ def _collapsed(prompt: Prompt) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _read(edge: Path) -> list[Record]:
+def read_records(edge: Path) -> list[Record]:
+    """The records that an export carries.
+
+    Raises:
+        ArtifactError: none, or not such as this version reads.
+    """
     path = edge / GOLDEN / _RECORDS
     if not path.is_file():
         raise ArtifactError(f"{edge}: it carries no golden answers: convert or quantise it again")

@@ -14,62 +14,38 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bundling import Made, make, sign, write_small
 from click.testing import CliRunner, Result
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from PIL import Image
+from serving import Server
 
 from ldrt_edge import artifact
 from ldrt_edge.artifact import FileEntry
-from ldrt_edge.bench.report import bench
 from ldrt_edge.bundle import container, keys
 from ldrt_edge.bundle.container import open_bundle
 from ldrt_edge.bundle.evidence import read_evidence
 from ldrt_edge.bundle.open import accept, check_whole, install, model_folder, open_any
 from ldrt_edge.bundle.pack import _source, pack
-from ldrt_edge.bundle.statement import Statement, dump, parse
+from ldrt_edge.bundle.statement import dump, parse
+from ldrt_edge.chat.desk import Model
 from ldrt_edge.cli import cli
-from ldrt_edge.convert.gguf import convert
-from ldrt_edge.dataset import DatasetWriter, Row, Turn
 from ldrt_edge.errors import ArtifactError, ConfigError, LdrtError
-from ldrt_edge.front import Front
 from ldrt_edge.release import RELEASE, Verdict
 
 Tiny = Callable[..., Path]
 
 
-@dataclass(frozen=True)
-class Made:
-    """A tiny export with its report, and the key pair of its maker."""
-
-    edge: Path
-    report: Path
-    key: Path
-    pub: Path
-
-
 @pytest.fixture(scope="module")
 def made(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("bundle")
-    source, merged = tiny("llava15", "smollm2"), folder / "merged"
-    with artifact.create(merged, "merged", {}) as draft:
-        shutil.copytree(source, draft.path, dirs_exist_ok=True)
-        Front.from_hf(source).save(draft.path)
-    with artifact.create(folder / "data", "dataset", {}) as draft, DatasetWriter(draft.path) as writer:
-        for number, colour in enumerate(("red", "green", "blue", "yellow")):
-            stream = io.BytesIO()
-            Image.new("RGB", (64 + number, 56), colour).save(stream, "PNG")
-            image, digest = writer.add_image(stream.getvalue(), ".png")
-            turns = (Turn("user", "What colour is it?"), Turn("assistant", colour))
-            row = (f"{number}", image, digest, turns, "en", "colour", "open", "drawn", "CC0-1.0", digest, "k", "test")
-            writer.add(Row(*row))  # type: ignore[arg-type]
-    edge = convert(merged, folder / "edge")
-    report = bench(edge, folder / "data", folder / "report", merged, runs=0, threads=1)
-    return Made(edge, report, *keys.keygen(folder / "maker"))
+    return make(tiny("llava15", "smollm2"), tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(autouse=True)
@@ -86,27 +62,8 @@ def signed(made: Made, tmp_path: Path) -> Path:
     return sign(path, made.key)
 
 
-def sign(path: Path, key: Path) -> Path:
-    opened = open_bundle(path)
-    container.replace_signature(opened, keys.sign(opened.raw, key))
-    return path
-
-
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
-def small(path: Path, key: Path | None = None, contents: dict[str, bytes] | None = None, **changes: Any) -> Path:
-    """A bundle of a few bytes that no runtime would load; `changes` go into its statement unchecked."""
-    contents = contents or {"models/small/manifest.json": b"{}", "models/small/model.gguf": bytes(range(256)) * 3}
-    sources = [_source(name, content) for name, content in sorted(contents.items())]
-    model = sources[0].entry.sha256
-    entries = tuple(source.entry for source in sources)
-    told = Statement("small", "gguf", model, "0" * 64, True, "released: so", (), "1", entries)
-    raw = (json.dumps(asdict(told) | changes) + "\n").encode()
-    with path.open("wb") as stream:
-        container.write(stream, raw, keys.UNSIGNED if key is None else keys.sign(raw, key), sources)
-    return path
 
 
 def check(path: Path) -> None:
@@ -150,6 +107,12 @@ def test_the_papers_say_what_was_measured(signed: Path, made: Made) -> None:
     weights = {c["name"]: c["hashes"][0]["content"] for c in bill["components"] if c["type"] == "file"}
     assert weights == {path.name: artifact.file_sha256(path) for path in made.edge.glob("*.gguf")}
 
+    validator = JsonStrictValidator(SchemaVersion.V1_6)
+    assert validator.validate_str(files["sbom.cdx.json"].decode()) is None
+    assert validator.validate_str(json.dumps(bill | {"version": "x"})) is not None, "the validator finds nothing"
+    considerations = model["modelCard"]["considerations"]
+    assert "Research" in considerations["useCases"][0] and len(considerations["technicalLimitations"]) == 3
+
     card = ModelCard(files["README.md"].decode())  # as the hub reads it
     assert card.data.license == "apache-2.0" and card.data.base_model == "a base"
     assert {result.metric_type for result in card.data.eval_results or ()} == set(shown)
@@ -184,6 +147,28 @@ def test_a_model_that_its_loss_does_not_release_is_packed_only_as_such(made: Mad
         assert "not released: loss" in run(*command, out).stdout
     assert json.loads(run("inspect", out, "--json").stdout)["statement"]["released"] is False
     assert "not released" in strict(out)["README.md"].decode().lower()
+
+    asked = run("chat", out, "--ask", "What is it?", "--max-tokens", "2", "--threads", "1", "--json")
+    assert "WARNING" in asked.stderr and "not released: loss" in json.loads(asked.stdout)["unreleased"]
+    model = Model.of(model_folder(out))
+    assert model.unreleased is not None and model.unreleased.startswith("not released: loss")
+    assert Model.of(made.edge).unreleased is None
+
+
+def test_an_export_that_its_gate_did_not_release_says_so_wherever_it_answers(made: Made, tmp_path: Path) -> None:
+    judged = asdict(Verdict(False, "too many flips", 1.0, 0.0, 0.0, 0.5, 5.0, 9.0, 12.0, 100, 50, None))
+    edge = tmp_path / "judged"
+    shutil.copytree(made.edge, edge)
+    manifest = json.loads((edge / "manifest.json").read_text())
+    manifest["metrics"][RELEASE] = judged
+    (edge / "manifest.json").write_text(json.dumps(manifest))
+    asked = run("chat", edge, "--ask", "What is it?", "--max-tokens", "2", "--threads", "1", "--json")
+    assert "WARNING: judged is not released: too many flips" in asked.stderr
+    assert json.loads(asked.stdout)["unreleased"] == "not released: too many flips"
+    server = Server(edge)
+    told, listed = server.json("GET", "/api/model"), server.json("GET", "/v1/models")["data"][0]
+    assert "WARNING" in server.close()
+    assert told["unreleased"] == listed["unreleased"] == "not released: too many flips"
 
 
 def test_an_interval_that_reaches_beyond_the_budget_releases_nothing(made: Made) -> None:
@@ -289,14 +274,14 @@ def test_only_trusted_keys_open_a_bundle(made: Made, signed: Path, tmp_path: Pat
     keys.trust(stranger)
     with pytest.raises(ArtifactError, match="a key that you do not trust"):
         check(signed)
-    assert "maker: " in run("bundle", "trust", made.pub).stdout
+    assert "maker, " in run("bundle", "trust", made.pub).stdout
     check(signed)
     told = json.loads(run("bundle", "verify", signed, "--json").stdout)
     assert told["signer"]["trusted_as"] == "maker"
 
 
 def test_an_unsigned_bundle_opens_once_with_a_warning(made: Made, tmp_path: Path) -> None:
-    path = small(tmp_path / "small.ldrt")
+    path = write_small(tmp_path / "small.ldrt")
     with pytest.raises(ArtifactError, match="signed by nobody"):
         check(path)
     opened = run("bundle", "verify", path, "--trust-once")
@@ -307,14 +292,14 @@ def test_an_unsigned_bundle_opens_once_with_a_warning(made: Made, tmp_path: Path
 
 def test_a_signature_is_of_one_bundle_and_one_key(made: Made, tmp_path: Path) -> None:
     keys.trust(made.pub)
-    one, two = small(tmp_path / "one.ldrt", made.key), small(tmp_path / "two.ldrt", made.key, version="2")
+    one, two = write_small(tmp_path / "one.ldrt", made.key), write_small(tmp_path / "two.ldrt", made.key, version="2")
     container.replace_signature(open_bundle(two), open_bundle(one).signature)
     with pytest.raises(ArtifactError, match="not that of this bundle"):
         check(two)
 
     key, _ = keys.keygen(tmp_path / "thief")
     stolen = json.loads(keys.sign(open_bundle(one).raw, key)) | {"key": json.loads(open_bundle(one).signature)["key"]}
-    container.replace_signature(open_bundle(one), keys._written(stolen["key"], stolen["signature"]))
+    container.replace_signature(open_bundle(one), keys._written(stolen))
     with pytest.raises(ArtifactError, match="not that of this bundle"):
         check(one)
 
@@ -338,7 +323,7 @@ def test_keys_are_kept_from_others_and_never_overwritten(tmp_path: Path) -> None
 
 def test_signing_asks_for_the_passphrase_and_refuses_a_damaged_bundle(tmp_path: Path) -> None:
     secret, public = keys.keygen(tmp_path / "clinic", "a passphrase")
-    path = small(tmp_path / "small.ldrt")
+    path = write_small(tmp_path / "small.ldrt")
     asked = CliRunner().invoke(cli, ["bundle", "sign", str(path), "--key", str(secret)], input="a passphrase\n")
     assert asked.exit_code == 0
     keys.trust(public)
@@ -358,12 +343,15 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 
 
 def test_any_changed_byte_is_found(made: Made, tmp_path: Path) -> None:
-    """Each byte of a whole bundle, one bit at a time: headers, padding, signature, statement, members, end."""
+    """Bytes of a whole bundle, one bit at a time: headers, padding, signature, statement, members, end.
+
+    Each of them, but only a part of the blanks behind a signature.
+    """
     keys.trust(made.pub)
-    path = small(tmp_path / "small.ldrt", made.key)
+    path = write_small(tmp_path / "small.ldrt", made.key)
     whole, chosen = path.read_bytes(), random.Random(0)
     check(path)
-    for position in range(len(whole)):
+    for position in (at for at, byte in enumerate(whole) if byte != ord(" ") or at % 16 == 0):
         with path.open("r+b") as stream:
             stream.seek(position)
             stream.write(bytes([whole[position] ^ 1 << chosen.randrange(8)]))
@@ -395,7 +383,7 @@ def test_ten_thousand_changed_bytes_of_a_real_bundle_are_found(made: Made, signe
 @pytest.mark.parametrize("length", [0, 1, 511, 512, 513, 1024, 3000, -1, -512, -1024])
 def test_a_bundle_cut_short_or_grown_is_refused(made: Made, tmp_path: Path, length: int) -> None:
     keys.trust(made.pub)
-    path = small(tmp_path / "small.ldrt", made.key)
+    path = write_small(tmp_path / "small.ldrt", made.key)
     whole = path.read_bytes()
     path.write_bytes(whole[:length])
     with pytest.raises(ArtifactError):
@@ -409,7 +397,7 @@ def test_swapped_members_are_refused(made: Made, tmp_path: Path) -> None:
     keys.trust(made.pub)
     one, two = b"A" * 512, b"B" * 512
     members = {"models/small/manifest.json": b"{}", "models/small/a": one, "models/small/b": two}
-    path = small(tmp_path / "small.ldrt", made.key, members, model_sha256=_source("", b"{}").entry.sha256)
+    path = write_small(tmp_path / "small.ldrt", made.key, members, model_sha256=_source("", b"{}").entry.sha256)
     check(path)
     data = path.read_bytes()
     path.write_bytes(data.replace(one, b"?" * 512).replace(two, one).replace(b"?" * 512, two))
@@ -428,14 +416,14 @@ HOSTILE_PATHS = (
 
 @pytest.mark.parametrize("hostile", HOSTILE_PATHS, ids=ascii)
 def test_names_that_leave_the_folder_or_clash_are_refused(tmp_path: Path, hostile: str) -> None:
-    honest = open_bundle(small(tmp_path / "small.ldrt")).statement
+    honest = open_bundle(write_small(tmp_path / "small.ldrt")).statement
     files = sorted((*honest.files, FileEntry(hostile, 1, "0" * 64)), key=lambda entry: entry.path)
     with pytest.raises(ArtifactError, match=r"bundle\.json"):
         parse(dump(replace(honest, files=tuple(files))))
 
 
 HOSTILE_FIELDS: dict[str, Any] = {
-    "schema of the future": {"schema": "ldrt-edge/bundle/2"},
+    "schema of the future": {"schema": "ldrt-edge/bundle/3"},
     "unknown field": {"extra": 1},
     "no files": {"files": []},
     "files that are none": {"files": ["x"]},
@@ -461,7 +449,7 @@ HOSTILE_FIELDS: dict[str, Any] = {
 @pytest.mark.parametrize("changes", HOSTILE_FIELDS.values(), ids=HOSTILE_FIELDS)
 def test_statements_that_are_made_up_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match=r"bundle\.json"):
-        open_bundle(small(tmp_path / "small.ldrt", **changes))
+        open_bundle(write_small(tmp_path / "small.ldrt", **changes))
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"null", b"1", b'"x"', b"{", b"\xff\xfe", b"[" * 200_000, b"9" * 10_000])
@@ -480,7 +468,7 @@ def tar_with(path: Path, *members: tuple[tarfile.TarInfo, bytes], form: int = ta
 
 def test_other_archives_links_and_huge_sizes_are_refused(made: Made, tmp_path: Path) -> None:
     keys.trust(made.pub)
-    honest = small(tmp_path / "small.ldrt", made.key)
+    honest = write_small(tmp_path / "small.ldrt", made.key)
     statement = open_bundle(honest).raw
     link = tarfile.TarInfo("bundle.json")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -505,7 +493,7 @@ def test_other_archives_links_and_huge_sizes_are_refused(made: Made, tmp_path: P
             check(path)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10, "KiB"
 
-    claimed = small(tmp_path / "claimed.ldrt", made.key)
+    claimed = write_small(tmp_path / "claimed.ldrt", made.key)
     told = json.loads(open_bundle(claimed).raw)
     told["files"][1]["bytes"] = 1 << 45
     with claimed.open("wb") as stream:
@@ -516,7 +504,7 @@ def test_other_archives_links_and_huge_sizes_are_refused(made: Made, tmp_path: P
 
 def test_a_member_that_is_a_link_in_the_archive_is_refused(made: Made, tmp_path: Path) -> None:
     keys.trust(made.pub)
-    path = small(tmp_path / "small.ldrt", made.key)
+    path = write_small(tmp_path / "small.ldrt", made.key)
     data = path.read_bytes()
     plain = container._header("models/small/model.gguf", 768)
     member = tarfile.TarInfo("models/small/model.gguf")
@@ -580,7 +568,7 @@ def test_a_model_that_answers_otherwise_is_not_installed(made: Made, tmp_path: P
     named["manifest.json"] = json.dumps(manifest).encode()
     members = {f"models/small/{name}": content for name, content in named.items()}
     model = _source("", named["manifest.json"]).entry.sha256
-    path = small(tmp_path / "small.ldrt", made.key, members, model_sha256=model)
+    path = write_small(tmp_path / "small.ldrt", made.key, members, model_sha256=model)
     keys.trust(made.pub)
     check(path)
     with pytest.raises(ArtifactError, match="does not say what it said"):
@@ -663,7 +651,7 @@ def test_what_is_touched_after_installing_is_refused(installed: Path) -> None:
 
 def test_an_installed_bundle_must_be_the_one_that_is_opened(made: Made, signed: Path, installed: Path) -> None:
     with pytest.raises(ArtifactError, match="is not this bundle"):
-        install(small(installed.parent / "small.ldrt", made.key), installed)
+        install(write_small(installed.parent / "small.ldrt", made.key), installed)
     unpacked = model_folder(signed)
     flip(unpacked / "front.json", 10)
     with pytest.raises(ArtifactError, match=r"front\.json is not what it was"):

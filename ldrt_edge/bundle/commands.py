@@ -1,4 +1,4 @@
-"""The bundle's commands: pack, keygen, trust, sign, verify, install; and inspect, which looks and trusts nobody."""
+"""The bundle's commands, from packing to a kit; and inspect, which looks and trusts nobody."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldrt_edge.options import PATH, json_option
+from ldrt_edge.options import PATH, json_option, show_artifact
 
 if TYPE_CHECKING:
     from ldrt_edge.bundle.container import Opened
@@ -65,24 +65,28 @@ def keygen(name: Path, passphrase: str, as_json: bool) -> None:
 
 
 @bundle.command()
-@click.argument("public_key", type=PATH)
+@click.argument("public_key", type=PATH, metavar="NAME.pub|AUTHORITY.pem")
 @json_option
 def trust(public_key: Path, as_json: bool) -> None:
-    """Trust a NAME.pub: bundles that its owner signs will open. Compare the key that is shown with its owner's."""
+    """Trust a key, or an authority's certificate and all whom it lets sign code: what they sign will open.
+
+    Compare what is shown with its owner's.
+    """
     from ldrt_edge.bundle.keys import trust as run
-    from ldrt_edge.bundle.keys import trust_folder
+    from ldrt_edge.bundle.keys import trusted_file
 
     signer = run(public_key)
-    kept = trust_folder() / f"{signer.trusted_as}.pub"
+    kept = trusted_file(signer)
     told = {"path": str(kept), **asdict(signer)}
-    click.echo(json.dumps(told) if as_json else f"{signer.trusted_as}: {signer.key}\n{kept}")
+    click.echo(json.dumps(told) if as_json else f"{signer.told}\n{kept}")
 
 
 @bundle.command()
 @click.argument("path", type=PATH, metavar="NAME.ldrt")
 @click.option("--key", required=True, type=PATH, help="NAME.key")
+@click.option("--certificate", type=PATH, help="The key's, and those up to its authority's, in PEM.")
 @json_option
-def sign(path: Path, key: Path, as_json: bool) -> None:
+def sign(path: Path, key: Path, certificate: Path | None, as_json: bool) -> None:
     """Sign a bundle where it lies, after holding all of it against its statement."""
     from ldrt_edge.bundle import keys
     from ldrt_edge.bundle.container import open_bundle, replace_signature
@@ -90,7 +94,7 @@ def sign(path: Path, key: Path, as_json: bool) -> None:
     passphrase = click.prompt("Passphrase", hide_input=True) if keys.is_encrypted(key) else None
     opened = open_bundle(path)
     opened.check()
-    replace_signature(opened, keys.sign(opened.raw, key, passphrase))
+    replace_signature(opened, keys.sign(opened.raw, key, passphrase, certificate))
     _show(path, as_json)
 
 
@@ -121,6 +125,28 @@ def install(path: Path, out: Path | None, trust_once: bool, as_json: bool) -> No
     click.echo(json.dumps({"path": str(folder)}) if as_json else folder)
 
 
+@bundle.command()
+@click.argument("path", type=PATH, metavar="[NAME.ldrt]", required=False)
+@click.option("--platform", required=True, help="linux-x86_64, macos-arm64 or windows-x86_64.")
+@click.option("--out", required=True, type=PATH, help="The kit's folder.")
+@click.option("--python", help="Python's version there, as 3.11. Default: the one that runs here.")
+@click.option("--wheels", type=PATH, help="A folder with wheels of your own, such as llama.cpp's for that platform.")
+@json_option
+def kit(path: Path | None, out: Path, as_json: bool, **options: Any) -> None:
+    """Collect what a machine without a network needs: wheels, a signed bundle, an installer, a page to print.
+
+    Tell whoever installs it the digest, by another way than you give the kit.
+    """
+    from ldrt_edge import artifact
+    from ldrt_edge.bundle.kit import DIGEST
+    from ldrt_edge.bundle.kit import kit as run
+
+    made = run(out, bundle=path, **options)
+    if not as_json:
+        click.echo(f"digest {artifact.read(made).metrics[DIGEST]}")
+    show_artifact(made, as_json)
+
+
 @click.command()
 @click.argument("path", type=PATH, metavar="BUNDLE")
 @json_option
@@ -144,7 +170,7 @@ def _show(path: Path, as_json: bool, whole: bool = False) -> None:
 
 def _head(opened: Opened, signer: Signer | None) -> list[str]:
     told = opened.statement
-    who = "nobody" if signer is None else f"{signer.trusted_as or 'a key that you do not trust'}, {signer.key}"
+    who = signer.told if signer else "nobody"
     return [f"{told.name} ({told.kind})", f"digest     {opened.digest}", f"signed by  {who}", told.verdict]
 
 

@@ -24,7 +24,7 @@ from ldrt_edge.artifact import FileEntry
 from ldrt_edge.bundle.statement import LIMIT_BYTES, SIGNATURE, STATEMENT, Statement, digest, parse
 from ldrt_edge.errors import ArtifactError
 
-SIGNATURE_BYTES = 256
+SIGNATURE_BYTES = 16 << 10  # a chain of certificates takes most of it
 _BLOCK = tarfile.BLOCKSIZE
 _END = b"\0" * (2 * _BLOCK)
 _CHUNK_BYTES = 4 << 20

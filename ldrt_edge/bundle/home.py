@@ -11,3 +11,8 @@ import click
 def home() -> Path:
     """The folder; it may not exist yet."""
     return Path(os.environ.get("LDRT_EDGE_HOME") or click.get_app_dir("ldrt-edge"))
+
+
+def trust_folder() -> Path:
+    """Where trusted keys (NAME.pub) and authorities (NAME.crt) lie; what is removed there is no longer trusted."""
+    return home() / "trusted"

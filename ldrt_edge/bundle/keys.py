@@ -1,8 +1,8 @@
-"""Keys: who signed a bundle, and whom this user trusts. Ed25519, in PEM files, without a network.
+"""Keys: who signed a bundle, and whom this user trusts. Without a network, in PEM files, in one of two ways.
 
-A key pair is two files, NAME.key (secret) and NAME.pub. Trusting a key copies its .pub into the user's own folder. The
-cryptography package signs and verifies; Ed25519 gives the same signature for the same bundle each time, so that bundles
-can be compared byte for byte.
+A key pair of our own making is Ed25519, in two files, NAME.key (secret) and NAME.pub; trusting it copies its .pub into
+the user's own folder. A key with certificates (`certificates.py`) is trusted through its authority's, NAME.crt. Either
+gives the same signature for the same bundle each time, so that bundles can be compared byte for byte.
 
 Source: RFC 8032 (Ed25519), RFC 8410 (its PEM form).
 """
@@ -12,29 +12,46 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from ldrt_edge.bundle import certificates
 from ldrt_edge.bundle.container import SIGNATURE_BYTES
-from ldrt_edge.bundle.home import home
+from ldrt_edge.bundle.home import trust_folder
 from ldrt_edge.errors import ArtifactError, ConfigError
 
 UNSIGNED = b"{}".ljust(SIGNATURE_BYTES - 1) + b"\n"
-_CONTEXT = b"ldrt-edge/bundle/1\n"  # so that a signature means a bundle, whatever else the key signs
+_CONTEXT = b"ldrt-edge/bundle/2\n"  # so that a signature means a bundle, whatever else the key signs
 _KEY_LIMIT_BYTES = 64 << 10
+_PEM = serialization.Encoding.PEM
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
 
 
 @dataclass(frozen=True)
 class Signer:
-    """Who signed: the public key in hex, and the name under which this user trusts it (None: not trusted)."""
+    """Who signed.
+
+    key: the public key in hex, or the sha256 of the signer's certificate. trusted_as: the name under which this user
+    trusts it, or its authority; None: not trusted, `doubt` may say why. subject: whom the certificate is about.
+    """
 
     key: str
     trusted_as: str | None
+    subject: str | None = None
+    doubt: str = ""
+
+    @property
+    def told(self) -> str:
+        """In a line, for a person."""
+        who = self.key if self.subject is None else f"{self.subject} (certificate {self.key})"
+        return f"{self.trusted_as}, {who}" if self.trusted_as else f"a key that you do not trust, {who}{self.doubt}"
 
 
 def keygen(name: Path, passphrase: str | None = None) -> tuple[Path, Path]:
@@ -47,7 +64,7 @@ def keygen(name: Path, passphrase: str | None = None) -> tuple[Path, Path]:
     how: serialization.KeySerializationEncryption = serialization.NoEncryption()
     if passphrase:
         how = serialization.BestAvailableEncryption(passphrase.encode())
-    pem = secret.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how)
+    pem = secret.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, how)
     paths = name.with_name(f"{name.name}.key"), name.with_name(f"{name.name}.pub")
     _write_new(paths[0], pem, 0o600)
     _write_new(paths[1], _public_pem(secret.public_key()), 0o644)
@@ -59,19 +76,30 @@ def is_encrypted(path: Path) -> bool:
     return b"ENCRYPTED" in _read(path)
 
 
-def sign(raw: bytes, path: Path, passphrase: str | None = None) -> bytes:
+def sign(raw: bytes, path: Path, passphrase: str | None = None, chain: Path | None = None) -> bytes:
     """The signature of a statement's bytes by the secret key in `path`, as it stands in a bundle.
 
+    chain: the key's certificate and those between it and its authority, in PEM; None: an Ed25519 key of `keygen`.
+
     Raises:
-        ConfigError: no such key, a wrong passphrase, or another kind of key.
+        ConfigError: no such key, a wrong passphrase, another kind of key, or certificates that nobody would accept.
     """
     try:
         secret = serialization.load_pem_private_key(_read(path), passphrase.encode() if passphrase else None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ConfigError(f"{path}: no secret key that can be read, or a wrong passphrase") from error
+    if chain is not None:
+        if not isinstance(secret, certificates.SigningKey):
+            raise ConfigError(f"{path}: a key with a certificate is one of an elliptic curve, or RSA")
+        try:
+            certified = x509.load_pem_x509_certificates(_read(chain))
+            value = certificates.sign(_CONTEXT + raw, secret, certified)
+            return _written(certificates.as_fields(certified, value))
+        except ValueError as error:
+            raise ConfigError(f"{chain}: {error}") from error
     if not isinstance(secret, Ed25519PrivateKey):
-        raise ConfigError(f"{path}: not an Ed25519 key: make one with ldrt-edge bundle keygen")
-    return _written(_hex(secret.public_key()), secret.sign(_CONTEXT + raw).hex())
+        raise ConfigError(f"{path}: not an Ed25519 key: make one with ldrt-edge bundle keygen, or add --certificate")
+    return _written({"key": _hex(secret.public_key()), "signature": secret.sign(_CONTEXT + raw).hex()})
 
 
 def signer_of(raw: bytes, signature: bytes) -> Signer | None:
@@ -84,32 +112,68 @@ def signer_of(raw: bytes, signature: bytes) -> Signer | None:
         return None
     try:
         fields = json.loads(signature)
-        key, value = bytes.fromhex(fields["key"]), bytes.fromhex(fields["signature"])
-        if signature != _written(key.hex(), value.hex()):
+        value, certified = bytes.fromhex(fields["signature"]), "certificates" in fields
+        if certified:
+            chain = certificates.read_chain(fields["certificates"])
+            certificates.check_signature(_CONTEXT + raw, value, chain[0])
+            again = _written(certificates.as_fields(chain, value))
+        else:
+            key = bytes.fromhex(fields["key"])
+            Ed25519PublicKey.from_public_bytes(key).verify(value, _CONTEXT + raw)
+            again = _written({"key": key.hex(), "signature": value.hex()})
+        if signature != again:
             raise ValueError("not as a signature is written")
-        Ed25519PublicKey.from_public_bytes(key).verify(value, _CONTEXT + raw)
+        return _certified(chain) if certified else Signer(key.hex(), trusted().get(key.hex()))
     except (ValueError, KeyError, TypeError, RecursionError, InvalidSignature, UnsupportedAlgorithm) as error:
         raise ArtifactError("the signature is not that of this bundle: it was changed after it was signed") from error
-    return Signer(key.hex(), trusted().get(key.hex()))
+
+
+def _certified(chain: list[x509.Certificate]) -> Signer:
+    known = trusted_authorities()
+    authority, doubt = certificates.authority_of(chain, known.values(), datetime.now(UTC))
+    named = next((name for name, certificate in known.items() if certificate == authority), None)
+    told = f": {doubt}" if doubt else ""
+    return Signer(certificates.fingerprint_of(chain[0]), named, certificates.subject_of(chain[0]), told)
 
 
 def trust(path: Path) -> Signer:
-    """Trust a public key from now on, under the name of its file.
+    """Trust a public key, or an authority and all whom it lets sign code, from now on; by the name of its file.
 
     Raises:
-        ConfigError: no public key, or another key is trusted under this name.
+        ConfigError: neither of them, or another is trusted under this name.
     """
-    key, label = _load_public(path), path.stem
+    content, label = _read(path), path.stem
     if not _LABEL.fullmatch(label):
         raise ConfigError(f"{path}: rename the file: its name stands for the key, in plain letters and digits")
-    known = trusted()
-    if label in known.values() and known.get(_hex(key)) != label:
-        held = trust_folder() / f"{label}.pub"
-        raise ConfigError(f"another key is trusted as {label!r} already: rename {path.name}, or remove {held}")
-    if _hex(key) not in known:
+    if b"-----BEGIN CERTIFICATE-----" in content:
+        certificate = _load_authority(path)
+        key, suffix, pem = certificates.fingerprint_of(certificate), ".crt", certificate.public_bytes(_PEM)
+        known = {certificates.fingerprint_of(each): name for name, each in trusted_authorities().items()}
+        subject: str | None = certificates.subject_of(certificate)
+    else:
+        public = _load_public(path)
+        key, suffix, pem, known, subject = _hex(public), ".pub", _public_pem(public), trusted(), None
+    held = trust_folder() / f"{known.get(key, label)}{suffix}"
+    if key not in known:
+        if any(held.with_suffix(other).exists() for other in (".pub", ".crt")):
+            raise ConfigError(f"another key is trusted as {label!r} already: rename {path.name}, or remove {held}")
         trust_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
-        _write_new(trust_folder() / f"{label}.pub", _public_pem(key), 0o644)
-    return Signer(_hex(key), known.get(_hex(key), label))
+        _write_new(held, pem, 0o644)
+    return Signer(key, held.stem, subject)
+
+
+def trusted_file(signer: Signer) -> Path:
+    """The file in the user's folder that makes a signer trusted."""
+    return trust_folder() / f"{signer.trusted_as}{'.crt' if signer.subject is not None else '.pub'}"
+
+
+def trusted_authorities() -> dict[str, x509.Certificate]:
+    """The authorities that this user trusts, by name.
+
+    Raises:
+        ConfigError: a file among them is none.
+    """
+    return {path.stem: _load_authority(path) for path in sorted(trust_folder().glob("*.crt"))}
 
 
 def trusted() -> dict[str, str]:
@@ -121,13 +185,21 @@ def trusted() -> dict[str, str]:
     return {_hex(_load_public(path)): path.stem for path in sorted(trust_folder().glob("*.pub"))}
 
 
-def _written(key: str, signature: str) -> bytes:
-    return json.dumps({"key": key, "signature": signature}).encode().ljust(SIGNATURE_BYTES - 1) + b"\n"
+def _written(fields: Mapping[str, object]) -> bytes:
+    content = json.dumps(fields).encode()
+    if len(content) >= SIGNATURE_BYTES:
+        raise ValueError("too many certificates, or too large ones")
+    return content.ljust(SIGNATURE_BYTES - 1) + b"\n"
 
 
-def trust_folder() -> Path:
-    """Where trusted keys lie as NAME.pub; a file that is removed there is no longer trusted."""
-    return home() / "trusted"
+def _load_authority(path: Path) -> x509.Certificate:
+    try:
+        [certificate] = x509.load_pem_x509_certificates(_read(path))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not one certificate that can be read") from error
+    if not certificates.is_authority(certificate):
+        raise ConfigError(f"{path}: not the certificate of an authority, which may issue others")
+    return certificate
 
 
 def _load_public(path: Path) -> Ed25519PublicKey:
@@ -158,7 +230,7 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
 
 
 def _public_pem(key: Ed25519PublicKey) -> bytes:
-    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return key.public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def _hex(key: Ed25519PublicKey) -> str:

@@ -23,6 +23,7 @@ from ldrt_edge.bundle.keys import Signer, signer_of
 from ldrt_edge.bundle.statement import LIMIT_BYTES, SIGNATURE, STATEMENT, parse
 from ldrt_edge.console import say
 from ldrt_edge.errors import ArtifactError
+from ldrt_edge.release import read_verdict
 
 _MARGIN_BYTES = 64 << 20
 
@@ -38,11 +39,26 @@ def model_folder(path: Path, trust_once: bool = False) -> Path:
     if path.is_file():
         return install(path, trust_once=trust_once) / open_bundle(path).statement.model_path
     if not (path / STATEMENT).is_file():
+        if path.is_dir() and (reason := unreleased(path)):
+            say(f"WARNING: {path.name} is {reason}")
         return path
     opened = open_any(path)
     accept(opened, trust_once)
     check_whole(opened)
     return path / opened.statement.model_path
+
+
+def unreleased(model: Path) -> str | None:
+    """Why the model in a folder is not released, for whoever sees its answers; None where nobody said so.
+
+    The bundle says that it lies in, or the verdict that `quantize --max-loss` left in its manifest.
+    """
+    bundle = model.absolute().parent.parent
+    if model.absolute().parent.name == "models" and (bundle / STATEMENT).is_file():
+        statement = open_any(bundle).statement
+        return None if statement.released else statement.verdict
+    verdict = read_verdict(artifact.read(model).metrics) if (model / MANIFEST).is_file() else None
+    return None if verdict is None or verdict.released else f"not released: {verdict.reason}"
 
 
 def install(path: Path, out: Path | None = None, trust_once: bool = False) -> Path:
@@ -95,7 +111,7 @@ def accept(opened: Opened, trust_once: bool = False) -> Signer | None:
     """
     signer = signer_of(opened.raw, opened.signature)
     if signer is None or signer.trusted_as is None:
-        stranger = f"signed by a key that you do not trust, {signer.key}" if signer else "signed by nobody"
+        stranger = f"signed by {signer.told}" if signer else "signed by nobody"
         if not trust_once:
             raise ArtifactError(
                 f"{opened.path} is {stranger}: refused. Trust its maker's key with 'ldrt-edge bundle trust NAME.pub', "

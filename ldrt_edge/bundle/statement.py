@@ -18,7 +18,7 @@ from typing import Any, Literal
 from ldrt_edge.artifact import MANIFEST, FileEntry
 from ldrt_edge.errors import ArtifactError
 
-SCHEMA = "ldrt-edge/bundle/1"
+SCHEMA = "ldrt-edge/bundle/2"
 STATEMENT, SIGNATURE = "bundle.json", "bundle.sig"
 LIMIT_BYTES = 4 << 20
 PATH_LIMIT = 100  # what a plain tar header holds

@@ -138,7 +138,8 @@ class Api:
                 self._desk.record([image.sha256 for image in asked.prompt.images], asked.question, asked.text)
 
     def _model(self) -> dict[str, object]:
-        return {"id": self._desk.model.name, "object": "model", "created": 0, "owned_by": "ldrt-edge"}
+        return {"id": self._desk.model.name, "object": "model", "created": 0, "owned_by": "ldrt-edge",
+                "unreleased": self._desk.model.unreleased}  # fmt: skip
 
     def _check_name(self, name: object) -> None:
         if name != self._desk.model.name:

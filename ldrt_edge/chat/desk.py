@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldrt_edge import artifact
+from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.chat.audit import AuditLog
 from ldrt_edge.chat.pictures import Pictures
 from ldrt_edge.chat.session import Session
@@ -16,6 +17,7 @@ from ldrt_edge.chat.turns import Turn, Turns
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
 from ldrt_edge.image import Picture
+from ldrt_edge.release import Verdict, read_verdict
 from ldrt_edge.runtimes.base import Runtime, Sampling
 
 _MOST_CONVERSATIONS = 100
@@ -26,13 +28,16 @@ class Model:
     """What the page and the API say of the model.
 
     type: of its weights ("Q4_K_M"), if its manifest says. fidelity: how far its export's tokens are from the model it
-    was made of, as `convert` measured it: mean_kld, top1_agreement and on how many tokens.
+    was made of, as `convert` measured it: mean_kld, top1_agreement and on how many tokens. verdict: on its loss, of one
+    that was quantised to a budget. unreleased: why it is not.
     """
 
     name: str
     identity: artifact.Input
     type: str | None
     fidelity: dict[str, float] | None
+    verdict: Verdict | None
+    unreleased: str | None
 
     @classmethod
     def of(cls, folder: Path) -> Model:
@@ -40,7 +45,10 @@ class Model:
         manifest = artifact.read(folder)
         measured = manifest.metrics.get("fidelity") or {}
         fidelity = {name: measured[name] for name in ("mean_kld", "top1_agreement", "tokens") if name in measured}
-        return cls(folder.resolve().name, artifact.identity(folder), manifest.config.get("type"), fidelity or None)
+        return cls(
+            folder.resolve().name, artifact.identity(folder), manifest.config.get("type"), fidelity or None,
+            read_verdict(manifest.metrics), unreleased(folder),
+        )  # fmt: skip
 
 
 @dataclass
@@ -95,7 +103,9 @@ class Desk:
         if len(self.conversations) >= _MOST_CONVERSATIONS:
             raise DataError(f"{_MOST_CONVERSATIONS} conversations are open: delete some")
         name = secrets.token_urlsafe(12)
-        session = session or Session(self.runtime, self.front, self.sampling, self.model.identity)
+        session = session or Session(
+            self.runtime, self.front, self.sampling, self.model.identity, self.model.unreleased
+        )
         self.conversations[name] = Conversation(session)
         return name
 

@@ -67,13 +67,14 @@ class Session:
         runtime: the loaded model.
         front: its front end.
         sampling: how answers are drawn.
-        model: the artefact's identity, for the transcript.
+        model, unreleased: the artefact's identity, and why it is not released, for the transcript.
     """
 
     def __init__(
-        self, runtime: Runtime, front: Front, sampling: Sampling | None = None, model: Input | None = None
+        self, runtime: Runtime, front: Front, sampling: Sampling | None = None, model: Input | None = None,
+        unreleased: str | None = None,
     ) -> None:
-        self.runtime, self.front, self.model = runtime, front, model
+        self.runtime, self.front, self.model, self.unreleased = runtime, front, model, unreleased
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
         self._waiting: tuple[Shown, ...] = ()
@@ -120,7 +121,7 @@ class Session:
 
     def fork(self, count: int) -> Session:
         """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it."""
-        other = Session(self.runtime, self.front, self.sampling, self.model)
+        other = Session(self.runtime, self.front, self.sampling, self.model, self.unreleased)
         other.exchanges = self.exchanges[:count]
         other._waiting = self.exchanges[count].shown if count < len(self.exchanges) else ()
         return other
@@ -138,6 +139,7 @@ class Session:
             "version": __version__,
             "runtime": self.runtime.name,
             "model": asdict(self.model) if self.model else None,
+            "unreleased": self.unreleased,
             "turns": [
                 {
                     "question": exchange.question,

@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Self
 
 from ldrt_edge import artifact
 from ldrt_edge.artifact import Input
+from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.chat.session import NOTICE, Finish, Session
 from ldrt_edge.console import say, stderr
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
 from ldrt_edge.image import Picture, Window, read_image
+from ldrt_edge.release import read_verdict
 from ldrt_edge.runtimes.base import Sampling, Timings, load
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ _UNPRINTABLE = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) 
 class Answer:
     """One answer and what it rests on.
 
-    finish: "end", or "length" where `max_tokens` or the context cut it off. image_sha256: of the file.
+    finish: "end", or "length" where `max_tokens` or the context cut it off. image_sha256: of the file. unreleased: why
+    the model is not.
     """
 
     answer: str
@@ -58,6 +61,7 @@ class Answer:
     timings: Timings
     runtime: str
     model: Input
+    unreleased: str | None
     notice: str = NOTICE
 
 
@@ -90,6 +94,7 @@ def ask_once(
             timings=kept.timings if kept else session.runtime.timings,
             runtime=session.runtime.name,
             model=artifact.identity(folder),
+            unreleased=session.unreleased,
         )
 
 
@@ -281,10 +286,13 @@ def _completer() -> Completer:
 
 @contextmanager
 def _opened(folder: Path, sampling: Sampling | None, threads: int | None) -> Iterator[Session]:
+    verdict = read_verdict(artifact.read(folder).metrics)
     with _busy("loading the model"):
         runtime = load(folder, threads=threads)
+    if verdict is not None and verdict.released:
+        say(f"{folder.name} is {verdict.told}")
     try:
-        yield Session(runtime, Front.load(folder), sampling, artifact.identity(folder))
+        yield Session(runtime, Front.load(folder), sampling, artifact.identity(folder), unreleased(folder))
     finally:
         runtime.close()
 

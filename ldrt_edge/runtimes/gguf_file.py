@@ -18,7 +18,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
-from ldrt_edge.errors import RuntimeLoadError
+from ldrt_edge.chat_template import check_template
+from ldrt_edge.errors import ArtifactError, RuntimeLoadError
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
@@ -36,6 +37,7 @@ _TOWER = (
 )  # fmt: skip
 _LAYER = re.compile(r"(.*blk)\.([0-9]{1,4})\.(.+)")
 _ALIGNMENT = "general.alignment"
+_TEMPLATE = "tokenizer.chat_template"
 _COUNTS = (
     ".block_count", ".embedding_length", ".feed_forward_length", ".attention.head_count", ".attention.head_count_kv",
     ".context_length", ".image_size", ".patch_size", ".projection_dim", ".vocab_size", ".rope.dimension_count",
@@ -55,7 +57,7 @@ def check_gguf(path: Path) -> None:
             _check(_Reader(stream))
     except OSError as error:
         raise RuntimeLoadError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, ArtifactError) as error:
         raise RuntimeLoadError(f"{path}: {error}") from error
 
 
@@ -85,6 +87,8 @@ def _settings(reader: _Reader, count: int) -> int:
         seen.add(key)
         kind = reader.integer("I")
         value = _value(reader, kind, key)
+        if key.startswith(_TEMPLATE) and isinstance(value, str):
+            check_template(value)
         if key == _ALIGNMENT:
             if kind != _UINT32 or value not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
                 raise ValueError(f"damaged: tensors aligned to {value}")

@@ -8,7 +8,6 @@ wanted and nowhere else.
 from __future__ import annotations
 
 import itertools
-import json
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from ldrt_edge.errors import RuntimeLoadError
+from ldrt_edge.front_config import read_json
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, Prompt, Sampling, Token, common_prefix, pack
 from ldrt_edge.runtimes.branches import Branches
 from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part
@@ -185,5 +185,5 @@ def gguf_pair(folder: Path) -> tuple[Path, Path]:
 
 def _default_context(folder: Path) -> int:
     front = folder / "front.json"
-    trained = json.loads(front.read_bytes())["context_length"] if front.is_file() else CONTEXT
-    return min(int(trained), CONTEXT)
+    trained = read_json(front).get("context_length") if front.is_file() else None
+    return min(trained, CONTEXT) if isinstance(trained, int) and trained > 0 else CONTEXT
