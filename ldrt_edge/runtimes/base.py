@@ -152,14 +152,16 @@ class Runtime(Protocol):
 def load(folder: Path, name: str | None = None, threads: int | None = None) -> Runtime:
     """Load the runtime that fits the artefact's kind: merged and base → hf, gguf → llamacpp, mlx → mlx.
 
+    Every file is held against the manifest before, by its sha256: what answers is what was proven.
+
     Raises:
-        ArtifactError: `folder` is no model artefact.
+        ArtifactError: `folder` is no model artefact, or a file is not what it was when it was made.
         MissingExtraError: the runtime's package is not installed.
         RuntimeLoadError: the runtime refuses the model.
     """
     from ldrt_edge import artifact
 
-    kind = artifact.verify(folder, "base", "merged", "gguf", "mlx", quick=True).kind
+    kind = artifact.verify(folder, "base", "merged", "gguf", "mlx").kind
     loader = {"base": _load_hf, "merged": _load_hf, "gguf": _load_llamacpp, "mlx": _load_mlx}[kind]
     return loader(folder, threads)
 

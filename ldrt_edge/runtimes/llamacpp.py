@@ -8,7 +8,6 @@ wanted and nowhere else.
 from __future__ import annotations
 
 import itertools
-import json
 import signal
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from ldrt_edge.errors import RuntimeLoadError
+from ldrt_edge.front_config import read_json
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
 from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part
 from ldrt_edge.runtimes.llamacpp_bindings import Watch, library
@@ -153,5 +153,7 @@ def gguf_pair(folder: Path) -> tuple[Path, Path]:
 
 def _default_context(folder: Path) -> int:
     front = folder / "front.json"
-    trained = json.loads(front.read_bytes())["context_length"] if front.is_file() else CONTEXT
-    return min(int(trained), CONTEXT)
+    trained = read_json(front).get("context_length") if front.is_file() else CONTEXT
+    if not isinstance(trained, int) or trained < 1:
+        raise RuntimeLoadError(f"{front}: a context of {trained!r} tokens")
+    return min(trained, CONTEXT)
