@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 _TIMEOUT_S = 120
 
+
 def decode_apart(data: bytes, frame: int) -> NDArray[np.integer]:
     """Decode frame `frame` of the DICOM file `data` by GDCM: (rows, columns) or (rows, columns, 3), as stored.
 
