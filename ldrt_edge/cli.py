@@ -21,7 +21,7 @@ from ldrt_edge import __version__
 from ldrt_edge.bench.commands import bench, compare
 from ldrt_edge.bundle.commands import bundle, inspect, trust_once_option
 from ldrt_edge.convert.commands import convert, importance, parity, plan, quantize
-from ldrt_edge.errors import ConfigError, LdrtError
+from ldrt_edge.errors import ConfigError, LdrtError, require
 from ldrt_edge.options import PATH, json_option, show_artifact
 from ldrt_edge.train.data.commands import data
 
@@ -78,6 +78,7 @@ def _model_argument(command: F) -> F:
 @json_option
 def starter(out: Path, seed: int, as_json: bool) -> None:
     """Assemble the starter base model (162 M parameters) from two installed wheels."""
+    require("torch", "train")
     from ldrt_edge.train.starter import assemble
 
     show_artifact(assemble(out, seed), as_json)
@@ -103,8 +104,6 @@ def train(
     as_json: bool,
 ) -> None:
     """Train a LoRA adapter: align the projector, then instruct."""
-    from ldrt_edge.errors import require
-
     if recipe and config:
         raise ConfigError("--recipe and --config exclude each other")
     require("torch", "train")
@@ -125,8 +124,6 @@ def train(
 @json_option
 def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
     """Merge an adapter into its base, and prove that the logits agree."""
-    from ldrt_edge.errors import require
-
     require("torch", "train")
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.merge import merge as run
@@ -228,6 +225,7 @@ def doctor(as_json: bool) -> None:
 @json_option
 def demo(folder: Path, as_json: bool) -> None:
     """The whole line on the embedded defaults: starter, phantoms, train, merge, quantise, bench, an answer."""
+    require("torch", "train")
     from ldrt_edge.demo import demo as run
 
     show_artifact(run(folder), as_json)
