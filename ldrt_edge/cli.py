@@ -87,7 +87,10 @@ def starter(out: Path, seed: int, as_json: bool) -> None:
 @cli.command()
 @click.option("--base", required=True, help="'starter', a folder, or a hub id (org/name or org/name@revision).")
 @click.option("--data", "datasets", required=True, multiple=True, type=PATH, help="Dataset artefact; repeatable.")
-@click.option("--out", required=True, type=PATH, help="The adapter artefact.")
+@click.option("--out", type=PATH, help="The adapter artefact.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only say what it needs: memory, steps, time, cost.")
+@click.option("--memory-gb", type=click.FloatRange(min=0.1), help="With --plan: of another device, without a probe.")
+@click.option("--price", type=click.FloatRange(min=0), help="With --plan: of a device's hour, for the cost.")
 @click.option("--recipe", help="A recipe that ships with ldrt-edge; an unknown name lists all.")
 @click.option("--config", type=PATH, help="A recipe of your own (YAML), instead of --recipe.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
@@ -96,7 +99,10 @@ def starter(out: Path, seed: int, as_json: bool) -> None:
 def train(
     base: str,
     datasets: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
+    only_plan: bool,
+    memory_gb: float | None,
+    price: float | None,
     recipe: str | None,
     config: Path | None,
     overrides: tuple[str, ...],
@@ -112,6 +118,14 @@ def train(
     from ldrt_edge.train.recipe import load_recipe
 
     settings = load_recipe(config or recipe or "starter", overrides)
+    if only_plan:
+        from ldrt_edge.train.plan import plan, render
+
+        found = plan(resolve_base(base), datasets, settings, memory_gb=memory_gb, price_per_hour=price)
+        click.echo(json.dumps(asdict(found)) if as_json else render(found))
+        return
+    if out is None:
+        raise ConfigError("--out FOLDER is missing (or --plan, to see what the run needs)")
     trained = run(resolve_base(base), datasets, out, settings, resume)
     if os.environ.get("RANK", "0") == "0":  # of several processes on several devices, one tells
         show_artifact(trained, as_json)
