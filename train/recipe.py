@@ -64,6 +64,7 @@ class Recipe:
     """A training run.
 
     rows_per_step: packed rows (one image, up to `questions_per_row` questions) in one forward of one device.
+    max_tokens: of text in a packed row; its image's tokens come on top.
     accumulate: forwards per optimizer step, on each device.
     devices: how many `accumulate` is meant for; on fewer, each does more, so that a run that lost or gained devices
         takes the same steps. null: as many as there are.
