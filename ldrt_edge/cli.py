@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from ldrt_edge import __version__
-from ldrt_edge.bench.commands import bench, compare
+from ldrt_edge.bench.commands import bench
 from ldrt_edge.bundle.commands import bundle, inspect, trust_once_option
 from ldrt_edge.convert.commands import convert, importance, parity, plan, quantize
 from ldrt_edge.errors import ConfigError, LdrtError, require
@@ -56,7 +56,7 @@ def cli() -> None:
     """
 
 
-for command in (data, convert, importance, plan, quantize, parity, bench, compare, bundle, inspect):
+for command in (data, convert, importance, plan, quantize, parity, bench, bundle, inspect):
     cli.add_command(command)
 
 
