@@ -8,13 +8,13 @@ up is measured by questions whose answers are known.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldrt_edge.bench.calibration import Calibration, calibration
 from ldrt_edge.bench.probes import ABSENT, Probe, Said
 from ldrt_edge.bench.statistics import Difference, Rate, joined, paired_difference, rate
-from ldrt_edge.bench.vqa import Sample, answers
+from ldrt_edge.bench.vqa import Sample, answers, cluster_labels
 from ldrt_edge.bench.wordings import base, wordings
 
 
@@ -76,52 +76,38 @@ class Hedging:
 
 def summarise(probes: Sequence[Probe], samples: Sequence[Sample], seed: int) -> Hallucination:
     """Sum up the probes of one model, beside its answers to the dataset's own questions."""
-    labels = joined([p.image_sha256 for p in probes], [p.group for p in probes])
-    clusters: dict[int, Hashable] = {id(p): label for p, label in zip(probes, labels, strict=True)}
-
-    def share(found: Iterable[tuple[Probe, bool]]) -> Rate | None:
-        listed = list(found)
-        return rate([yes for _, yes in listed], [clusters[id(p)] for p, _ in listed], seed) if listed else None
-
-    presence = [p for p in probes if p.sort == "presence"]
-    asked = [(p, _present(p.right)) for p in presence]
+    tally, presence = _Tally(probes, seed), [p for p in probes if p.sort == "presence"]
     own = [p for p in probes if p.sort == "own"]
-    unanswerable = [(p, _present(p.right).abstains) for p in probes if p.sort == "unanswerable"]
-    given = [(sample, wordings().abstains(sample.subject.text, sample.language)) for sample in samples]
-    due = {sample.id: wordings().abstains(sample.answer, sample.language) for sample in samples}
-    seen_answers = {(sample.image_sha256, sample.question): sample.subject.text for sample in samples}
-    places = joined([sample.image_sha256 for sample in samples], [sample.group for sample in samples])
-    sample_clusters = {sample.id: label for sample, label in zip(samples, places, strict=True)}
-
-    def abstained(where: bool) -> Rate | None:
-        chosen = [(found, sample_clusters[sample.id]) for sample, found in given if due[sample.id] == where]
-        return rate([found for found, _ in chosen], [label for _, label in chosen], seed) if chosen else None
-
-    wrong = [(p, _is_right(p, p.wrong)) for p in presence]
-    found = [_is_right(p, said) for p, said in asked]
-    at = [clusters[id(p)] for p in presence]
+    unanswerable = [p for p in probes if p.sort == "unanswerable"]
+    languages = ("all", *sorted({p.language for p in unanswerable})) if unanswerable else ()
+    seen = {(sample.image_sha256, sample.question): sample.subject.text for sample in samples}
+    known = [p for p in own if (p.image_sha256, p.question) in seen]
+    right = [_is_right(p, p.right) for p in presence]
+    wrong = [_is_right(p, p.wrong) for p in presence]
+    at = [tally.clusters[id(p)] for p in presence]
     return Hallucination(
         words=wordings().version,
         pictures=len({p.image_sha256 for p in probes}),
         probes=len(probes),
-        presence=_by_foil(presence, clusters, seed) if presence else None,
-        wrong_picture=share(wrong),
-        seen=paired_difference(found, [right for _, right in wrong], at, seed) if presence else None,
-        blank_invented=share((p, _present(p.blank).yes is True) for p in presence),
-        paraphrase=_consistent(probes, "paraphrase", clusters, seed),
-        translation=_consistent(probes, "translation", clusters, seed),
+        presence=tally.by_foil(presence) if presence else None,
+        wrong_picture=tally.share(presence, lambda p: _is_right(p, p.wrong)),
+        seen=paired_difference(right, wrong, at, seed) if presence else None,
+        blank_invented=tally.share(presence, lambda p: _present(p.blank).yes is True),
+        paraphrase=tally.consistent("paraphrase"),
+        translation=tally.consistent("translation"),
         unanswerable={
-            language: told
-            for language in ("all", *sorted({p.language for p, _ in unanswerable}))
-            if (told := share((p, yes) for p, yes in unanswerable if language in ("all", p.language)))
+            language: found
+            for language in languages
+            if (found := tally.share([p for p in unanswerable if language in ("all", p.language)], _abstains))
         },
-        due=abstained(True),
-        undue=abstained(False),
-        blank_unchanged=share((p, _present(p.blank).text == seen_answers[p.image_sha256, p.question]) for p in own
-                              if (p.image_sha256, p.question) in seen_answers),
-        blank_abstains=share((p, _present(p.blank).abstains) for p in own),
-        calibration=calibration([said.confidence for _, said in asked], found, at, seed) if presence else None,
-    )  # fmt: skip
+        due=_abstained(samples, True, seed),
+        undue=_abstained(samples, False, seed),
+        blank_unchanged=tally.share(known, lambda p: _present(p.blank).text == seen[p.image_sha256, p.question]),
+        blank_abstains=tally.share(own, lambda p: _present(p.blank).abstains),
+        calibration=calibration([_present(p.right).confidence for p in presence], right, at, seed)
+        if presence
+        else None,
+    )
 
 
 def hedging(samples: Sequence[Sample]) -> dict[str, dict[str, Hedging]]:
@@ -144,44 +130,78 @@ def _hedging(texts: Sequence[str], language: str) -> Hedging:
     return Hedging(len(texts), dict(sorted(counts.items())), 100 * counts.total() / len(texts))
 
 
-def _by_foil(presence: Sequence[Probe], clusters: Mapping[int, Hashable], seed: int) -> dict[str, Presence]:
-    there = [p for p in presence if p.present]
-    ways = {way: [p for p in presence if way in p.foils] for way in ABSENT}
-    return {"all": _presence(presence, clusters, seed)} | {
-        way: _presence([*there, *absent], clusters, seed) for way, absent in ways.items() if absent
-    }
+class _Tally:
+    """Counts over probes, clustered by picture and group; `clusters` by the probe's identity."""
+
+    def __init__(self, probes: Sequence[Probe], seed: int) -> None:
+        self._probes, self._seed = probes, seed
+        labels = joined([p.image_sha256 for p in probes], [p.group for p in probes])
+        self.clusters: dict[int, Hashable] = {id(p): label for p, label in zip(probes, labels, strict=True)}
+
+    def share(self, probes: Sequence[Probe], found: Callable[[Probe], bool]) -> Rate | None:
+        """Of which share something is true; None for no probes."""
+        if not probes:
+            return None
+        return rate([found(p) for p in probes], [self.clusters[id(p)] for p in probes], self._seed)
+
+    def by_foil(self, presence: Sequence[Probe]) -> dict[str, Presence]:
+        """Over all, and with the absent structures that were chosen in one way each."""
+        ways = {way: [p for p in presence if p.present or way in p.foils] for way in ABSENT}
+        return {"all": self._presence(presence)} | {
+            way: self._presence(found) for way, found in ways.items() if not all(p.present for p in found)
+        }
+
+    def consistent(self, sort: str) -> Rate | None:
+        """Structures of pictures whose first wording and all of this sort got one and the same yes or no."""
+        first = {(p.image_sha256, p.structure): p for p in self._probes if p.sort == "presence"}
+        said: dict[tuple[str, str], set[bool | None]] = {}
+        for p in self._probes:
+            if p.sort == sort:
+                said.setdefault((p.image_sha256, p.structure), set()).add(_present(p.right).yes)
+
+        def same(p: Probe) -> bool:
+            heard = said[p.image_sha256, p.structure] | {_present(p.right).yes}
+            return len(heard) == 1 and None not in heard
+
+        return self.share([first[key] for key in said], same)
+
+    def _presence(self, probes: Sequence[Probe]) -> Presence:
+        absent, there = [p for p in probes if not p.present], [p for p in probes if p.present]
+        called = sum(_says_yes(p) for p in probes)
+        hits = sum(_says_yes(p) for p in there)
+        return Presence(
+            accuracy=self._rate(probes, lambda p: _is_right(p, p.right)),
+            invented=self._rate(absent, _says_yes),
+            yes=self._rate(probes, _says_yes),
+            unclear=self._rate(probes, lambda p: _present(p.right).yes is None),
+            precision=hits / called if called else None,
+            recall=hits / len(there) if there else None,
+            f1=2 * hits / (called + len(there)) if called or there else None,
+        )
+
+    def _rate(self, probes: Sequence[Probe], found: Callable[[Probe], bool]) -> Rate:
+        counted = self.share(probes, found)
+        assert counted is not None, "structures are asked about in pairs, one there and one absent"
+        return counted
 
 
-def _presence(probes: Sequence[Probe], clusters: Mapping[int, Hashable], seed: int) -> Presence:
-    labels = [clusters[id(p)] for p in probes]
-    said = [_present(p.right).yes for p in probes]
-    absent = [(yes is True, label) for p, yes, label in zip(probes, said, labels, strict=True) if not p.present]
-    hits = sum(p.present and yes is True for p, yes in zip(probes, said, strict=True))
-    called, there = said.count(True), sum(p.present for p in probes)
-    return Presence(
-        accuracy=rate([_is_right(p, p.right) for p in probes], labels, seed),
-        invented=rate([yes for yes, _ in absent], [label for _, label in absent], seed),
-        yes=rate([yes is True for yes in said], labels, seed),
-        unclear=rate([yes is None for yes in said], labels, seed),
-        precision=hits / called if called else None,
-        recall=hits / there if there else None,
-        f1=2 * hits / (called + there) if called + there else None,
-    )
+def _abstained(samples: Sequence[Sample], due: bool, seed: int) -> Rate | None:
+    """How often the subject abstained, where the key does (`due`) or where it does not; None for no such questions."""
+    labels = cluster_labels(samples)
+    asked = [
+        (wordings().abstains(sample.subject.text, sample.language), label)
+        for sample, label in zip(samples, labels, strict=True)
+        if wordings().abstains(sample.answer, sample.language) == due
+    ]
+    return rate([found for found, _ in asked], [label for _, label in asked], seed) if asked else None
 
 
-def _consistent(probes: Sequence[Probe], sort: str, clusters: Mapping[int, Hashable], seed: int) -> Rate | None:
-    """Structures of pictures whose first wording and further ones of this sort got one and the same yes or no."""
-    first = {(p.image_sha256, p.structure): p for p in probes if p.sort == "presence"}
-    others: dict[tuple[str, str], list[Probe]] = {}
-    for p in probes:
-        if p.sort == sort:
-            others.setdefault((p.image_sha256, p.structure), []).append(p)
-    same = [
-        (len({_present(p.right).yes for p in [first[key], *again]}) == 1 and _present(first[key].right).yes is not None,
-         clusters[id(first[key])])
-        for key, again in others.items()
-    ]  # fmt: skip
-    return rate([found for found, _ in same], [label for _, label in same], seed) if same else None
+def _says_yes(probe: Probe) -> bool:
+    return _present(probe.right).yes is True
+
+
+def _abstains(probe: Probe) -> bool:
+    return _present(probe.right).abstains
 
 
 def _is_right(probe: Probe, said: Said | None) -> bool:

@@ -145,6 +145,7 @@ def time_model(
     folder: Path, questions: Iterator[Question], runs: int, threads: int, sweep: Sequence[int] = ()
 ) -> Latency:
     """The same within this process: the first load serves all runs, the further ones are timed."""
+    artifact.verify(folder, quick=True)
     load_average, front = psutil.getloadavg(), Front.load(folder)
     with console.bar("timing", 2 + WARMUP_RUNS + runs + LOADS + len(sweep)) as shown:
         cold_start_ms = _cold_start(folder, front, next(questions), threads)

@@ -28,8 +28,8 @@ def report(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report with everything in it: probes, a further model, samples of several states."""
     folder = tmp_path_factory.mktemp("report")
     edge = tiny_edge(tiny("llava15", "smollm2"), folder)
-    data = phantom(folder / "phantom", 24, seed=1, test_fraction=0.5)
-    return bench(edge, data, folder / "report", edge.parent / "merged", beside=[edge], limit=30, threads=1, runs=0,
+    data = phantom(folder / "phantom", 20, seed=1, test_fraction=0.4, languages=("en", "zh"))
+    return bench(edge, data, folder / "report", edge.parent / "merged", beside=[edge], limit=20, threads=1, runs=0,
                  probes=2)  # fmt: skip
 
 

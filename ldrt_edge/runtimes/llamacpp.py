@@ -28,6 +28,10 @@ from ldrt_edge.runtimes.llamacpp_bindings import Watch, library
 from ldrt_edge.runtimes.llamacpp_models import Inputs, LanguageModel, VisionModel
 from ldrt_edge.runtimes.processor import free_cores
 
+_MOST_DOUBTED, _TRIED = 0.4, 40
+"""Side by side, short answers take half of the time; so no more than that share of them may be asked again. It is
+judged by so many answers at least."""
+
 
 class LlamaCppRuntime(CachedRuntime):
     """A gguf artefact on llama.cpp.
@@ -57,6 +61,7 @@ class LlamaCppRuntime(CachedRuntime):
         branches: int = 0,
     ) -> None:
         super().__init__()
+        self._side_by_side = self._doubted = 0
         self.threads = threads or free_cores()
         started = time.perf_counter()
         model, mmproj = gguf_pair(folder)
@@ -91,12 +96,20 @@ class LlamaCppRuntime(CachedRuntime):
             return Branches(self._text, held).score([prompt.ids[held:] for prompt in prompts], answers)
 
     def generate_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Token]]:
-        """`generate` of several prompts, side by side where they share their pictures; the same greedy answers."""
+        """`generate` of several prompts, side by side where they share their pictures; the same greedy answers.
+
+        What kernels may have decided is asked again, alone. With a model that is undecided so often that this takes
+        longer than it saves, questions are asked one after the other.
+        """
+        if self._doubted > _MOST_DOUBTED * max(self._side_by_side, _TRIED):
+            return super().generate_all(prompts, sampling)
         held = self._held_in_common(prompts, [(0,) * sampling.max_tokens] * len(prompts))
         if held is None:
             return super().generate_all(prompts, sampling)
         with _interrupts_held(self._text):
             given = Branches(self._text, held).generate(prompts, sampling)
+        self._side_by_side += len(given)
+        self._doubted += given.count(None)
         pairs = zip(prompts, given, strict=True)
         return [list(self.generate(prompt, sampling)) if found is None else found for prompt, found in pairs]
 
