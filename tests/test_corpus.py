@@ -738,7 +738,13 @@ def test_the_print_of_a_real_article_gives_its_figures(tmp_path: Path) -> None:
     with zipfile.ZipFile(SHARED / "scielo-bjmbr-54-e11439.zip") as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".pdf")]
         paper = read_pdf(archive.read(name))
-    assert paper.article.id == "doi:10.1590/1414-431x2021e11439" and paper.scanned == ()
+    assert paper.article.doi == "10.1590/1414-431x2021e11439" and paper.scanned == ()
     assert [figure.label for figure in paper.article.figures] == ["Figure 1", "Figure 2"]
     assert paper.article.figures[0].caption.startswith("Bioinformatics data of cathepsin Z (CTSZ) expression.")
-    assert all(len(figure.pictures) == 1 for figure in paper.article.figures)
+    first, second = paper.article.figures
+    assert all(len(figure.pictures) == 1 for figure in (first, second))
+    for printed, letters in ((first, "ABC"), (second, "AB")):
+        parts = caption_parts(printed.caption)
+        assert "".join(part.letter for part in parts) == letters
+        rgb = np.asarray(Image.open(io.BytesIO(paper.files[printed.pictures[0][0]])).convert("RGB"))
+        assert len(panel_boxes(rgb, len(parts))) == len(letters)

@@ -75,7 +75,7 @@ def serve(
     """
     model = Model.of(folder)
     with ExitStack() as opened:
-        listener = opened.enter_context(_listen(port))
+        listener = opened.enter_context(listen(port))
         port = listener.getsockname()[1]
         runtime = load(folder, threads=threads)
         opened.callback(runtime.close)
@@ -187,7 +187,7 @@ def _too_large(_: Request, __: Exception) -> Response:
     return error_reply(413, f"too large: a picture file may have {MAX_BYTES >> 20} MiB")
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
