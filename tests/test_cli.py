@@ -29,7 +29,7 @@ def test_help_names_every_command_and_every_command_has_help() -> None:
     assert sorted(name for name in listed if name in COMMANDS) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "data phantom", "data import", "data volumes"])
+@pytest.mark.parametrize("command", [*COMMANDS, "data phantom", "data import", "data volumes", "data curate", "data instruct"])
 def test_help(command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.returncode == 0
@@ -54,6 +54,11 @@ def test_help(command: str) -> None:
         (["serve", "nowhere", "--audit", "log"], "nowhere"),
         (["audit", "verify", "nowhere"], "nowhere"),
         (["data", "import", "vqa-rad", "nowhere", "out"], "nowhere"),
+        (["data", "curate", "nowhere", "--out", "out"], "nowhere"),
+        (["data", "instruct", "nowhere", "--out", "out"], "nowhere"),
+        (["data", "export", "nowhere", "out", "--to", "hf"], "nowhere"),
+        (["data", "stats", "nowhere"], "nowhere"),
+        (["data", "view", "nowhere", "--strikes", "s"], "nowhere"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_1(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def serve(
 def application(desk: Desk, token: str, port: int) -> ASGIApp:
     """The ASGI application; `port` is the one that browsers name in Host and Origin."""
     inner = Starlette(
-        routes=[*_own_files(), *page.routes(desk), *completions.routes(desk)],
+        routes=[*own_files("ldrt_edge.chat"), *page.routes(desk), *completions.routes(desk)],
         max_body_size=_MOST_BODY_BYTES,
         exception_handlers={LdrtError: _refused, Busy: _busy, 404: _no_such, 405: _no_such, 413: _too_large},
     )
@@ -157,9 +157,10 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _own_files() -> list[Route]:
+def own_files(package: str) -> list[Route]:
+    """The files of a page, from the folder `web` of a package, read now."""
     routes = []
-    for file in resources.files("ldrt_edge.chat").joinpath("web").iterdir():
+    for file in resources.files(package).joinpath("web").iterdir():
         if media_type := _TYPES.get(Path(file.name).suffix):
             answer = _always(file.read_bytes(), media_type)
             routes.append(Route("/" if file.name == "index.html" else f"/{file.name}", answer))
@@ -188,6 +189,11 @@ def _too_large(_: Request, __: Exception) -> Response:
 
 
 def listen(port: int) -> socket.socket:
+    """A listening socket on 127.0.0.1; port 0 takes any that is free.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -157,7 +157,6 @@ def _assemble(
 ) -> tuple[Counter[str], Counter[str], Counter[str]]:
     """Parts in order to `pairs.jsonl` and `dropped.jsonl`; counts by step, by language, by licence."""
     counts, languages, licences, clusters = Counter[str](), Counter[str](), Counter[str](), Clusters()
-    names: set[str] = set()
     with Index(folder / _INDEX) as index:
         dropped = (folder / DROPPED).open("w", encoding="utf-8")
         with (folder / _ROWS).open("w", encoding="utf-8") as rows, dropped as drops:
@@ -179,13 +178,12 @@ def _assemble(
             for line in rows:
                 pair = parse_pair(line, _ROWS)
                 pair = replace(pair, cluster=clusters.of(pair.article))
-                names.add(hashlib.sha256(pair.cluster.encode()).hexdigest()[:16])
+                counts["clusters"] += index.is_new(f"cluster {pair.cluster}")
                 final.write(pair_line(pair))
         (folder / _ROWS).unlink()
         for path in (folder / IMAGES).iterdir():
             if not index.is_kept(f"{IMAGES}/{path.name}"):
                 path.unlink()
-    counts["clusters"] = len(names)
     return counts, languages, licences
 
 

@@ -72,7 +72,8 @@ class Told:
     def line(self) -> str:
         """As JSON, without what is not there."""
         parts: dict[str, Json] = {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps(parts, ensure_ascii=False) + "\n"
+        told = json.dumps(parts, ensure_ascii=False) + "\n"
+        return told.encode("utf-8", "backslashreplace").decode()  # file names may be no text at all
 
 
 def part_path(folder: Path, number: int) -> Path:

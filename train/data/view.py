@@ -13,7 +13,6 @@ import threading
 import webbrowser
 from contextlib import closing, suppress
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 
 import uvicorn
@@ -24,12 +23,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ldrt_edge.chat.replies import error_reply, json_reply, read_object
-from ldrt_edge.chat.server import HOST, Guard, listen
+from ldrt_edge.chat.server import HOST, Guard, listen, own_files
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.train.data.curate import read_strikes
 from ldrt_edge.train.data.pairs import Pair, Pairs, parse_pair
 
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _PICTURES = {".png": "image/png", ".jpg": "image/jpeg"}
 _REASON_LIMIT, _BODY_LIMIT_BYTES = 300, 64 << 10
 
@@ -145,14 +143,6 @@ def application(desk: Desk, token: str, port: int) -> ASGIApp:
         Route("/api/pairs/{number:int}/strike", strike, methods=["POST"]),
     ]
     handlers = {LdrtError: refused}
-    inner = Starlette(routes=[*_own_files(), *routes], max_body_size=_BODY_LIMIT_BYTES, exception_handlers=handlers)
+    every = [*own_files("ldrt_edge.train.data"), *routes]
+    inner = Starlette(routes=every, max_body_size=_BODY_LIMIT_BYTES, exception_handlers=handlers)
     return Guard(inner, token, port)
-
-
-def _own_files() -> list[Route]:
-    routes = []
-    for file in resources.files("ldrt_edge.train.data").joinpath("web").iterdir():
-        if media_type := _TYPES.get(Path(file.name).suffix):
-            content = Response(file.read_bytes(), media_type=media_type)
-            routes.append(Route("/" if file.name == "index.html" else f"/{file.name}", content))
-    return routes

@@ -8,6 +8,7 @@ in flight repeated. Nothing distributed is written by hand: processes are `concu
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -74,6 +75,7 @@ def _alone(task: T, function: Callable[[T], R]) -> R | None:
 def _on_ray(
     tasks: Iterable[T], function: Callable[[T], R], workers: int, address: str
 ) -> Iterator[tuple[T, R | None]]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
     ray: Any = require("ray", "ray")
     options: dict[str, Any] = {"num_cpus": workers} if address == "local" else {}
     ray.init(address=address, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True, **options)
