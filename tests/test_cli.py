@@ -29,7 +29,9 @@ def test_help_names_every_command_and_every_command_has_help() -> None:
     assert sorted(name for name in listed if name in COMMANDS) == sorted(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "data phantom", "data import", "data volumes", "data curate", "data instruct"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "data phantom", "data import", "data volumes", "data curate", "data instruct"]
+)
 def test_help(command: str) -> None:
     done = run(*command.split(), "--help")
     assert done.returncode == 0

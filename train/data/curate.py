@@ -105,7 +105,7 @@ def _sources(articles: Sequence[Path]) -> tuple[str, int]:
     digest, count = hashlib.sha256(), 0
     for unit in find_units(articles):
         size = Path(unit.path).stat().st_size if isinstance(unit, Unit) else 0
-        digest.update(f"{unit.where}\0{size}\n".encode(errors="surrogateescape"))
+        digest.update(f"{unit.where}\0{size}\n".encode(errors="backslashreplace"))
         count += 1
     return digest.hexdigest(), count
 

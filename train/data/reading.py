@@ -73,7 +73,7 @@ class Told:
         """As JSON, without what is not there."""
         parts: dict[str, Json] = {name: value for name, value in asdict(self).items() if value is not None}
         told = json.dumps(parts, ensure_ascii=False) + "\n"
-        return told.encode("utf-8", "backslashreplace").decode()  # file names may be no text at all
+        return told.encode("utf-8", "replace").decode()  # file names may be no text at all
 
 
 def part_path(folder: Path, number: int) -> Path:
