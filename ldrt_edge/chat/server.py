@@ -83,16 +83,24 @@ def serve(
         desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log)
         opened.callback(desk.turns.close)
         token = secrets.token_urlsafe(32)
-        config = uvicorn.Config(
-            application(desk, token, port), access_log=False, log_level="warning", server_header=False, ws="none",
-            lifespan="off", timeout_graceful_shutdown=1,
-        )
-        address = f"http://{HOST}:{port}/#token={token}"
-        print(address, flush=True)
-        if browser:
-            threading.Timer(0.3, webbrowser.open, (address,)).start()
-        with suppress(KeyboardInterrupt):  # the way to end it
-            _Server(config, desk).run(sockets=[listener])
+        run(application(desk, token, port), listener, token, browser, lambda config: _Server(config, desk))
+
+
+def run(
+    app: ASGIApp, listener: socket.socket, token: str, browser: bool,
+    server: Callable[[uvicorn.Config], uvicorn.Server] = uvicorn.Server,
+) -> None:
+    """Serve until Ctrl-C; prints one line with the address and the token, and opens a browser if wanted."""
+    config = uvicorn.Config(
+        app, access_log=False, log_level="warning", server_header=False, ws="none", lifespan="off",
+        timeout_graceful_shutdown=1,
+    )
+    address = f"http://{HOST}:{listener.getsockname()[1]}/#token={token}"
+    print(address, flush=True)
+    if browser:
+        threading.Timer(0.3, webbrowser.open, (address,)).start()
+    with suppress(KeyboardInterrupt):  # the way to end it
+        server(config).run(sockets=[listener])
 
 
 def application(desk: Desk, token: str, port: int) -> ASGIApp:

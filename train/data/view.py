@@ -9,13 +9,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import threading
-import webbrowser
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from ldrt_edge.chat.replies import error_reply, json_reply, read_object
-from ldrt_edge.chat.server import HOST, Guard, listen, own_files
+from ldrt_edge.chat.server import Guard, listen, own_files, run
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.train.data.curate import read_strikes
 from ldrt_edge.train.data.pairs import Pair, Pairs, parse_pair
@@ -40,18 +37,8 @@ def view(pairs: Path, strikes: Path, port: int = 0, browser: bool = False) -> No
     """
     desk = Desk(pairs, strikes)
     with closing(listen(port)) as listener:
-        port = listener.getsockname()[1]
         token = secrets.token_urlsafe(32)
-        config = uvicorn.Config(
-            application(desk, token, port), access_log=False, log_level="warning", server_header=False, ws="none",
-            lifespan="off", timeout_graceful_shutdown=1,
-        )
-        address = f"http://{HOST}:{port}/#token={token}"
-        print(address, flush=True)
-        if browser:
-            threading.Timer(0.3, webbrowser.open, (address,)).start()
-        with suppress(KeyboardInterrupt):  # the way to end it
-            uvicorn.Server(config).run(sockets=[listener])
+        run(application(desk, token, listener.getsockname()[1]), listener, token, browser)
 
 
 class Desk:
