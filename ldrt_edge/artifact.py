@@ -32,7 +32,8 @@ MANIFEST = "manifest.json"
 _SETTINGS = ".settings.json"
 _LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "tokenizers", "gguf", "llama-cpp-python", "mlx", "mlx-lm",
-    "mlx-vlm", "numpy", "pillow", "pydicom", "rouge-score", "sacrebleu",
+    "mlx-vlm", "numpy", "pillow", "pydicom", "rouge-score", "sacrebleu", "lxml",
+    "py3langid", "imagehash", "datasketch", "pypdfium2",
 )
 _MANIFEST_LIMIT_BYTES = 64 << 20
 _NO_ROOM_BYTES = 1 << 20

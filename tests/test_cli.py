@@ -74,6 +74,11 @@ def test_the_readme_names_every_command() -> None:
         (["serve", "nowhere", "--audit", "log"], "nowhere"),
         (["audit", "verify", "nowhere"], "nowhere"),
         (["data", "import", "vqa-rad", "nowhere", "out"], "nowhere"),
+        (["data", "curate", "nowhere", "--out", "out"], "nowhere"),
+        (["data", "instruct", "nowhere", "--out", "out"], "nowhere"),
+        (["data", "export", "nowhere", "out", "--to", "hf"], "nowhere"),
+        (["data", "stats", "nowhere"], "nowhere"),
+        (["data", "view", "nowhere", "--strikes", "s"], "nowhere"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_1(arguments: list[str], message: str, tmp_path: Path) -> None:
