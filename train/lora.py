@@ -135,7 +135,7 @@ def prepare(
         if recipe.standardise_features:
             model.standardise(*store.statistics(material.rows))
         model.drop_tower()
-    return tuple(PackedDataset(rows, model.front, store) for rows in (material.rows, material.held_out))
+    return PackedDataset(material.rows, model.front, store), PackedDataset(material.held_out, model.front, store)
 
 
 def uses_bf16(recipe: Recipe) -> bool:

@@ -221,12 +221,12 @@ def estimate(shape: Shape, recipe: Recipe, bf16: bool, device: str) -> Memory:
 def activation_bytes(shape: Shape, recipe: Recipe, compute_bytes: int) -> int:
     """What forward keeps for backward, and backward's own work on one layer and on the logits."""
     one, two = (_kept_bytes(shape, recipe, compute_bytes, layers) for layers in (1, 2))
-    layers = shape.config.text_config.num_hidden_layers
-    vocabulary = shape.config.text_config.vocab_size
+    layers = int(shape.config.text_config.num_hidden_layers)
+    vocabulary = int(shape.config.text_config.vocab_size)
     predicted = min(shape.answers, recipe.loss_chunk) if recipe.answer_only_logits else shape.batch_tokens
     logits = predicted * vocabulary * (compute_bytes + 4 + 4)  # as computed, in float32, and their gradient
     layer = two - one
-    hidden = shape.batch_tokens * shape.config.text_config.hidden_size * compute_bytes
+    hidden = shape.batch_tokens * int(shape.config.text_config.hidden_size) * compute_bytes
     kept = one + (layers - 1) * layer
     if recipe.gradient_checkpointing:  # each layer's input, and one layer at a time in full
         kept = layers * hidden + one
@@ -291,7 +291,8 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention in shape only, which keeps what a fused kernel keeps."""
     groups = query.shape[1] // key.shape[1]
-    attended: torch.Tensor = _Attention.apply(query, repeat_kv(key, groups), repeat_kv(value, groups))
+    repeated = (repeat_kv(key, groups), repeat_kv(value, groups))
+    attended: torch.Tensor = _Attention.apply(query, *repeated)  # type: ignore[no-untyped-call]
     return attended.transpose(1, 2).contiguous(), None
 
 
