@@ -29,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(path: Path, base: Path, data: Path, **changes: object) -> Path:
     shared = [setting for setting in FAST if "rows_per_step" not in setting]
     given = {"base": str(base), "data": [str(data)], "set": [*shared, *LEARNING], **changes}
-    path.write_text(yaml.safe_dump(given))
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
     return path
 
 

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import save_file
 from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
@@ -192,6 +191,8 @@ def _stage(
     if (done / TRAINED).is_file():
         load_trained(model, done)
         return best_step(folder / stage / "best")
+    from peft.helpers import disable_input_dtype_casting
+
     preemption, evaluate = Preemption(), len(eval_set) > 0
     callbacks: list[TrainerCallback] = [Progress(stage, folder), preemption]
     best = BestKept(model, folder / stage / "best", recipe.early_stop) if evaluate and recipe.keep_best else None

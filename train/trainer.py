@@ -119,8 +119,8 @@ class PackedTrainer(Trainer):
         self._guard.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not math.isfinite(float(norm)):
             named = all_problems(self._rows_of_step, "rows of this step")
             raise DataError(f"{self._where()}: the gradient is {float(norm)}: lower the learning rate; {named}")
