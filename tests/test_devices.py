@@ -124,8 +124,7 @@ def test_fsdp2_trains_what_one_process_trains_and_goes_on_with_more_processes(
     told = first.communicate(timeout=120)[1]
     assert "checkpoint written at step" in told and not sharded.exists()
     (last,) = checkpoints.glob("checkpoint-*")
-    written = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
-    assert written < 0.5 * (base / "model.safetensors").stat().st_size  # not the frozen base
+    assert list(last.glob("optimizer*")) and not list(last.glob("pytorch_model*")), "not the frozen base"
     run([*TORCHRUN, "--nproc-per-node", "4", *program], **launch_environment("fsdp2", 4))
     assert losses(sharded) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     same_adapter(tmp_path / "one", sharded)
