@@ -15,6 +15,7 @@ from test_train import FAST, colour_dataset
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from ldrt_edge import artifact
+from ldrt_edge.bench.steps import apart
 from ldrt_edge.cli import cli
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.front import Front
@@ -64,6 +65,15 @@ def test_the_papers_models_are_counted_without_weights(
     assert plain.optimizer == 2 * plain.gradients == 8 * (lora + found.projector)
     packed = estimate(found, replace(recipe, base_precision="nf4"), bf16=True, device="cuda")
     assert plain.weights - packed.weights == pytest.approx((2 - 0.5625) * counts[1])
+
+
+@pytest.mark.parametrize("card_gb", [24, 48, 80])
+def test_the_recipes_for_cards_fit_them(card_gb: int) -> None:
+    """A forward of rows of 1,024 tokens, which LLaVA-1.5's pictures with six short questions stay below."""
+    recipe, config = load_recipe(f"llava-1.5-7b-{card_gb}gb"), llava15(4096, 11008, 32)
+    rows = recipe.rows_per_step
+    shape = Shape(config, *count(config, recipe), 1024, batch_tokens=1024 * rows, rows=rows, answers=150 * rows)
+    assert 0.4 * card_gb < estimate(shape, recipe, bf16=True, device="cuda").total / 1e9 < 0.95 * card_gb
 
 
 def test_what_backward_needs_is_what_autograd_keeps(tiny: Tiny, data: Path) -> None:
@@ -117,3 +127,16 @@ def test_what_does_not_fit_is_told_with_the_switches_that_make_it_fit(tiny: Tiny
     assert "does not fit" in lean.output and "--set gradient_checkpointing=true" in lean.output
     hopeless = CliRunner().invoke(cli, [*arguments, "--memory-gb", "0.5"], catch_exceptions=False)
     assert re.search("no switch makes it fit", hopeless.output)
+
+
+@pytest.mark.slow
+def test_the_starter_takes_the_memory_that_its_plan_says(
+    starter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base, data = resolve_base(str(starter)), colour_dataset(tmp_path / "colours", images=12)
+    settings = ["vision_tokens=null", "rows_per_step=4", "instruct.epochs=2", "validation_images=0"]
+    recipe = load_recipe("starter", settings)
+    found = plan(base, [data], recipe, probe_s=0)
+    _, cost = apart(("torch", "transformers", "peft", "accelerate"), train, base, [data], tmp_path / "adapter", recipe)
+    assert cost.peak_bytes == pytest.approx(found.memory.total, rel=0.15)

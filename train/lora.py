@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import save_file
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -137,7 +136,7 @@ def prepare(
         if recipe.standardise_features:
             model.standardise(*store.statistics(material.rows))
         model.drop_tower()
-    return tuple(PackedDataset(rows, model.front, store) for rows in (material.rows, material.held_out))
+    return PackedDataset(material.rows, model.front, store), PackedDataset(material.held_out, model.front, store)
 
 
 def uses_bf16(recipe: Recipe) -> bool:
@@ -195,6 +194,8 @@ def _stage(
     if (done / TRAINED).is_file():
         load_trained(model, done)
         return best_step(folder / stage / "best")
+    from peft.helpers import disable_input_dtype_casting
+
     preemption, evaluate = Preemption(), len(eval_set) > 0
     callbacks: list[TrainerCallback] = [Progress(stage, folder), preemption]
     best = BestKept(model, folder / stage / "best", recipe.early_stop) if evaluate and recipe.keep_best else None

@@ -6,7 +6,6 @@ the front end's table, masks branches from each other, and computes logits only 
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,7 +199,6 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
 
 def adapted(llava: Any, recipe: Recipe) -> Any:
     """A base with the recipe's LoRA on its language model, and its projector set to train."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it talks of kernels
     from peft import LoraConfig, get_peft_model
 
     names = "|".join(recipe.lora.target_modules)
@@ -227,5 +225,5 @@ def _packed_weights() -> Any:
 
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
     )

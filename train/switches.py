@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
@@ -28,6 +29,8 @@ def check(recipe: Recipe, device: torch.device) -> None:
         problems.append("base_precision=nf4 has no kernels on mps: base_precision=auto")
     if recipe.kernels == "liger" and device.type != "cuda":
         problems.append(f"kernels=liger are Triton's, for CUDA, this is {device.type}: kernels=torch")
+    if recipe.align.epochs and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        problems.append("align.epochs under FSDP2, which shards for one stage: train the projector on one device first")
     if problems:
         raise ConfigError(all_problems(problems, "the recipe cannot run here"))
 

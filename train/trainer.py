@@ -119,8 +119,8 @@ class PackedTrainer(Trainer):
         self._guard.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not math.isfinite(float(norm)):
             named = all_problems(self._rows_of_step, "rows of this step")
             raise DataError(f"{self._where()}: the gradient is {float(norm)}: lower the learning rate; {named}")
@@ -145,6 +145,7 @@ class PackedTrainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
+            assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -195,5 +196,5 @@ def load_trained(model: PackedLlava, folder: Path) -> None:
     """Read what `save_trained` wrote, onto however many devices there are now."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    state = load_file(folder / TRAINED)
+    state: dict[str, Any] = dict(load_file(folder / TRAINED))
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
