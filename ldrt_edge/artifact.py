@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,13 +133,24 @@ def create(
         _sync_folder(partial)
         partial.rename(out)
         _sync_folder(out.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except Exception as error:
+        number = _system_error(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             shutil.rmtree(partial, ignore_errors=True)
             raise ArtifactError(f"disk full while writing {out}: free some space, then run this again") from error
-        if isinstance(error, PermissionError):
-            raise ArtifactError(f"cannot write {out}: {error.strerror}") from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+            raise ArtifactError(f"cannot write {out}: {os.strerror(number)}") from error
         raise
+
+
+def _system_error(error: Exception) -> int:
+    """The system's number of an error, 0 for none: libraries written in Rust say it in words, PyTorch not at all."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if "PytorchStreamWriter" in str(error) or "inline_container.cc" in str(error):
+        return errno.ENOSPC
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 @contextmanager
