@@ -27,9 +27,10 @@ bench-mac: install
 	$(BIN)/ldrt-edge bench runs/demo/gguf-q4 --data runs/demo/phantom --reference runs/demo/merged --limit 200 --out runs/demo/mac-gguf
 	$(BIN)/ldrt-edge bench runs/demo/mlx-q4 --data runs/demo/phantom --reference runs/demo/merged --limit 200 --out runs/demo/mac-mlx
 
-# llama.cpp's presets, with and without importance, beside our plans at equal bytes: hours; a second run goes on.
+# llama.cpp's presets, with and without importance, and MLX's, beside our plans at equal bytes: hours; a second run goes on.
 bench-quantisers: install
 	$(BIN)/python -m ldrt_edge.bench.quantisers runs/demo/merged --data runs/demo/phantom --out runs/demo/quantisers
+	$(BIN)/python -m ldrt_edge.bench.quantisers runs/demo/merged --to mlx --data runs/demo/phantom --out runs/demo/quantisers
 
 lint: install links
 	$(BIN)/ruff check .

@@ -14,15 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ldrt_edge import artifact
-from ldrt_edge.artifact import Json
+from ldrt_edge.bench.opened import Opened, open_report
 from ldrt_edge.bench.page import byte_size, interval, number, p_value, percent, points, points_interval, template
-from ldrt_edge.bench.report import REPORT, SAMPLES
-from ldrt_edge.bench.schema import FIELDS, SCHEMA, Score, score
+from ldrt_edge.bench.schema import FIELDS, Score, score
 from ldrt_edge.bench.significance import McNemar, holm, mcnemar
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
-from ldrt_edge.bench.vqa import Sample, cluster_labels, read_samples
+from ldrt_edge.bench.vqa import Sample, cluster_labels
 from ldrt_edge.errors import ArtifactError, ConfigError, all_problems
-from ldrt_edge.front_config import read_json
 
 COMPARISON, PAGE = "comparison.json", "comparison.html"
 _SEED = 0
@@ -77,7 +75,7 @@ def compare(reports: Sequence[Path]) -> Comparison:
     """
     if len(reports) < 2:
         raise ConfigError("which reports? ldrt-edge compare A B...")
-    opened = [_open(folder, name) for folder, name in zip(reports, _names(reports), strict=True)]
+    opened = [open_report(folder, name) for folder, name in zip(reports, _names(reports), strict=True)]
     _refuse(opened)
     first = opened[0]
     clusters = dict(zip(first.samples, cluster_labels(list(first.samples.values())), strict=True))
@@ -157,19 +155,6 @@ def slices(comparison: Comparison) -> list[tuple[str, list[tuple[str, list[str]]
     ]  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class _Opened:
-    """A report as read; dataset, reference: name and manifest's sha256; samples by id."""
-
-    name: str
-    data: Json
-    dataset: tuple[str, str]
-    split: str
-    rules: int
-    reference: tuple[str, str] | None
-    samples: Mapping[str, Sample]
-
-
 def _names(reports: Sequence[Path]) -> list[str]:
     """The folders' names, with their parents' where they would not tell them apart."""
     folders = [folder.resolve() for folder in reports]
@@ -177,29 +162,7 @@ def _names(reports: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [f"{folder.parent.name}/{folder.name}" for folder in folders]
 
 
-def _open(folder: Path, name: str) -> _Opened:
-    artifact.verify(folder, "report")
-    if not (folder / REPORT).is_file() or not (folder / SAMPLES).is_file():
-        raise ArtifactError(f"{folder}: no report of `ldrt-edge bench`: it has no {REPORT} with {SAMPLES}")
-    data = read_json(folder / REPORT)
-    try:
-        if data["schema"] != SCHEMA:
-            raise ArtifactError(f"{folder}: schema {data['schema']}, this version reads {SCHEMA}")
-        dataset, reference = data["dataset"], data["reference"]
-        return _Opened(
-            name=name,
-            data=data,
-            dataset=(dataset["name"], dataset["manifest_sha256"]),
-            split=dataset["split"],
-            rules=data["vqa"].get("rules", 1),
-            reference=(reference["name"], reference["manifest_sha256"]) if reference else None,
-            samples={sample.id: sample for sample in read_samples(folder / SAMPLES)},
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"{folder}: not a report that this version reads ({error!r})") from error
-
-
-def _refuse(opened: Sequence[_Opened]) -> None:
+def _refuse(opened: Sequence[Opened]) -> None:
     """Stop where reports are about different things."""
     first, *others = opened
     held = next((report for report in opened if report.reference), first)
@@ -219,7 +182,7 @@ def _refuse(opened: Sequence[_Opened]) -> None:
         raise ArtifactError(all_problems(problems, "these reports cannot be compared"))
 
 
-def _other_questions(report: _Opened, first: _Opened) -> str | None:
+def _other_questions(report: Opened, first: Opened) -> str | None:
     """How what was asked differs; None where it does not."""
     if report.dataset[1] != first.dataset[1]:
         return f"{report.name} asks another dataset than {first.name} ({_two(report.dataset, first.dataset)})"
@@ -241,14 +204,14 @@ def _two(one: tuple[str, str], other: tuple[str, str]) -> str:
     return f"{one[0]} {one[1][:12]} against {other[0]} {other[1][:12]}"
 
 
-def _column(report: _Opened, clusters: Mapping[str, Hashable], first: _Opened | None) -> Column:
+def _column(report: Opened, clusters: Mapping[str, Hashable], first: Opened | None) -> Column:
     try:
         return _read_column(report, clusters, first)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(f"{report.name}: not a report that this version reads ({error!r})") from error
 
 
-def _read_column(report: _Opened, clusters: Mapping[str, Hashable], first: _Opened | None) -> Column:
+def _read_column(report: Opened, clusters: Mapping[str, Hashable], first: Opened | None) -> Column:
     samples = [report.samples[id] for id in clusters]
     labels = list(clusters.values())
     right = [sample.subject.correct for sample in samples]

@@ -10,9 +10,7 @@ percentile. Loading is timed on the same files once more, so with a warm file ca
 
 Decoding one token reads the language model's weights once, so tokens a second cannot exceed memory bandwidth over
 model bytes; both stand beside the timings, with the threads and the load average, without which none of them says
-anything. The bandwidth is STREAM's copy with as many threads.
-
-Source: McCalpin, "Memory bandwidth and machine balance in current high performance computers" (1995), for STREAM.
+anything. The bandwidth is that of reading alone, as decoding does, with as many threads (`ldrt_edge.machine`).
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -37,12 +34,12 @@ from ldrt_edge.dataset import Dataset, Row, Split, group_by_image
 from ldrt_edge.errors import DataError, LdrtError, RuntimeLoadError
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image
-from ldrt_edge.runtimes.base import Prompt, Runtime, Sampling, load
+from ldrt_edge.machine import read_gb_per_s
+from ldrt_edge.runtimes.base import Runtime, Sampling, load
 from ldrt_edge.runtimes.processor import physical_cores
 
 WARMUP_RUNS, DECODE_TOKENS, LOADS = 1, 32, 3
 _WEIGHTS = (".gguf", ".safetensors")
-_COPY_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def time_model(folder: Path, rows: Sequence[Row], dataset: Dataset, runs: int, t
         runtime=name,
         threads=threads,
         load_average=load_average,
-        bandwidth_gb_per_s=copy_bandwidth(threads),
+        bandwidth_gb_per_s=read_gb_per_s(threads),
         model_bytes=sum(weights(folder).values()),
         prompt_tokens=int(np.median(columns[4])),
         image_tokens=int(np.median(columns[5])),
@@ -174,28 +171,9 @@ def peak_rss_bytes() -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
 
 
-def copy_bandwidth(threads: int, repeats: int = 5) -> float:
-    """Memory bandwidth in GB/s: bytes read and written by the best of `repeats` copies with `threads` threads."""
-    source = [np.ones(_COPY_BYTES // threads // 8) for _ in range(threads)]
-    target = [np.zeros_like(part) for part in source]
-    seconds = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(repeats):
-            started = time.perf_counter()
-            list(pool.map(np.copyto, target, source))
-            seconds.append(time.perf_counter() - started)
-    return 2 * sum(part.nbytes for part in source) / min(seconds) / 1e9
-
-
-def forget(runtime: Runtime, prompt: Prompt) -> None:
-    """Let the runtime's key-value cache hold nothing that `prompt` could use."""
-    other = prompt.stop_ids[0] if prompt.stop_ids[0] != prompt.ids[0] else int(not prompt.ids[0])
-    runtime.score(replace(prompt, ids=(other,), images=()), (other,))
-
-
 def _run(runtime: Runtime, front: Front, rgb: NDArray[np.uint8], row: Row) -> _Run:
     prompt = front.prompt(conversation(row.turns[:-1], front.image(rgb)))
-    forget(runtime, prompt)
+    runtime.forget()
     started = time.perf_counter()
     prompt = front.prompt(conversation(row.turns[:-1], front.image(rgb)))
     tokens = runtime.generate(replace(prompt, stop_ids=()), Sampling(max_tokens=DECODE_TOKENS))

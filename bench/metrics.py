@@ -26,8 +26,7 @@ Three measures say how near an open answer comes, each from 0 to 1 on the normal
   that do not space them, and kind to inflected ones.
 
 All three count "1.0 Gy left" against "6.0 Gy left" as near: they grade wording, exact match judges the fact. Similarity
-of sentence embeddings is left out for that reason: it takes the wrong number, side or negation for nearly the same
-sentence.
+of sentence embeddings, which does so even more, is for long answers only: `bench.similarity`.
 
 `RULES` counts changes of these rules: scores judged by other rules are not compared.
 
@@ -92,6 +91,11 @@ def correct(row: Row, answer: str) -> bool:
     if wanted in ("yes", "no"):
         return _leading_polarity(given) == wanted
     return given == wanted
+
+
+def polarity(answer: str, language: str) -> str:
+    """"yes", "no", or "" where an answer's first word is neither."""
+    return _leading_polarity(normalise(answer, language))
 
 
 def token_f1(row: Row, answer: str) -> float:

@@ -4,7 +4,7 @@
 
 The peer is llama-cpp-python's high-level interface, `Llama` with its multimodal chat handler, on the same GGUF pair,
 with the same threads, context, batch and libraries, and otherwise with the defaults of each (the peer turns flash
-attention off, ours leaves it to llama.cpp):
+attention off, ours leaves it to llama.cpp; on AMX both go without repacked weights, which crash llama.cpp there):
 
 - **TTFT**: from a PNG in memory and a question to the first token. Ours: picture, front end, encoding, prefill. The
   peer's: `create_chat_completion(max_tokens=1)` with the PNG as a data URI. Both start from an empty cache, with a
@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -48,11 +49,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldrt_edge import artifact, console
-from ldrt_edge.bench.latency import Spread, forget, spread
+from ldrt_edge.bench.latency import Spread, spread
 from ldrt_edge.errors import LdrtError, require
 from ldrt_edge.front import Front, Message
 from ldrt_edge.runtimes.base import Prompt, Sampling
-from ldrt_edge.runtimes.processor import physical_cores
+from ldrt_edge.runtimes.processor import has_amx, physical_cores
 
 QUESTION = "What does this picture show? Describe it in detail."
 CONTEXT, BATCH, PREFILL_TOKENS, DECODE_TOKENS = 2048, 512, 512, 48
@@ -144,7 +145,7 @@ class Ours:
     def chat(self, png: bytes, pooled: bool = False) -> tuple[float, float]:
         """Milliseconds to the first token, and tokens a second behind it."""
         front = self._pooled if pooled else self.front
-        forget(self._runtime, front.prompt([Message("user", QUESTION)]))
+        self._runtime.forget()
         started = time.perf_counter()
         image = front.image(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
         prompt = replace(front.prompt([Message("user", QUESTION, (image,))]), stop_ids=())
@@ -157,7 +158,7 @@ class Ours:
     def prefill(self, ids: list[int]) -> float:
         """Tokens a second through an empty cache."""
         prompt = Prompt(tuple(ids), (), self.front.config.image_token_id, self.front.config.stop_ids)
-        forget(self._runtime, prompt)
+        self._runtime.forget()
         started = time.perf_counter()
         self._runtime.score(prompt, (ids[0],))
         return len(ids) / (time.perf_counter() - started)
@@ -174,16 +175,17 @@ class Peer:
         llama_cpp = require("llama_cpp", "")
         formats = require("llama_cpp.llama_chat_format", "")
         model, mmproj = (next(edge.glob(f"{kind}-*.gguf")) for kind in ("model", "mmproj"))
-        self._llama: Any = llama_cpp.Llama(
-            str(model),
-            chat_handler=formats.MTMDChatHandler(str(mmproj), verbose=False, use_gpu=False),
-            n_ctx=CONTEXT,
-            n_batch=BATCH,
-            n_threads=threads,
-            n_threads_batch=threads,
-            no_perf=True,
-            verbose=False,
-        )
+        with _guarded():
+            self._llama: Any = llama_cpp.Llama(
+                str(model),
+                chat_handler=formats.MTMDChatHandler(str(mmproj), verbose=False, use_gpu=False),
+                n_ctx=CONTEXT,
+                n_batch=BATCH,
+                n_threads=threads,
+                n_threads_batch=threads,
+                no_perf=True,
+                verbose=False,
+            )
         self.prompt_tokens = 0
 
     def chat(self, png: bytes) -> tuple[float, float]:
@@ -211,6 +213,24 @@ class Peer:
     def close(self) -> None:
         """Free the model."""
         self._llama.close()
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """On AMX, load the peer as ours is: with repacked weights it would crash, and `Llama` has no setting for them."""
+    stock: Any = require("llama_cpp.llama_cpp", "")
+    defaults = stock.llama_model_default_params
+
+    def without_repacking() -> Any:
+        wanted = defaults()
+        wanted.use_extra_bufts = wanted.use_extra_bufts and not has_amx()
+        return wanted
+
+    stock.llama_model_default_params = without_repacking
+    try:
+        yield
+    finally:
+        stock.llama_model_default_params = defaults
 
 
 def convert_both(merged: Path, converter: Path, repeats: int) -> Pair | None:

@@ -1,23 +1,22 @@
-"""Quantisers side by side: what importance from pictures and a plan gain over llama.cpp's presets, at equal bytes.
+"""Quantisers side by side: what importance from pictures and a plan gain over presets, at equal bytes.
 
-    python -m ldrt_edge.bench.quantisers MERGED --data DATASET --out FOLDER [--bases Q4_K_M,Q3_K_M] [--questions N]
+    python -m ldrt_edge.bench.quantisers MERGED --data DATASET --out FOLDER [--to mlx] [--bases Q4_K_M] [--questions N]
 
 For every base preset the language model is quantised in these ways; the vision tower and the projector stay F16:
 
-- none: the preset as llama.cpp makes it by itself.
+- none: the preset as llama.cpp or MLX makes it by itself.
 - text: with an importance matrix from the calibration questions' text alone, without their pictures and every token
   counting alike: what llama.cpp's own tool could have measured on them.
 - pooled, balanced, answer: with ours, from pictures and text (`ldrt-edge importance`).
 - plan: a type for every matrix (`ldrt-edge plan`), in the bytes that the preset's matrices take.
 
-Each answers the same held-out questions about pictures, teacher-forced, and is held against the merged model in
-transformers: divergence (KLD, nats an answer token), same top token, and exact match, for which one pass is enough:
-where the argmax over the reference answer is that answer, greedy decoding gives it too. All intervals are 95%,
-clustered by picture; ratios of KLD are paired. Calibration sees training rows only, and a picture that is in both
-splits is refused. `--calibration NAME=DATASET`, given several times, compares calibration sets.
+MLX knows no importance, so there it is none and plan. Each answers the same held-out questions about pictures and is
+held against the merged model in transformers: divergence (KLD, nats an answer token), same top token, and exact match.
+All intervals are 95%, clustered by picture; ratios of KLD are paired. Calibration sees training rows only, and a
+picture that is in both splits is refused. `--calibration NAME=DATASET`, given several times, compares calibration sets.
 
 Every step runs in a process of its own, for its time and memory, and is written to a journal in FOLDER with what it
-depends on: what is there is not done again. FOLDER gets `quantisers.json` and `quantisers.png`, and keeps the merged
+depends on: what is there is not done again. FOLDER gets `quantisers-FORMAT.json` and `.png`, and keeps the merged
 model's logits for later runs.
 """
 
@@ -25,49 +24,43 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import sys
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from gguf import GGUFReader
-from numpy.typing import NDArray
 
 from ldrt_edge import __version__, artifact, console
 from ldrt_edge.artifact import Json
+from ldrt_edge.bench.held_out import TORCH, HeldOut, ask
 from ldrt_edge.bench.quantisers_view import draw, label, table
-from ldrt_edge.bench.statistics import Difference, Rate, Ratio, joined, paired_difference, paired_ratio, rate
+from ldrt_edge.bench.statistics import Difference, Rate, Ratio, paired_difference, paired_ratio, rate
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
+from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects, Subjects
 from ldrt_edge.convert.allocate import allocate
-from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity, write
+from ldrt_edge.convert.gguf import check_choice, identity
 from ldrt_edge.convert.importance import Weighting, imatrix_path, importance
-from ldrt_edge.convert.plan import mmproj_plan, text_plan
-from ldrt_edge.convert.quantize import TYPES, Gguf, Importance, Wanted, lossless, read_back, run_quantizer, write_full
+from ldrt_edge.convert.mlx import Mlx
+from ldrt_edge.convert.planned import Format
+from ldrt_edge.convert.quantize import Gguf, Importance, Wanted
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
 from ldrt_edge.convert.source import open_source
-from ldrt_edge.dataset import Dataset, choose_rows, group_by_image
-from ldrt_edge.errors import ArtifactError, ConfigError, DataError, LdrtError, require
-from ldrt_edge.fidelity import compare_logits
-from ldrt_edge.front import Front, conversation
-from ldrt_edge.image import read_image
-from ldrt_edge.runtimes.base import FloatArray, Prompt
-from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
+from ldrt_edge.convert.type_plan import FormatName
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import ConfigError, LdrtError, require
+from ldrt_edge.front import Front
 
-SCHEMA = "ldrt-edge/quantisers/1"
-BASES = ("Q4_K_M", "Q3_K_M", "Q5_K_M", "IQ4_XS", "Q4_0")
+SCHEMA = "ldrt-edge/quantisers/2"
+FORMATS: Mapping[FormatName, type[GgufSubjects | MlxSubjects]] = {"gguf": GgufSubjects, "mlx": MlxSubjects}
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 SIZES = {"7B": 7.06e9, "13B": 13.35e9}
 """Parameters of LLaVA-1.5, all parts."""
 _LEAST_PARAMETERS = 1e8
 """In smaller models most of the cost does not grow with the model, so that it says nothing about other sizes."""
-_TORCH = ("torch", "transformers", "ldrt_edge.runtimes.hf")
-_MODEL = "model-SUBJECT.gguf"
 
 
 @dataclass(frozen=True)
@@ -88,8 +81,8 @@ class Result:
     """One quantised language model against the merged model.
 
     family: none, text, a weighting, or plan. calibration: the name of the set; "" for none.
-    bytes: of the file. bytes_ratio: of the file to the preset's. fallbacks: matrices that could not have the preset's
-        type.
+    bytes: of the GGUF file, or of MLX's tensors. bytes_ratio: to the preset's. fallbacks: matrices that could not have
+        the preset's type.
     kld: nats an answer token. loss: of exact matches, merged minus this one. flips: questions that one of the two has
         right and the other wrong. kld_to_none, kld_to_text: this one's KLD over theirs.
     """
@@ -112,12 +105,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All results of a run, in the order of the bases, and what its steps cost.
+    """All results of a run in one format, in the order of the bases, and what its steps cost.
 
     images, tokens: that were asked about, and of reference answers. exact: the merged model's share of exact matches.
     image_tokens: a picture's, in the prompt.
     """
 
+    to: FormatName
     results: tuple[Result, ...]
     steps: tuple[Step, ...]
     questions: int
@@ -129,30 +123,34 @@ class Comparison:
 
 
 def compare(
-    merged: Path, data: Path, out: Path, bases: Sequence[str] = BASES, weightings: Sequence[str] = WEIGHTINGS,
-    calibrations: Mapping[str, Path] | None = None, questions: int | None = None, calibration_rows: int = 128,
-    sensitivity_rows: int = 16, seed: int = 0, threads: int | None = None,
+    merged: Path, data: Path, out: Path, to: FormatName = "gguf", bases: Sequence[str] | None = None,
+    weightings: Sequence[str] = WEIGHTINGS, calibrations: Mapping[str, Path] | None = None,
+    questions: int | None = None, calibration_rows: int = 128, sensitivity_rows: int = 16, seed: int = 0,
+    threads: int | None = None,
 ) -> Comparison:
-    """Measure what is not measured yet in `out`, and write `quantisers.json` and `quantisers.png` there.
+    """Measure what is not measured yet in `out`, and write `quantisers-TO.json` and its picture there.
 
-    data: its test rows are asked. calibrations: datasets by name, whose training rows are watched; None takes `data`.
-    questions, calibration_rows, sensitivity_rows: about how many rows, as whole pictures; None for all.
+    data: its test rows are asked. bases: None for the format's usual ones. calibrations: datasets by name, whose
+    training rows are watched; None takes `data`. questions, calibration_rows, sensitivity_rows: about how many rows, as
+    whole pictures; None for all.
 
     Raises:
         ConfigError: an unknown base or weighting.
         DataError: no test rows, or a calibration set holds a picture that is asked about.
-        ArtifactError: a folder is of another kind, or llama.cpp failed.
+        ArtifactError: a folder is of another kind, or a quantiser failed.
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", "bench")  # before hours are spent
+    out.mkdir(parents=True, exist_ok=True)
+    subjects = FORMATS[to](merged, out / "work")
+    bases = bases or subjects.bases
     for base in bases:
-        check_choice("--bases", base, TYPES)
+        check_choice("--bases", base, subjects.types)
     for weighting in weightings:
         check_choice("--weightings", weighting, WEIGHTINGS)
     calibrations = calibrations or {data.resolve().name: data}
-    out.mkdir(parents=True, exist_ok=True)
-    run = _Run(merged, data, out, calibrations, questions, calibration_rows, sensitivity_rows, seed, threads)
-    total = len(bases) * (1 + len(calibrations) * (2 + len(weightings)))
+    run = _Run(subjects, merged, data, out, calibrations, questions, calibration_rows, sensitivity_rows, seed, threads)
+    total = len(bases) * (1 + len(calibrations) * (2 + len(weightings) if to == "gguf" else 1))
     results: list[Result] = []
     started = time.monotonic()
     for base in bases:
@@ -167,16 +165,9 @@ def compare(
         "seed": seed, "calibration_rows": calibration_rows, "sensitivity_rows": sensitivity_rows,
         "libraries": artifact.library_versions(), "git_commit": artifact.git_commit(), **asdict(found),
     }  # fmt: skip
-    (out / "quantisers.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    draw(found, out / "quantisers.png")
+    (out / f"quantisers-{to}.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    draw(found, out / f"quantisers-{to}.png")
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Question:
-    prompt: Prompt
-    answer: tuple[int, ...]
-    cluster: Hashable
 
 
 class _Run:
@@ -186,48 +177,51 @@ class _Run:
     """
 
     def __init__(
-        self, merged: Path, data: Path, out: Path, calibrations: Mapping[str, Path], questions: int | None,
-        calibration_rows: int, sensitivity_rows: int, seed: int, threads: int | None,
+        self, subjects: Subjects, merged: Path, data: Path, out: Path, calibrations: Mapping[str, Path],
+        questions: int | None, calibration_rows: int, sensitivity_rows: int, seed: int, threads: int | None,
     ) -> None:
         self.measured = 0
-        self._merged, self._out, self._work = merged, out, out / "work"
+        self._subjects, self._merged, self._out = subjects, merged, out
         self._calibrations, self._seed, self._threads = calibrations, seed, threads
         self._calibration_rows, self._sensitivity_rows = calibration_rows, sensitivity_rows
         self._model = {
             "version": __version__, "libraries": artifact.library_versions(), "merged": identity(merged).manifest_sha256
         }  # fmt: skip
-        self._asked = ask(Front.load(merged), Dataset(data), questions, seed, calibrations)
         self._test = {"data": artifact.identity(data).manifest_sha256, "questions": questions, "seed": seed}
+        asked = ask(Front.load(merged), Dataset(data), questions, seed, calibrations)
+        logits = out / f"reference-{digest({**self._model, 'test': self._test})}.npy"
+        self._asked = HeldOut(merged, asked, logits, threads)
         self._journal = Journal(out / "journal.jsonl")
         self._steps: list[tuple[str, str, Cost]] = []
         self._parameters = open_source(merged).weights.count
-        self._groups = [question.cluster for question in self._asked]
-        self._token_groups = [q.cluster for q in self._asked for _ in q.answer]
-        self._ends = np.cumsum([len(question.answer) for question in self._asked])
 
     def family(self, base: str, weightings: Sequence[str]) -> Iterator[Result]:
         """The results of one base preset, as they are measured."""
         none = self._measure(base, "none", Wanted(base))
         yield self._result(base, "none", "", none, none, None)
         for name in self._calibrations:
-            imatrix = imatrix_path(self._importance(name, pictures=False), "pooled")
-            text = self._measure(base, f"text {name}", Wanted(base, imatrix=imatrix))
-            yield self._result(base, "text", name, text, none, None)
-            for weighting in weightings:
-                imatrix = imatrix_path(self._importance(name), weighting)
-                ours = self._measure(base, f"{weighting} {name}", Wanted(base, imatrix=imatrix))
-                yield self._result(base, weighting, name, ours, none, text)
+            text = None
+            if self._subjects.name == "gguf":
+                imatrix = imatrix_path(self._importance(name, pictures=False), "pooled")
+                text = self._measure(base, f"text {name}", Wanted(base, imatrix=imatrix))
+                yield self._result(base, "text", name, text, none, None)
+                for weighting in weightings:
+                    imatrix = imatrix_path(self._importance(name), weighting)
+                    ours = self._measure(base, f"{weighting} {name}", Wanted(base, imatrix=imatrix))
+                    yield self._result(base, weighting, name, ours, none, text)
             plan = self._measure(base, f"plan {name}", self._planned(base, name, none["matrix_bytes"]))
             yield self._result(base, "plan", name, plan, none, text)
 
     def finish(self, results: Sequence[Result]) -> Comparison:
         """Put everything together, and remove the full-precision files."""
-        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.rmtree(self._out / "work", ignore_errors=True)
         steps = [Step(name, what, cost, self._at(name, cost)) for name, what, cost in self._steps]
-        pictures = {image.sha256: image.token_count for question in self._asked for image in question.prompt.images}
+        asked = self._asked
+        pictures = {image.sha256: image.token_count for one in asked.questions for image in one.prompt.images}
         return Comparison(
-            tuple(results), tuple(steps), len(self._asked), len(pictures), int(self._ends[-1]),
-            rate(self._exact.tolist(), self._groups, self._seed), self._parameters, max(pictures.values()),
+            self._subjects.name, tuple(results), tuple(steps), len(asked.questions), len(pictures),
+            len(asked.token_groups), rate(asked.exact.tolist(), asked.groups, self._seed), self._parameters,
+            max(pictures.values()),
         )  # fmt: skip
 
     def _at(self, name: str, cost: Cost) -> dict[str, Cost]:
@@ -249,23 +243,25 @@ class _Run:
         def work() -> Json:
             shutil.rmtree(folder, ignore_errors=True)
             arguments = self._merged, data, folder, self._calibration_rows, self._seed, self._threads, pictures
-            return asdict(apart(_TORCH, importance, *arguments)[1])
+            return asdict(apart(TORCH, importance, *arguments)[1])
 
         self._spent("importance" if pictures else "importance, text", name, self._journal.once(key, work, kept=folder))
         return folder
 
     def _planned(self, base: str, name: str, target_bytes: int) -> Wanted:
-        """Types for the language model's matrices within `target_bytes`, with the balanced importance."""
-        given, data = Importance(self._importance(name)), self._calibrations[name]
-        imatrix = imatrix_path(given.folder, given.weighting)
+        """Types for the language model's matrices within `target_bytes`; for GGUF with the balanced importance."""
+        to, data = self._subjects.name, self._calibrations[name]
+        given = Importance(self._importance(name)) if to == "gguf" else None
+        imatrix = imatrix_path(given.folder, given.weighting) if given else None
         key = {
-            "step": "sensitivity", **self._model, "imatrix": artifact.file_sha256(imatrix),
+            "step": "sensitivity", **self._model, "to": to, "imatrix": _sha256(imatrix),
             "data": artifact.identity(data).manifest_sha256, "rows": self._sensitivity_rows, "seed": self._seed,
         }  # fmt: skip
 
         def measure() -> Json:
-            arguments = self._merged, data, given, self._sensitivity_rows, self._seed, self._threads
-            found, cost = apart(_TORCH, _sensitivities, *arguments)
+            wanted: Format = Mlx() if to == "mlx" else Gguf(given)
+            arguments = self._merged, data, wanted, self._sensitivity_rows, self._seed, self._threads
+            found, cost = apart(TORCH, _sensitivities, *arguments)
             return {"matrices": [asdict(matrix) for matrix in found], **asdict(cost)}
 
         gave = self._journal.once(key, measure)
@@ -276,7 +272,7 @@ class _Run:
         ]  # fmt: skip
 
         def solve() -> Json:
-            plan, cost = apart(("scipy.optimize",), allocate, "gguf", matrices, 0, target_bytes)
+            plan, cost = apart(("scipy.optimize",), allocate, to, matrices, 0, target_bytes)
             return {"types": dict(plan.parts["model"]), **asdict(cost)}
 
         solved = self._journal.once({"step": "allocation", "of": digest(key), "bytes": target_bytes}, solve)
@@ -285,88 +281,40 @@ class _Run:
 
     def _measure(self, base: str, what: str, wanted: Wanted) -> Json:
         """Quantise the language model, ask it everything, delete it."""
-        imatrix = artifact.file_sha256(wanted.imatrix) if wanted.imatrix else None
-        described = {"type": wanted.type, "types": dict(wanted.types), "imatrix": imatrix}
-        key = {"step": "quantisation", **self._model, "test": self._test, "wanted": described}
+        described = {"type": wanted.type, "types": dict(wanted.types), "imatrix": _sha256(wanted.imatrix)}
+        key = {
+            "step": "quantisation", **self._model, "to": self._subjects.name, "test": self._test, "wanted": described
+        }  # fmt: skip
 
         def work() -> Json:
             self.measured += 1
-            full, pair, weights = self._files
-            subject = pair / _MODEL
-            _, cost = apart((), run_quantizer, full, subject, wanted, weights)
-            stored = read_back(subject, None if wanted.types else base)
-            matrices = [int(t.n_bytes) for t in GGUFReader(subject).tensors if len(t.shape) == 2]
-            answers = self._answers(pair)
-            subject.unlink()
+            with self._subjects.quantised(wanted) as subject:
+                answers = self._asked.against(self._subjects.load(subject.folder, self._threads))
+            stored = subject.stored
             return {
                 "bytes": stored.bytes, "bits_per_weight": stored.bits_per_weight, "types": dict(stored.types),
-                "fallbacks": len(stored.fallbacks), "matrix_bytes": sum(matrices), **asdict(cost), **answers,
+                "fallbacks": len(stored.fallbacks), "matrix_bytes": subject.matrix_bytes, **asdict(subject.cost),
+                **answers,
             }  # fmt: skip
 
         gave = self._journal.once(key, work)
         self._spent("quantisation", f"{base} {what}", gave)
         return gave
 
-    def _answers(self, pair: Path) -> dict[str, Json]:
-        """Per answer token kld and top1, per question exact, of a GGUF pair."""
-        kld, top1, exact = [], [], []
-        runtime = LlamaCppRuntime(pair, threads=self._threads)
-        try:
-            expected = np.split(self._reference, self._ends[:-1])
-            for question, logits in console.track(list(zip(self._asked, expected, strict=True)), "asking"):
-                given = runtime.score(question.prompt, question.answer)
-                tokens = compare_logits(logits, given)
-                kld += tokens.kld.tolist()
-                top1 += tokens.top1.tolist()
-                exact.append(bool((given.argmax(axis=1) == question.answer).all()))
-        finally:
-            runtime.close()
-        return {"kld": kld, "top1": top1, "exact": exact}
-
     def _result(self, base: str, family: str, calibration: str, given: Json, none: Json, text: Json | None) -> Result:
-        tokens, seed = self._token_groups, self._seed
+        tokens, groups, seed = self._asked.token_groups, self._asked.groups, self._seed
+        exact = self._asked.exact
         return Result(
             base=base, family=family, calibration=calibration, bytes=given["bytes"],
             bits_per_weight=given["bits_per_weight"], bytes_ratio=given["bytes"] / none["bytes"], types=given["types"],
             fallbacks=given["fallbacks"],
             kld=paired_ratio(given["kld"], np.ones(len(tokens)).tolist(), tokens, seed),
             top1=rate(given["top1"], tokens, seed),
-            loss=paired_difference(self._exact.tolist(), given["exact"], self._groups, seed),
-            flips=rate((self._exact != np.array(given["exact"])).tolist(), self._groups, seed),
+            loss=paired_difference(exact.tolist(), given["exact"], groups, seed),
+            flips=rate((exact != np.array(given["exact"])).tolist(), groups, seed),
             kld_to_none=paired_ratio(given["kld"], none["kld"], tokens, seed),
             kld_to_text=paired_ratio(given["kld"], text["kld"], tokens, seed) if text else None,
         )  # fmt: skip
-
-    @cached_property
-    def _reference(self) -> FloatArray:
-        """The merged model's logits on all answer tokens: (tokens, vocab), read from disk as they are wanted."""
-        path = self._out / f"reference-{digest({**self._model, 'test': self._test})}.npy"
-        if not path.exists():
-            apart(_TORCH, _score, self._merged, self._asked, path, self._threads)
-        logits: FloatArray = np.load(path, mmap_mode="r")
-        if len(logits) != self._ends[-1]:
-            raise ArtifactError(f"{path}: logits of {len(logits)} tokens, not {self._ends[-1]}: remove it")
-        return logits
-
-    @cached_property
-    def _exact(self) -> NDArray[np.bool_]:
-        """Which questions the merged model answers exactly."""
-        expected = np.split(self._reference, self._ends[:-1])
-        pairs = zip(self._asked, expected, strict=True)
-        return np.array([bool((logits.argmax(axis=1) == question.answer).all()) for question, logits in pairs])
-
-    @cached_property
-    def _files(self) -> tuple[Path, Path, int]:
-        """The full-precision language model, a folder with the rest of a pair, and how many weights the model has."""
-        pair = self._work / "pair"
-        shutil.rmtree(self._work, ignore_errors=True)
-        pair.mkdir(parents=True)
-        source = open_source(self._merged)
-        text, vision = text_plan(source, lossless(source)), mmproj_plan(source, "f16")
-        check_room(self._work, 2 * text.nbytes + vision.nbytes)
-        write(vision, pair / "mmproj-F16.gguf", "vision")
-        finish(source, pair)
-        return write_full(text, self._work), pair, sum(math.prod(tensor.shape) for tensor in text.tensors)
 
     def _spent(self, name: str, what: str, gave: Mapping[str, Json]) -> None:
         step = name, what, Cost(gave["seconds"], gave["peak_bytes"], gave["idle_bytes"])
@@ -374,57 +322,14 @@ class _Run:
             self._steps.append(step)
 
 
-def ask(
-    front: Front, dataset: Dataset, limit: int | None, seed: int, calibrations: Mapping[str, Path]
-) -> list[_Question]:
-    """The held-out questions, picture by picture.
-
-    Raises:
-        DataError: no test rows, one that cannot be asked, or a calibration set that trains on their pictures.
-    """
-    rows = choose_rows(dataset.rows("test"), limit, seed)
-    if not rows:
-        raise DataError(f"{dataset.folder}: no rows in split 'test': quantisers are compared on held-out rows only")
-    pictures = {row.image_sha256 for row in rows}
-    for name, folder in calibrations.items():
-        if any(row.image_sha256 in pictures for row in Dataset(folder).rows("train")):
-            raise DataError(f"--calibration {name}: {folder} trains on pictures that are asked about: split it anew")
-    labels = joined([row.image_sha256 for row in rows], [row.group for row in rows])
-    clusters = {row.id: label for row, label in zip(rows, labels, strict=True)}
-    asked = []
-    for members in group_by_image(rows).values():
-        image = front.image(read_image(dataset.image_path(members[0])).rgb)
-        for row in members:
-            messages = conversation(row.turns[:-1], image)
-            try:
-                prompt, answer = front.prompt(messages), front.answer_ids(messages, row.answer)
-            except DataError as error:
-                raise DataError(f"row {row.id}: {error}") from error
-            asked.append(_Question(prompt, answer, clusters[row.id]))
-    return asked
-
-
 def _sensitivities(
-    merged: Path, data: Path, given: Importance, limit: int, seed: int, threads: int | None
+    merged: Path, data: Path, to: Format, limit: int, seed: int, threads: int | None
 ) -> list[Matrix]:
-    return sensitivities(open_source(merged), data, Gguf(given), limit, seed, threads)
+    return sensitivities(open_source(merged), data, to, limit, seed, threads)
 
 
-def _score(merged: Path, asked: Sequence[_Question], path: Path, threads: int | None) -> None:
-    """Write the merged model's logits (answer tokens, vocab) as float32; the file appears when whole."""
-    from ldrt_edge.runtimes.hf import HfRuntime
-
-    runtime, part, place = HfRuntime(merged, threads=threads), path.with_suffix(".part"), 0
-    try:
-        shape = sum(len(question.answer) for question in asked), runtime.vocab_size
-        logits = np.lib.format.open_memmap(part, "w+", np.dtype(np.float32), shape)
-        for question in console.track(asked, "asking the merged model"):
-            place += len(question.answer)
-            logits[place - len(question.answer) : place] = runtime.score(question.prompt, question.answer)
-        logits.flush()
-    finally:
-        runtime.close()
-    part.replace(path)
+def _sha256(path: Path | None) -> str | None:
+    return None if path is None else artifact.file_sha256(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -433,8 +338,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("merged", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="a dataset: its test rows are asked")
     parser.add_argument("--out", type=Path, required=True, help="what was measured; a second run goes on from it")
-    parser.add_argument("--bases", default=",".join(BASES), help="llama.cpp's presets")
-    parser.add_argument("--weightings", default=",".join(WEIGHTINGS), help="of our importance, under each preset")
+    parser.add_argument("--to", choices=list(FORMATS), default="gguf")
+    parser.add_argument("--bases", help="llama.cpp's presets, or MLX's")
+    parser.add_argument("--weightings", default=",".join(WEIGHTINGS), help="GGUF's: of our importance")
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="NAME=DATASET",
         help="training rows to calibrate on, instead of --data's; may be given several times",
@@ -450,15 +356,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--questions, --calibration-rows, --sensitivity-rows and --threads want at least 1")
     try:
         found = compare(
-            given.merged, given.data, given.out, given.bases.split(","), given.weightings.split(","),
-            _named(given.calibration), given.questions, given.calibration_rows, given.sensitivity_rows, given.seed,
-            given.threads,
+            given.merged, given.data, given.out, given.to, given.bases.split(",") if given.bases else None,
+            given.weightings.split(","), _named(given.calibration), given.questions, given.calibration_rows,
+            given.sensitivity_rows, given.seed, given.threads,
         )  # fmt: skip
     except LdrtError as error:
         print(error, file=sys.stderr)
         return 1
     print("\n".join(table(found)))
-    print(given.out / "quantisers.json")
+    print(given.out / f"quantisers-{given.to}.json")
     return 0
 
 

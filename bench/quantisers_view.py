@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from ldrt_edge.bench.steps import Cost
 
 EQUAL_BYTES = 0.01
-"""By how much files may differ and still count as equally large."""
+"""By how much models may differ and still count as equally large."""
 
 _NAMES = {
-    "none": "llama.cpp's preset", "text": "preset, text importance", "pooled": "preset, image+text importance, pooled",
+    "none": "preset", "text": "preset, text importance", "pooled": "preset, image+text importance, pooled",
     "balanced": "preset, image+text importance, balanced", "answer": "preset, image+text importance, answer",
     "plan": "our plan",
 }  # fmt: skip
+_FORMATS = {"gguf": "GGUF", "mlx": "MLX"}
 _STYLES = {
     "none": ("s", "#000000"), "text": ("^", "#0072b2"), "pooled": ("v", "#56b4e9"), "balanced": ("D", "#e69f00"),
     "answer": ("P", "#999999"), "plan": ("o", "#d55e00"),
@@ -31,7 +32,7 @@ _STYLES = {
 _LINES = ("-", "--", ":", "-.")
 """Of the first, second, … calibration set."""
 _APART_POINTS = 4
-"""Markers of files of one size stand side by side, this far apart."""
+"""Markers of models of one size stand side by side, this far apart."""
 
 
 def label(result: Result) -> str:
@@ -69,7 +70,7 @@ def table(found: Comparison) -> list[str]:
 
 
 def draw(found: Comparison, path: Path) -> None:
-    """Draw KLD with its intervals over the language model's file size, as PNG.
+    """Draw KLD with its intervals over the language model's size, as PNG.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -108,12 +109,12 @@ def draw(found: Comparison, path: Path) -> None:
             ha="center", fontsize=9, annotation_clip=False,
         )  # fmt: skip
         axes.axvline(size / 1e6, color="#dddddd", linewidth=1, zorder=0)
-    axes.set_xlabel("language model's file, MB")
+    axes.set_xlabel("language model, MB")
     axes.set_ylabel("mean KLD from the merged model, nats an answer token")
     axes.grid(axis="y", which="both", color="#eeeeee")
     axes.set_title(
-        f"Loss against size: {found.tokens} answer tokens of {found.questions} held-out questions about "
-        f"{found.images} pictures\n(95% intervals by picture; files of one size side by side)",
+        f"{_FORMATS[found.to]}, loss against size: {found.tokens} answer tokens of {found.questions} held-out "
+        f"questions about {found.images} pictures\n(95% intervals by picture; those of one size side by side)",
         fontsize=10, pad=22,
     )  # fmt: skip
     axes.legend(fontsize=9)

@@ -1,9 +1,10 @@
 """The bench stage: what a converted model can do, and what the conversion cost.
 
-    edge/ (+ reference/) + dataset/  →  report/ (report.json, report.html, samples.jsonl)
+    edge/ (+ reference/, others/) + dataset/  →  report/ (report.json, report.html, samples.jsonl, …)
 
-It asks every question (`vqa`), sums up (`schema`), times the model alone (`latency`) and draws the page (`page`). The
-answers are journalled, so a killed run goes on where it stopped.
+It asks every question (`vqa`), of further models too (`ladder`), probes what the model makes up (`probes`), sums up
+(`schema`, `hallucination`), times the models alone (`latency`) and draws the page (`page`). The answers are journalled,
+so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,26 +13,36 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 
 from ldrt_edge import __version__, artifact, console
+from ldrt_edge.bench import hallucination
+from ldrt_edge.bench.calibration import Calibration, calibration
 from ldrt_edge.bench.fidelity import fidelity
+from ldrt_edge.bench.ladder import climb
 from ldrt_edge.bench.latency import measure, weights
 from ldrt_edge.bench.metrics import overlap_installed
 from ldrt_edge.bench.page import render
+from ldrt_edge.bench.probes import Probe, probe
 from ldrt_edge.bench.schema import SCHEMA, DatasetIdentity, Environment, ModelIdentity, Report, summarise
-from ldrt_edge.bench.vqa import Model, Sample, answer_rows, draw_controls
+from ldrt_edge.bench.similarity import similarity_installed
+from ldrt_edge.bench.vqa import Controls, Model, Sample, answer_rows, cluster_labels, draw_controls, write_samples
 from ldrt_edge.dataset import Dataset, Row, Split, choose_rows
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
+from ldrt_edge.machine import processor_name
 from ldrt_edge.runtimes.base import load
 from ldrt_edge.runtimes.processor import physical_cores
 
-REPORT, PAGE, SAMPLES = "report.json", "report.html", "samples.jsonl"
+BRANCHES = 16
+"""Questions about one picture that run side by side, where the runtime can; more gain little on a laptop's cores."""
+REPORT, PAGE, SAMPLES, PROBES = "report.json", "report.html", "samples.jsonl", "probes.jsonl"
+OTHERS = "others"
+"""Folder of the further models' own samples, numbered as they were given."""
 
 
 def bench(
@@ -46,6 +57,8 @@ def bench(
     runs: int = 5,
     seed: int = 0,
     margin: float = 1.0,
+    probes: int = 0,
+    beside: Sequence[Path] = (),
 ) -> Path:
     """Measure the model in `edge` on a dataset, beside the model it was made from, and write a report artefact.
 
@@ -60,32 +73,46 @@ def bench(
         runs: timings that count; 0 leaves latency out (null).
         seed: of the wrong pictures, the choice of pictures and the intervals.
         margin: points of accuracy; a loss within it counts as none (non-inferiority).
+        probes: pictures with which the subject is also probed for what it makes up.
+        beside: further models to ask the same: the base, other quantisations.
 
     Raises:
-        ConfigError: an option is out of range.
+        ConfigError: an option is out of range, or two models have one name.
         ArtifactError: a folder is of another kind, or incomplete.
         DataError: no rows, one picture only, an unreadable picture, a question longer than the context.
     """
-    if runs < 0 or (limit is not None and limit < 1) or (threads is not None and threads < 1):
-        raise ConfigError("bench wants --runs of at least 0, --limit and --threads of at least 1")
+    if min(runs, probes) < 0 or (limit is not None and limit < 1) or (threads is not None and threads < 1):
+        raise ConfigError("bench wants --runs and --probes of at least 0, --limit and --threads of at least 1")
     if not 0 < margin <= 100:
         raise ConfigError("--margin wants more than 0 points, and at most 100")
-    artifact.read(edge, "gguf", "mlx", "merged", "base")
+    for folder in (edge, *beside):
+        artifact.read(folder, "gguf", "mlx", "merged", "base")
     if reference:
         artifact.read(reference, "merged", "base")
+    others = _named(beside)
     dataset = Dataset(data)
     rows = _questions(dataset, split, limit, seed)
-    settings = _Settings(split, limit, threads or physical_cores(), runs, seed, margin)
-    inputs = [edge, data, *([reference] if reference else [])]
-    config = asdict(settings) | {"overlap": overlap_installed()}
+    settings = _Settings(split, limit, threads or physical_cores(), runs, seed, margin, probes)
+    inputs = [edge, data, *([reference] if reference else []), *beside]
+    config = asdict(settings) | {"overlap": overlap_installed(), "similarity": similarity_installed()}
     with artifact.create(out, "report", config, inputs, seed, resumable=True) as draft:
         if draft.complete:
             return out
         if not config["overlap"]:
             console.say("ROUGE-L and chrF are left out; for them: pip install 'ldrt-edge[bench]', and another --out")
-        environment = _environment(settings, _command(edge, data, out, reference, settings))
-        samples = _ask(edge, reference, dataset, rows, draft.path / SAMPLES, settings)
+        environment = _environment(settings, _command(edge, data, out, reference, beside, settings))
+        controls = draw_controls(rows, seed)
+        samples = _ask(edge, reference, dataset, rows, controls, draft.path / SAMPLES, settings)
+        made_up = _probe(edge, dataset, rows, controls, draft.path / PROBES, settings) if probes else []
+        rungs = _ask_others(others, reference, dataset, rows, controls, draft.path / OTHERS, settings)
+        samples = _joined(samples, rungs)
+        write_samples(draft.path / SAMPLES, samples)
         vqa = summarise(samples, (row for row in dataset if row.split != split), seed, margin / 100)
+        exports = {"subject": edge} | {name: path for name, path in others.items() if _is_export(path)}
+        latencies = {
+            name: measure(path, data, split, runs, settings.threads, seed) for name, path in exports.items() if runs
+        }
+        models = {"subject": edge} | ({"reference": reference} if reference else {}) | others
         report = Report(
             schema=SCHEMA,
             subject=_model(edge),
@@ -94,7 +121,11 @@ def bench(
             environment=environment,
             vqa=vqa,
             fidelity=fidelity(samples),
-            latency=measure(edge, data, split, runs, settings.threads, seed) if runs else None,
+            latency=latencies.get("subject"),
+            calibration=_calibration(samples, seed),
+            hallucination=hallucination.summarise(made_up, samples, seed) if made_up else None,
+            hedging=hallucination.hedging(samples),
+            ladder=climb(samples, rungs, {n: _model(p) for n, p in models.items()}, latencies, seed) if others else (),
         )
         text = json.dumps(asdict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (draft.path / REPORT).write_text(text, encoding="utf-8")
@@ -118,6 +149,26 @@ class _Settings:
     runs: int = 5
     seed: int = 0
     margin: float = 1.0
+    probes: int = 0
+
+
+def _named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Further models by their folders' names, with their parents' where these would not tell them apart.
+
+    Raises:
+        ConfigError: even these do not.
+    """
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names) or set(names) & {"subject", "reference"}:
+        names = [f"{path.parent.name}/{path.name}" for path in paths]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--beside: {', '.join(names)}: each model once")
+    return dict(zip(names, folders, strict=True))
+
+
+def _is_export(folder: Path) -> bool:
+    return artifact.read(folder).kind in ("gguf", "mlx")
 
 
 def _questions(dataset: Dataset, split: Split, limit: int | None, seed: int) -> list[Row]:
@@ -130,9 +181,9 @@ def _questions(dataset: Dataset, split: Split, limit: int | None, seed: int) -> 
 
 
 def _ask(
-    edge: Path, reference: Path | None, dataset: Dataset, rows: Sequence[Row], journal: Path, settings: _Settings
+    edge: Path, reference: Path | None, dataset: Dataset, rows: Sequence[Row], controls: Controls, journal: Path,
+    settings: _Settings,
 ) -> list[Sample]:
-    controls = draw_controls(rows, settings.seed)
     subject = _load(edge, settings.threads)
     expected = _load(reference, settings.threads) if reference else None
     try:
@@ -143,8 +194,48 @@ def _ask(
             expected.runtime.close()
 
 
+def _ask_others(
+    others: Mapping[str, Path], reference: Path | None, dataset: Dataset, rows: Sequence[Row], controls: Controls,
+    journals: Path, settings: _Settings,
+) -> dict[str, list[Sample]]:
+    """Each further model's own samples; an export's with its divergence from the reference."""
+    if others:
+        journals.mkdir(exist_ok=True)
+    return {
+        name: _ask(
+            folder, reference if _is_export(folder) else None, dataset, rows, controls,
+            journals / f"{number}.jsonl", settings,
+        )
+        for number, (name, folder) in enumerate(others.items())
+    }  # fmt: skip
+
+
+def _probe(
+    edge: Path, dataset: Dataset, rows: Sequence[Row], controls: Controls, journal: Path, settings: _Settings
+) -> list[Probe]:
+    subject = _load(edge, settings.threads)
+    try:
+        return probe(subject, dataset, rows, controls, settings.probes, settings.seed, journal)
+    finally:
+        subject.runtime.close()
+
+
+def _joined(samples: Sequence[Sample], rungs: Mapping[str, Sequence[Sample]]) -> list[Sample]:
+    """The subject's samples with what the further models answered."""
+    given = {name: {sample.id: sample.subject for sample in asked} for name, asked in rungs.items()}
+    return [replace(s, others={name: answers[s.id] for name, answers in given.items()}) for s in samples]
+
+
+def _calibration(samples: Sequence[Sample], seed: int) -> Calibration | None:
+    sure = [sample.subject.confidence for sample in samples]
+    known = [confidence for confidence in sure if confidence is not None]
+    if len(known) < len(sure):  # answered by an older version
+        return None
+    return calibration(known, [sample.subject.correct for sample in samples], cluster_labels(samples), seed)
+
+
 def _load(folder: Path, threads: int) -> Model:
-    return Model(load(folder, threads=threads), Front.load(folder))
+    return Model(load(folder, threads=threads, branches=BRANCHES), Front.load(folder))
 
 
 def _model(folder: Path) -> ModelIdentity:
@@ -167,10 +258,14 @@ def _dataset(dataset: Dataset, split: str, rows: Sequence[Row]) -> DatasetIdenti
     )
 
 
-def _command(edge: Path, data: Path, out: Path, reference: Path | None, settings: _Settings) -> str:
+def _command(
+    edge: Path, data: Path, out: Path, reference: Path | None, beside: Sequence[Path], settings: _Settings
+) -> str:
     """What to type for this report again. Folders go by their names alone: a path may name a person."""
     words = ["ldrt-edge", "bench", edge.resolve().name, "--data", data.resolve().name, "--out", out.resolve().name]
     words += ["--reference", reference.resolve().name] if reference else []
+    for folder in beside:
+        words += ["--beside", folder.resolve().name]
     standard = _Settings(threads=0)
     for name, value in asdict(settings).items():
         if value != getattr(standard, name):
@@ -182,7 +277,7 @@ def _environment(settings: _Settings, command: str) -> Environment:
     return Environment(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         platform=platform.platform(),
-        processor=_processor(),
+        processor=processor_name(),
         cores_physical=psutil.cpu_count(logical=False) or 0,
         cores_logical=psutil.cpu_count() or 0,
         memory_bytes=psutil.virtual_memory().total,
@@ -195,13 +290,3 @@ def _environment(settings: _Settings, command: str) -> Environment:
         libraries=artifact.library_versions(),
         command=command,
     )
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

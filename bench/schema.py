@@ -9,14 +9,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from ldrt_edge.bench.calibration import Calibration
 from ldrt_edge.bench.fidelity import Fidelity
+from ldrt_edge.bench.hallucination import Hallucination, Hedging
 from ldrt_edge.bench.latency import Latency
 from ldrt_edge.bench.metrics import RULES, normalise
 from ldrt_edge.bench.significance import McNemar, NonInferiority, Power, holm, mcnemar, non_inferiority, power
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
-from ldrt_edge.bench.vqa import Answer, Sample, cluster_labels
+from ldrt_edge.bench.vqa import Answer, Flip, Sample, cluster_labels
 from ldrt_edge.dataset import AnswerType, Row
+
+if TYPE_CHECKING:
+    from ldrt_edge.bench.ladder import Rung
 
 SCHEMA = "ldrt-edge/report/1"
 ONE_POINT = 0.01
@@ -86,6 +92,7 @@ class Score:
     accuracy: exact match over all questions; closed_accuracy and exact_match over the closed and over the open ones.
     token_f1, rouge_l, chrf: over the open ones. None where there are no such questions, nothing to grade (a prior), or
         for lack of the extra `bench` (rouge_l, chrf).
+    similarity: over those with long reference answers; None where there are none.
     """
 
     accuracy: Rate
@@ -94,6 +101,7 @@ class Score:
     token_f1: Rate | None = None
     rouge_l: Rate | None = None
     chrf: Rate | None = None
+    similarity: Rate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +167,11 @@ class Vqa:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything in `report.json`, in its order."""
+    """Everything in `report.json`, in its order.
+
+    calibration: of the subject's answers. hallucination: what the subject made up, if it was probed. hedging: by
+    language and by who speaks. ladder: all models of the run, where there are further ones.
+    """
 
     schema: str
     subject: ModelIdentity
@@ -169,6 +181,10 @@ class Report:
     vqa: Vqa
     fidelity: Fidelity | None
     latency: Latency | None
+    calibration: Calibration | None
+    hallucination: Hallucination | None
+    hedging: Mapping[str, Mapping[str, Hedging]]
+    ladder: tuple[Rung, ...]
 
 
 def summarise(samples: Sequence[Sample], training: Iterable[Row], seed: int, margin: float) -> Vqa:
@@ -205,7 +221,7 @@ def summarise(samples: Sequence[Sample], training: Iterable[Row], seed: int, mar
         loss_test=total.loss_test,
         loss_power=power(expected, given, labels, ONE_POINT) if expected else None,
         non_inferiority=non_inferiority(total.loss, margin) if total.loss else None,
-        flips=_flips(samples, labels, seed) if total.reference else None,
+        flips=count_flips([sample.flip for sample in samples], labels, seed) if total.reference else None,
     )
 
 
@@ -236,7 +252,16 @@ def score(
         token_f1=over([answer.token_f1 for answer in answers], "open"),
         rouge_l=over([answer.rouge_l for answer in answers], "open"),
         chrf=over([answer.chrf for answer in answers], "open"),
+        similarity=_similarity(samples, answers, clusters, seed),
     )
+
+
+def _similarity(
+    samples: Sequence[Sample], answers: Sequence[Answer], clusters: Mapping[str, Hashable], seed: int
+) -> Rate | None:
+    """Over the answers that have one: which they are is a matter of the questions alone."""
+    found = [(a.similarity, clusters[s.id]) for s, a in zip(samples, answers, strict=True) if a.similarity is not None]
+    return rate([value for value, _ in found], [label for _, label in found], seed) if found else None
 
 
 def _rate(
@@ -297,9 +322,10 @@ def _prior_score(samples: Sequence[Sample], clusters: Mapping[str, Hashable], pr
     return Score(whole, closed, opened)
 
 
-def _flips(samples: Sequence[Sample], labels: Sequence[Hashable], seed: int) -> Flips:
-    counts = Counter(sample.flip for sample in samples)
-    flipped = rate([sample.flip is not None for sample in samples], labels, seed)
+def count_flips(flips: Sequence[Flip | None], labels: Sequence[Hashable], seed: int) -> Flips:
+    """Sum up how answers differ from another model's."""
+    counts = Counter(flips)
+    flipped = rate([flip is not None for flip in flips], labels, seed)
     return Flips(
         flipped.value, flipped.ci_low, flipped.ci_high, counts["worse"], counts["better"], counts["other"]
     )

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -56,7 +57,7 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         self._done: dict[str, Json] = {}
         if not path.is_file():
             return
@@ -73,15 +74,18 @@ class Journal:
         os.truncate(path, len(whole))
 
     def once(self, key: Mapping[str, Json], work: Callable[[], Json], kept: Path | None = None) -> Json:
-        """What `work` gave for this key, now or before. kept: what it wrote; where that is gone, it works again."""
+        """What `work` gave for this key, now or before. kept: what it wrote; where that is gone, it works again.
+
+        May be called from several threads, for different keys.
+        """
         name = digest(key)
         if name not in self._done or (kept is not None and not kept.exists()):
             gave = work()
-            with self._path.open("a", encoding="utf-8") as stream:
+            with self._lock, self._path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"key": key, "gave": gave}) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
-            self._done[name] = gave
+                self._done[name] = gave
         return self._done[name]
 
 

@@ -2,7 +2,8 @@
 
 The answers are greedy. One teacher-forced pass over the reference answer tells whether the greedy answer equals it
 (then its argmax is that answer, token for token); only where it does not, the model generates. The same pass gives the
-logits for fidelity, which are reduced to one divergence a token before the next row, so nothing large is kept.
+logits for fidelity, which are reduced to one divergence a token before the next picture, so nothing large is kept. All
+questions about a picture go to the runtime together, which asks them side by side where it can.
 
 **The blind control.** A model can score well without looking: "yes" is often right. So each question is asked once
 more with a picture that does not belong to it, and the rate with the right picture counts only by what it gains over
@@ -22,9 +23,10 @@ journal, each picture's answers are on disk before the next one is asked, and a 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +34,23 @@ import numpy as np
 
 from ldrt_edge import console
 from ldrt_edge.bench.metrics import chrf, correct, normalise, overlap_installed, rouge_l, token_f1
+from ldrt_edge.bench.similarity import similarity, similarity_installed
 from ldrt_edge.bench.statistics import joined
 from ldrt_edge.dataset import Dataset, Row, group_by_image
 from ldrt_edge.errors import DataError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image
-from ldrt_edge.runtimes.base import FloatArray, FrontImage, Runtime, Sampling
+from ldrt_edge.runtimes.base import (
+    FloatArray,
+    FrontImage,
+    Prompt,
+    Runtime,
+    Sampling,
+    Token,
+    check_room,
+    log_softmax,
+)
 
 _LEAST_TOKENS, _EXTRA_TOKENS = 24, 16
 
@@ -58,6 +70,8 @@ class Answer:
     """What a model said to one question, seeing the picture with this sha256 (of the dataset's file).
 
     rouge_l, chrf: None where the extra `bench` was not installed.
+    confidence: the probability that the model gives its answer's tokens, all together.
+    similarity: of sentence embeddings, where the reference answer is long (`bench.similarity`).
     """
 
     text: str
@@ -66,6 +80,8 @@ class Answer:
     image_sha256: str
     rouge_l: float | None = None
     chrf: float | None = None
+    confidence: float | None = None
+    similarity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,7 @@ class Sample:
         ("better"), or neither ("other"); None where they agree or there is no reference model.
     kld, top1: per token of the reference answer, given the right picture: Kullback-Leibler divergence of the subject
         from the reference model in nats, and whether both rank the same token first.
+    others: what further models answered, by their names (`bench.ladder`).
     """
 
     id: str
@@ -95,6 +112,7 @@ class Sample:
     kld: tuple[float, ...] | None
     top1: tuple[bool, ...] | None
     source: str = ""
+    others: Mapping[str, Answer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,9 +125,10 @@ class Controls:
 
 @dataclass(frozen=True, eq=False)
 class _Reply:
-    """A greedy answer, and the logits (tokens, vocab) that the model gave on the reference answer's tokens."""
+    """A greedy answer with its probability, and the logits (tokens, vocab) on the reference answer's tokens."""
 
     text: str
+    confidence: float
     target: tuple[int, ...]
     logits: FloatArray
 
@@ -171,6 +190,21 @@ def draw_controls(rows: Sequence[Row], seed: int) -> Controls:
     return Controls(same_kind, any_kind)
 
 
+def answers(sample: Sample) -> dict[str, Answer]:
+    """What each model said, given the right picture: "subject", "reference" if there is one, and others by name."""
+    reference = {"reference": sample.reference} if sample.reference else {}
+    return {"subject": sample.subject, **reference, **sample.others}
+
+
+def flip(language: str, subject: Answer, reference: Answer) -> Flip | None:
+    """How an answer differs from the reference model's; None where it does not."""
+    if normalise(subject.text, language) == normalise(reference.text, language):
+        return None
+    if subject.correct == reference.correct:
+        return "other"
+    return "better" if subject.correct else "worse"
+
+
 def cluster_labels(samples: Sequence[Sample]) -> list[Hashable]:
     """What stands and falls together: questions about one picture or of one group (article, study)."""
     return joined([sample.image_sha256 for sample in samples], [sample.group for sample in samples])
@@ -203,37 +237,62 @@ def _derange(members: Sequence[Row], seed: int) -> dict[str, str]:
 def _ask(model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row) -> list[_Reply]:
     """Greedy replies to the last question of each row, with the picture of the row `shown`."""
     image = model.front.image(read_image(dataset.image_path(shown)).rgb)
-    return [_reply(model, row, image) for row in rows]
+    prompts, targets = zip(*(_prompt(model, row, image) for row in rows), strict=True)
+    scored = model.runtime.score_all(prompts, targets)
+    said = [_as_expected(target, logits) for target, logits in zip(targets, scored, strict=True)]
+    others = [place for place, found in enumerate(said) if found is None]
+    limits = {place: max(_LEAST_TOKENS, len(targets[place]) + _EXTRA_TOKENS) for place in others}
+    if others:
+        sampling = Sampling(max_tokens=max(limits.values()))
+        generated = model.runtime.generate_all([prompts[place] for place in others], sampling)
+        for place, given in zip(others, generated, strict=True):
+            said[place] = given[: limits[place]]
+    return [
+        _Reply(
+            model.front.decode([token.id for token in given or ()]).strip(),
+            math.exp(sum(token.logprob for token in given or ())), target, logits,
+        )
+        for given, target, logits in zip(said, targets, scored, strict=True)
+    ]  # fmt: skip
+
+
+def _prompt(model: Model, row: Row, image: FrontImage) -> tuple[Prompt, tuple[int, ...]]:
+    """A row's prompt and its reference answer's tokens."""
+    try:
+        messages = conversation(row.turns[:-1], image)
+        prompt, target = model.front.prompt(messages), model.front.answer_ids(messages, row.answer)
+        check_room(prompt, len(target), model.runtime.context_length)
+    except DataError as error:
+        raise DataError(f"row {row.id}: {error}") from error
+    return prompt, target
+
+
+def _as_expected(target: Sequence[int], logits: FloatArray) -> list[Token] | None:
+    """The reference answer as what the model generates, without its stop token; None where it generates another."""
+    if not (logits.argmax(axis=1) == target).all():
+        return None
+    told = log_softmax(logits)
+    return [Token(token, float(told[place, token])) for place, token in enumerate(target[:-1])]
 
 
 def _answers(model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row) -> list[Answer | None]:
     replies = _ask(model, dataset, rows, shown)
-    return [_judge(row, reply.text, shown) for row, reply in zip(rows, replies, strict=True)]
+    return [_judge(row, reply, shown) for row, reply in zip(rows, replies, strict=True)]
 
 
-def _reply(model: Model, row: Row, image: FrontImage) -> _Reply:
-    try:
-        messages = conversation(row.turns[:-1], image)
-        prompt = model.front.prompt(messages)
-        target = model.front.answer_ids(messages, row.answer)
-        logits = model.runtime.score(prompt, target)
-        if (logits.argmax(axis=1) == target).all():
-            return _Reply(model.front.decode(target).strip(), target, logits)
-        sampling = Sampling(max_tokens=max(_LEAST_TOKENS, len(target) + _EXTRA_TOKENS))
-        given = [token.id for token in model.runtime.generate(prompt, sampling)]
-    except DataError as error:
-        raise DataError(f"row {row.id}: {error}") from error
-    return _Reply(model.front.decode(given).strip(), target, logits)
-
-
-def _judge(row: Row, text: str, shown: Row) -> Answer:
-    overlap = (rouge_l(row, text), chrf(row, text)) if overlap_installed() else (None, None)
-    return Answer(text, correct(row, text), token_f1(row, text), shown.image_sha256, *overlap)
+def _judge(row: Row, reply: _Reply, shown: Row) -> Answer:
+    text, graded = reply.text, overlap_installed()
+    return Answer(
+        text, correct(row, text), token_f1(row, text), shown.image_sha256,
+        rouge_l=rouge_l(row, text) if graded else None, chrf=chrf(row, text) if graded else None,
+        confidence=reply.confidence, similarity=similarity(row, text) if similarity_installed() else None,
+    )  # fmt: skip
 
 
 def _sample(row: Row, reply: _Reply, blind: Answer | None, blind_any: Answer | None, expected: _Reply | None) -> Sample:
-    subject = _judge(row, reply.text, row)
-    reference = _judge(row, expected.text, row) if expected else None
+    subject = _judge(row, reply, row)
+    reference = _judge(row, expected, row) if expected else None
+    flipped = flip(row.language, subject, reference) if reference else None
     kld = top1 = None
     if expected and expected.target == reply.target:
         tokens = compare_logits(expected.logits, reply.logits)
@@ -241,17 +300,9 @@ def _sample(row: Row, reply: _Reply, blind: Answer | None, blind_any: Answer | N
     return Sample(
         id=row.id, image_sha256=row.image_sha256, group=row.group, kind=row.kind, language=row.language, task=row.task,
         answer_type=row.answer_type, question=row.question, answer=row.answer, subject=subject, blind=blind,
-        blind_any=blind_any, reference=reference, flip=_flip(row, subject, reference), kld=kld, top1=top1,
+        blind_any=blind_any, reference=reference, flip=flipped, kld=kld, top1=top1,
         source=row.source,
     )
-
-
-def _flip(row: Row, subject: Answer, reference: Answer | None) -> Flip | None:
-    if reference is None or normalise(subject.text, row.language) == normalise(reference.text, row.language):
-        return None
-    if subject.correct == reference.correct:
-        return "other"
-    return "better" if subject.correct else "worse"
 
 
 def _read_journal(path: Path, by_image: Mapping[str, Sequence[Row]]) -> dict[str, list[Sample]]:
@@ -264,11 +315,16 @@ def _read_journal(path: Path, by_image: Mapping[str, Sequence[Row]]) -> dict[str
         for image, members in by_image.items()
         if all(row.id in answered for row in members)
     }
-    kept = path.with_suffix(".kept")
-    kept.unlink(missing_ok=True)
-    _append(kept, [sample for samples in done.values() for sample in samples])
-    kept.replace(path)
+    write_samples(path, [sample for samples in done.values() for sample in samples])
     return done
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Replace a `samples.jsonl`, so that a run that is killed here finds the old or the new one."""
+    new = path.with_suffix(".new")
+    new.unlink(missing_ok=True)
+    _append(new, samples)
+    new.replace(path)
 
 
 def _append(path: Path, samples: Sequence[Sample]) -> None:
@@ -283,4 +339,5 @@ def _parse(data: dict[str, Any]) -> Sample:
         data[name] = Answer(**data[name]) if data[name] else None
     for name in ("kld", "top1"):
         data[name] = tuple(data[name]) if data[name] is not None else None
+    data["others"] = {name: Answer(**given) for name, given in data.get("others", {}).items()}
     return Sample(**data)

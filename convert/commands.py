@@ -27,14 +27,14 @@ def _weighting_option(command: F) -> F:
 
 @click.command()
 @click.argument("model", type=PATH)
-@click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
-@click.option("--type", "type_", type=click.Choice(["f32", "f16", "bf16"]), default="f16", show_default=True)
+@click.option("--to", type=click.Choice(["gguf", "mlx"]), help="Default: gguf.")
+@click.option("--type", "type_", type=click.Choice(["f32", "f16", "bf16"]), help="Default: f16.")
 @click.option("--mmproj", type=click.Choice(["f32", "f16", "q8_0"]), help="GGUF's. Default: f32 for f32, else f16.")
 @click.option("--for", "app", type=click.Choice(["ollama", "lmstudio"]), help="Lay out an export as an app wants it.")
 @click.option("--out", type=PATH, help="Default: MODEL-TO-TYPE, or MODEL-APP, beside it.")
 @json_option
 def convert(
-    model: Path, to: str, type_: str, mmproj: str | None, app: str | None, out: Path | None, as_json: bool
+    model: Path, to: str | None, type_: str | None, mmproj: str | None, app: str | None, out: Path | None, as_json: bool
 ) -> None:
     """Convert merged weights for llama.cpp or MLX, held against them by logits before the result gets its name.
 
@@ -43,11 +43,15 @@ def convert(
     if app is not None:
         from ldrt_edge.convert.apps import for_app
 
+        _refuse(f"--for {app}", to=to, type=type_, mmproj=mmproj)
         made = for_app(model, app, out or beside(model, app))
-    elif to == "mlx":
+        show_artifact(made, as_json)
+        return
+    type_ = type_ or "f16"
+    if to == "mlx":
         from ldrt_edge.convert import mlx
 
-        _refuse(to, mmproj=mmproj)
+        _refuse("--to mlx", mmproj=mmproj)
         made = mlx.convert(model, out or beside(model, f"mlx-{type_.upper()}"), type_)
     else:
         from ldrt_edge.convert import gguf
@@ -80,8 +84,8 @@ def importance(
 @click.command()
 @click.argument("merged", type=PATH)
 @click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
-@click.option("--q4", "type_", flag_value="q4", help="Four bits: Q4_K_M, or MLX's affine 4.")
-@click.option("--q8", "type_", flag_value="q8", help="Eight bits: Q8_0, or MLX's affine 8.")
+@click.option("--q4", is_flag=True, help="Four bits: Q4_K_M, or MLX's affine 4.")
+@click.option("--q8", is_flag=True, help="Eight bits: Q8_0, or MLX's affine 8.")
 @click.option(
     "--type", "type_", metavar="TYPE",
     help="Any of llama.cpp's types: Q5_K_M, Q6_K, IQ4_NL, …; or MLX's: mixed_4_6, mxfp4, nvfp4, …",
@@ -96,48 +100,56 @@ def importance(
     help="Search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
 )
 @click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
+@click.option("--feedback", is_flag=True, help="With --plan or --max-loss: let weights make good for others' rounding.")
 @click.option("--data", "dataset", type=PATH, help="With --max-loss: its test rows judge, its training rows guide.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --max-loss: about how many test rows are asked.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
 @json_option
 def quantize(
-    merged: Path, to: str, type_: str | None, mmproj: str | None, group_size: str | None, importance: Path | None,
-    weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None, dataset: Path | None,
-    limit: int | None, out: Path | None, as_json: bool,
+    merged: Path, to: str, q4: bool, q8: bool, type_: str | None, mmproj: str | None, group_size: str | None,
+    importance: Path | None, weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None,
+    feedback: bool, dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
 ) -> None:
     """Quantise merged weights to GGUF or MLX: to a preset, by a plan, or as far as a loss budget allows.
 
     Falls back per tensor where rows do not divide into a preset's type, and says so.
     """
-    if [type_, plan, max_loss].count(None) != 2:
+    types = [name for name in ("q4" * q4, "q8" * q8, type_) if name]
+    if len(types) + (plan is not None) + (max_loss is not None) != 1:
         raise ConfigError("which types? one of --q4, --q8 or --type TYPE, --plan FILE, --max-loss POINTS")
+    type_ = types[0] if types else None
     if to == "mlx":
-        _refuse(to, importance=importance)
+        _refuse(f"--to {to}", importance=importance)
     else:
-        _refuse(to, group_size=group_size)
+        _refuse(f"--to {to}", group_size=group_size)
     given = _importance(importance, weighting)
-    if max_loss is None and (max_flips, dataset, limit) != (None, None, None):
-        raise ConfigError("--max-flips, --data and --limit go with --max-loss")
+    if max_loss is None and (max_flips, limit) != (None, None):
+        raise ConfigError("--max-flips and --limit go with --max-loss")
+    if feedback and (type_ is not None or dataset is None):
+        raise ConfigError("--feedback wants --data, and goes with --plan or --max-loss")
+    if max_loss is None and dataset is not None and not feedback:
+        raise ConfigError("--data goes with --max-loss or --feedback")
     if type_ is None and (mmproj, group_size) != (None, None):
         raise ConfigError("--mmproj and --group-size go with a preset: a plan has every type itself")
     if max_loss is not None:
         if dataset is None or (given is None and to == "gguf"):
             raise ConfigError("--max-loss wants --data, and for GGUF --importance")
         out = out or beside(merged, f"{to}-loss{max_loss:g}")
-        _to_budget(merged, out, dataset, _format(to, given), (max_loss, max_flips), limit, as_json)
+        wanted = _format(to, given, dataset if feedback else None)
+        _to_budget(merged, out, dataset, wanted, (max_loss, max_flips), limit, as_json)
         return
     if plan is not None:
         from ldrt_edge.convert.planned import quantize_planned
         from ldrt_edge.convert.type_plan import read_type_plan
 
-        wanted, out = _format(to, given), out or beside(merged, f"{to}-{plan.stem}")
+        wanted, out = _format(to, given, dataset), out or beside(merged, f"{to}-{plan.stem}")
         show_artifact(quantize_planned(merged, out, read_type_plan(plan, wanted.name), wanted), as_json)
         return
     assert type_ is not None
     if to == "mlx":
         from ldrt_edge.convert import mlx
 
-        _refuse(to, mmproj=mmproj)
+        _refuse(f"--to {to}", mmproj=mmproj)
         out = out or beside(merged, f"mlx-{type_}")
         made = mlx.quantize(merged, out, type_, int(group_size) if group_size else None)
     else:
@@ -159,14 +171,17 @@ def _importance(folder: Path | None, weighting: str | None) -> Importance | None
     return Importance(folder, weighting or Importance.weighting)
 
 
-def _format(to: str, importance: Importance | None) -> Format:
+def _format(to: str, importance: Importance | None, feedback: Path | None = None) -> Format:
+    from ldrt_edge.convert.feedback import Feedback
+
+    given = Feedback(feedback) if feedback else None
     if to == "mlx":
         from ldrt_edge.convert.mlx import Mlx
 
-        return Mlx()
+        return Mlx(given)
     from ldrt_edge.convert.quantize import Gguf
 
-    return Gguf(importance)
+    return Gguf(importance, given)
 
 
 def _to_budget(
@@ -194,31 +209,40 @@ def _to_budget(
 @click.option("--target-size", type=float, metavar="MB", help="Of all weights, of vision tower and projector too.")
 @click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over all of them.")
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
+@click.option("--min-speed", type=float, metavar="TOKENS", help="A second, when decoding; with or without the others.")
+@click.option("--bandwidth", type=float, metavar="GB/S", help="With --min-speed: the laptop's, as doctor tells there.")
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
 @json_option
 def plan(
     merged: Path, dataset: Path, to: str, importance: Path | None, weighting: str | None, target_size: float | None,
-    bpw: float | None, max_kld: float | None, limit: int, seed: int, out: Path, as_json: bool,
+    bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, limit: int, seed: int,
+    out: Path, as_json: bool,
 ) -> None:
-    """Choose a type for every matrix: least damage to the answers within a size, or least size within a damage.
+    """Choose a type for every matrix: least damage to the answers within a size or above a speed, or least size within
+    a damage.
 
     The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`. It names GGUF's types (Q4_K, IQ3_S, Q8_0,
     …), or MLX's as affine-BITS-gGROUP: 2, 3, 4, 5, 6 or 8 bits a weight, 32, 64 or 128 weights to a scale. Both have
     f16.
     """
+    from ldrt_edge.convert.allocate import Speed
     from ldrt_edge.convert.allocate import plan as run
 
+    if (min_speed is None) != (bandwidth is None):
+        raise ConfigError("--min-speed and --bandwidth go together: a token waits for the memory it reads")
     if to == "mlx":
-        _refuse(to, importance=importance)
+        _refuse(f"--to {to}", importance=importance)
     elif importance is None:
         raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
     wanted = _format(to, _importance(importance, weighting))
     target = None if target_size is None else target_size * 1e6
+    speed = None if min_speed is None or bandwidth is None else Speed(min_speed, bandwidth)
     made = run(
-        merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, limit=limit, seed=seed
-    )
+        merged, dataset, wanted, out, target_bytes=target, bits_per_weight=bpw, max_kld=max_kld, speed=speed,
+        limit=limit, seed=seed,
+    )  # fmt: skip
     click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
 
@@ -276,8 +300,8 @@ def _replay_golden(edge: Path, as_json: bool) -> None:
         raise ArtifactError(f"{edge}: {len(faults)} of {len(found)} golden answers are not what they were")
 
 
-def _refuse(to: str, **options: object) -> None:
-    """Options that the target does not know."""
+def _refuse(chosen: str, **options: object) -> None:
+    """Options that mean nothing beside the one chosen."""
     for name, value in options.items():
         if value is not None:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} does not go with --to {to}")
+            raise ConfigError(f"--{name.replace('_', '-')} {value} does not go with {chosen}")

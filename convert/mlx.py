@@ -7,16 +7,16 @@ model's logits before it gets its final name. `Mlx` is what this format brings t
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.fallbacks import Quantized, report
+from ldrt_edge.convert.feedback import Feedback, with_feedback
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity
 from ldrt_edge.convert.mlx_plan import AFFINE, GROUP_SIZES, LANGUAGE, SCHEMES, MlxPlan, MlxTensor, mlx_plan
 from ldrt_edge.convert.parity import check
@@ -75,17 +75,18 @@ def quantize(merged: Path, out: Path, type_: str = "q4", group_size: int | None 
 class Mlx:
     """MLX as a format that plans are made for: see `ldrt_edge.convert.planned.Format`. It rounds without importance."""
 
+    feedback: Feedback | None = None
     name: ClassVar[FormatName] = "mlx"
     probes: ClassVar[tuple[str, ...]] = ("affine-4-g64", "affine-4-g32", "affine-8-g64", "affine-8-g32")
     files: ClassVar[str] = "*.safetensors"
 
     def config(self) -> dict[str, str]:
-        """Nothing beside the plan."""
-        return {}
+        """Whether errors are fed back."""
+        return {"feedback": str(self.feedback.limit)} if self.feedback else {}
 
     def inputs(self) -> list[artifact.Input]:
-        """Nothing beside the model."""
-        return []
+        """What errors are fed back by."""
+        return [artifact.identity(self.feedback.data)] if self.feedback else []
 
     def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
         """The matrices that MLX packs, of the language model, and of tower and projector."""
@@ -100,18 +101,26 @@ class Mlx:
         """All of the part's."""
         return PLAN_TYPES["mlx"][part]
 
-    def rounded(self, name: str, values: FloatArray, type_: str) -> FloatArray:
+    def rounded(self, name: str, values: FloatArray, type_: str, start: int = 0) -> FloatArray:
         """Rows as MLX's quantiser rounds them."""
         return round_half(values) if type_ == "f16" else round_mlx(values, AFFINE[type_])
 
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
-        """Write a folder; MLX packs in memory, so that `work` stays empty."""
-        whole = mlx_plan(source, "f16")
-        types = assign(plan, _matrices(whole))
-        planned = whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
+        """Write a folder; MLX packs in memory, so that `work` keeps only what feedback needs."""
+        planned = self.planned(source, plan, work)
         check_room(folder, planned.nbytes)
         write(source, planned, folder)
         return planned.holds()
+
+    def planned(self, source: Source, plan: TypePlan, work: Path) -> MlxPlan:
+        """The folder that a plan makes of a model."""
+        whole = mlx_plan(source, "f16")
+        matrices = _matrices(whole)
+        types = assign(plan, matrices)
+        if self.feedback:
+            changed = with_feedback(source, self.feedback, self, matrices["model"], types, work)
+            whole = replace(whole, weights=changed.weights)
+        return whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
 
 
 def write(source: Source, plan: MlxPlan, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -169,10 +178,7 @@ def _write_weights(plan: MlxPlan, folder: Path, shard_bytes: int) -> None:
                 arrays |= plan.arrays(tensor)
                 bar.advance(tensor.nbytes / 1e6, "(MB)")
             part = folder / f".{name}"
-            try:
-                mx.save_safetensors(str(part), arrays, metadata={"format": "mlx"})
-            except RuntimeError as error:  # all that MLX says of a failed write
-                raise OSError(errno.ENOSPC, "disk full", str(part)) from error
+            mx.save_safetensors(str(part), arrays, metadata={"format": "mlx"})
             part.rename(folder / name)
             del arrays
             mx.clear_cache()

@@ -182,7 +182,7 @@ def _compare_peer(reference: _Reference, export: Export, peer: Peer) -> Pair:
         asked = list(zip(questions(count), pictures(count), strict=True))
         logits, answers = peer.observe(export, asked, reference.wanted, expected.answers)
     except Exception as error:  # whatever another program raises is what the table is to show
-        stage, fault = "answers", f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+        stage, fault = "answers", f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
     else:
         equal = equal_answers(expected, answers)
         if logits is not None:

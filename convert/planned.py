@@ -48,8 +48,11 @@ class Format(Protocol):
     def types(self, part: str, name: str) -> Sequence[str]:
         """The types that a matrix could have if its rows divided into them."""
 
-    def rounded(self, name: str, values: FloatArray, type_: str) -> FloatArray:
-        """Rows of a matrix, (rows, row length) float32, as they would come back from the export."""
+    def rounded(self, name: str, values: FloatArray, type_: str, start: int = 0) -> FloatArray:
+        """Rows of a matrix, (rows, row length) float32, as they would come back from the export.
+
+        start: the first column's number, where `values` are whole blocks of the rows and not all of them.
+        """
 
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
         """Write a plan's export with its front end into a folder, going on from what a killed run left there.

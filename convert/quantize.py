@@ -28,6 +28,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, LlamaFileTy
 
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.fallbacks import Fallback, Quantized, report
+from ldrt_edge.convert.feedback import Feedback, with_feedback
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity, write
 from ldrt_edge.convert.importance import MeanSquares, imatrix_path, read_imatrix
 from ldrt_edge.convert.parity import check
@@ -124,17 +125,20 @@ class Gguf:
     """GGUF as a format that plans are made for: see `ldrt_edge.convert.planned.Format`."""
 
     importance: Importance | None = None
+    feedback: Feedback | None = None
     name: ClassVar[FormatName] = "gguf"
     probes: ClassVar[tuple[str, ...]] = ("Q4_K", "Q4_0", "Q8_0")
     files: ClassVar[str] = "*.gguf"
 
     def config(self) -> dict[str, str]:
-        """How the importance is weighed."""
-        return {"weighting": self.importance.weighting} if self.importance else {}
+        """How the importance is weighed, and whether errors are fed back."""
+        weighting = {"weighting": self.importance.weighting} if self.importance else {}
+        return weighting | ({"feedback": str(self.feedback.limit)} if self.feedback else {})
 
     def inputs(self) -> list[artifact.Input]:
-        """The importance."""
-        return [artifact.identity(self.importance.folder)] if self.importance else []
+        """The importance, and what errors are fed back by."""
+        folders = [given.folder for given in [self.importance] if given] + [f.data for f in [self.feedback] if f]
+        return [artifact.identity(folder) for folder in folders]
 
     def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
         """The tensors of both files that llama.cpp quantises."""
@@ -148,14 +152,20 @@ class Gguf:
         """All of the part's, but for those that llama.cpp does not make without an importance."""
         return [t for t in PLAN_TYPES["gguf"][part] if t not in _NEED_IMPORTANCE or name in self._mean_squares]
 
-    def rounded(self, name: str, values: FloatArray, type_: str) -> FloatArray:
+    def rounded(self, name: str, values: FloatArray, type_: str, start: int = 0) -> FloatArray:
         """Rows as llama.cpp's quantiser rounds them."""
-        return round_half(values) if type_ == "F16" else round_ggml(values, type_, self._mean_squares.get(name))
+        if type_ == "F16":
+            return round_half(values)
+        importance = self._mean_squares.get(name)
+        return round_ggml(values, type_, None if importance is None else importance[start : start + values.shape[1]])
 
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
-        """Write a pair; `work` keeps the full-precision files."""
+        """Write a pair; `work` keeps the full-precision files, unless feedback changes them for this plan."""
         files = _files(source)
-        types = assign(plan, {part: _matrices(file) for part, file in files.items()})
+        matrices = {part: _matrices(file) for part, file in files.items()}
+        types = assign(plan, matrices)
+        if self.feedback:
+            files = _files(with_feedback(source, self.feedback, self, matrices["model"], types, work))
         wanted = sum(
             nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else tensor.nbytes
             for file in files.values() for tensor in file.tensors
@@ -168,6 +178,8 @@ class Gguf:
             if type_ := _file_type(own):
                 full = write_full(file, work, target.name)
                 quantize_file(full, target, Wanted(type_, own, self.imatrix), file)
+                if self.feedback:
+                    full.unlink()
             else:
                 write(file, target, part)
         finish(source, folder)
@@ -262,6 +274,7 @@ def write_full(plan: FilePlan, folder: Path, name: str = _FULL) -> Path:
 def quantize_file(full: Path, target: Path, wanted: Wanted, plan: FilePlan) -> None:
     """Quantise a full-precision file; the result appears when whole."""
     part = target.with_suffix(".part")
+    part.unlink(missing_ok=True)  # the child of a killed run may still write into it
     run_quantizer(full, part, wanted, sum(math.prod(tensor.shape) for tensor in plan.tensors))
     read_back(part)
     part.replace(target)

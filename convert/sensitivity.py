@@ -19,7 +19,8 @@ Li et al., "MBQ: Modality-balanced quantization", CVPR 2025.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,7 @@ def sensitivities(
     """
     runtime = HfRuntime(source.folder, threads=threads)
     try:
-        asked = _questions(runtime, data, limit, seed)
+        asked = questions(runtime, data, limit, seed)
         parts = to.matrices(source)
         planned = [matrix for members in parts.values() for matrix in members]
         curvature = _curvature(runtime, source, {matrix.source for matrix in planned}, asked, seed)
@@ -105,7 +106,12 @@ def kind(source: str) -> str:
     return path[-2] if path[0] == "language_model" else path[0]
 
 
-def _questions(runtime: HfRuntime, data: Path, limit: int, seed: int) -> list[Asked]:
+def questions(runtime: HfRuntime, data: Path, limit: int, seed: int) -> list[Asked]:
+    """About `limit` training rows, as whole pictures: prompts and answers.
+
+    Raises:
+        DataError: no training rows, or one that cannot be asked.
+    """
     dataset, front = Dataset(data), runtime.front
     asked = []
     for row in choose_rows(dataset.rows("train"), limit, seed):
@@ -135,41 +141,64 @@ def _curvature(
     runtime: HfRuntime, source: Source, wanted: Iterable[str], asked: Sequence[Asked], seed: int
 ) -> dict[str, FloatArray]:
     """The vector c of each wanted matrix, (row length,) float64, by its name in the checkpoint."""
-    torch = require("torch", "train")
-    names, model = {name: name for name in wanted}, runtime.model
+    names = {name: name for name in wanted}
     if is_tied(source):  # then the head's damage is the embedding matrix's
         names[HEAD] = EMBEDDINGS
-    model.requires_grad_(False)
     tokens = sum(len(answer) for _, answer in asked)
-    generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Any] = {}
 
     def add(name: str, values: Tensor) -> None:
         sums[name] = sums.get(name, 0) + values.double().cpu().numpy() / (2 * tokens)
 
-    def linear(name: str) -> Any:
-        def see(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            squares = inputs[0].detach().flatten(0, -2).float().square()
-            output.register_hook(lambda g: add(name, g.flatten(0, -2).float().square().sum(-1) @ squares))
+    with linears(runtime, names, lambda name, inputs, gradient: add(name, gradient.square().sum(-1) @ inputs.square())):
+        for words in gradients(runtime, asked, seed, "sensitivity"):
+            add(EMBEDDINGS, words.square().sum(0))
+    return sums
 
-        return see
+
+@contextmanager
+def linears(runtime: HfRuntime, names: Mapping[str, str], see: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Let `see` look at the matrices of a model while `gradients` runs.
+
+    names: what to call them, by their names in the checkpoint; others are not shown.
+    see: gets the name, the inputs (tokens, row length) and the gradient at the outputs (tokens, rows), float32.
+    """
+    torch = require("torch", "train")
+
+    def watch(name: str) -> Any:
+        def hook(_module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            seen = inputs[0].detach().flatten(0, -2).float()
+            output.register_hook(lambda gradient: see(name, seen, gradient.flatten(0, -2).float()))
+
+        return hook
 
     hooks = [
-        module.register_forward_hook(linear(name))
-        for path, module in model.named_modules()
+        module.register_forward_hook(watch(name))
+        for path, module in runtime.model.named_modules()
         if isinstance(module, torch.nn.Linear) and (name := names.get(canonical(f"{path}.weight")))
     ]
-    for prompt, answer in console.track(asked, "sensitivity"):
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gradients(runtime: HfRuntime, asked: Sequence[Asked], seed: int, label: str) -> Iterator[Tensor]:
+    """Go back through the model from answers that it draws itself, question by question.
+
+    Yields each time the gradient at the embeddings of all tokens: (tokens, hidden) float32.
+    """
+    torch = require("torch", "train")
+    runtime.model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for prompt, answer in console.track(asked, label):
         words = _words(runtime, prompt, answer).requires_grad_(True)
-        logits = _logits(runtime, prompt, len(answer), words)
-        likelihood = torch.log_softmax(logits.float(), dim=-1)
-        drawn = torch.multinomial(likelihood.detach().exp().cpu(), 1, generator=generator).to(model.device)
+        likelihood = torch.log_softmax(_logits(runtime, prompt, len(answer), words).float(), dim=-1)
+        drawn = torch.multinomial(likelihood.detach().exp().cpu(), 1, generator=generator).to(runtime.model.device)
         likelihood.gather(1, drawn).sum().backward()
         assert words.grad is not None
-        add(EMBEDDINGS, words.grad.float().square().sum(0))
-    for hook in hooks:
-        hook.remove()
-    return sums
+        yield words.grad.float()
 
 
 def _answers(runtime: HfRuntime, asked: Sequence[Asked]) -> list[FloatArray]:

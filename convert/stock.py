@@ -10,7 +10,10 @@ import base64
 import importlib.util
 import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,8 @@ from ldrt_edge.errors import require
 from ldrt_edge.front_config import read_json
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.llamacpp import gguf_pair
+from ldrt_edge.runtimes.llamacpp_bindings import library
+from ldrt_edge.runtimes.processor import has_amx
 
 _CONTEXT = 4096
 
@@ -36,10 +41,26 @@ Observed = tuple[list[FloatArray] | None, list[Ids]]
 
 @dataclass(frozen=True)
 class Peer:
-    """A stock runtime. observe: export, asked, probes and the reference's greedy answers give `Observed`."""
+    """A stock runtime. answers: makes `Observed` of an export, asked, probes and the reference's greedy answers."""
 
     name: str
-    observe: Callable[[Export, Sequence[Asked], Sequence[Probe], Sequence[Ids]], Observed]
+    answers: Callable[[Export, Sequence[Asked], Sequence[Probe], Sequence[Ids]], Observed]
+
+    def observe(
+        self, export: Export, asked: Sequence[Asked], wanted: Sequence[Probe], greedy: Sequence[Ids]
+    ) -> Observed:
+        """What it makes of an export, in a process of its own: one that crashes must not take ours along.
+
+        Raises:
+            RuntimeError: it crashed. Whatever else it raises passes as it is.
+        """
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+            try:
+                return apart.submit(self.answers, export, asked, wanted, greedy).result()
+            except BrokenProcessPool:
+                known = ", as llama.cpp does of quantised weights on AMX (upstream #20824)"
+                why = known if export.runtime == "llamacpp" and has_amx() else ""
+                raise RuntimeError(f"it crashed{why}") from None
 
 
 def peers_of(export: Export) -> list[Peer]:
@@ -57,6 +78,7 @@ def _llama_cpp_python(
 ) -> Observed:
     """`Llama` with the multimodal chat handler, with its own defaults."""
     llama_cpp, formats = require("llama_cpp", ""), require("llama_cpp.llama_chat_format", "")
+    library()  # catches the log
     model, mmproj = gguf_pair(export.folder)
     handler = formats.MTMDChatHandler(str(mmproj), verbose=False, use_gpu=False)
     llama = llama_cpp.Llama(str(model), chat_handler=handler, n_ctx=_CONTEXT, verbose=False)

@@ -23,6 +23,7 @@ For MLX the parts are `model` and `vision`, and a type says bits a weight and we
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -32,6 +33,7 @@ from typing import Any, Literal
 import yaml
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from ldrt_edge import artifact
 from ldrt_edge.convert.mlx_plan import AFFINE
 from ldrt_edge.errors import ConfigError, all_problems
 
@@ -117,25 +119,29 @@ def write_type_plan(plan: TypePlan, path: Path) -> None:
 
     Raises:
         ConfigError: there is a file of that name already.
+        ArtifactError: the disk is full, or nothing may be written there.
     """
     refuse_existing(path)
     parts = {part: dict(types) for part, types in plan.parts.items()}
     data = {"format": _SCHEMA, "to": plan.to, **parts, "expected": dict(plan.expected)}
-    part = path.with_name(f".{path.name}.partial")
-    part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-    part.rename(path)
+    part = artifact.partial_path(path)
+    with artifact.writing(path):
+        part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+        part.rename(path)
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse to write over a plan or into no folder, before minutes are spent on one.
+    """Refuse to write over a plan or where nothing can be written, before minutes are spent on one.
 
     Raises:
-        ConfigError: there is a file of that name, or no folder for it.
+        ConfigError: there is a file of that name, or no folder for it that may be written to.
     """
     if path.exists():
         raise ConfigError(f"--out {path}: there is such a file already, perhaps edited: choose another name")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--out {path}: no such folder: {path.parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"--out {path}: nothing may be written into {path.parent}")
 
 
 def assign(plan: TypePlan, matrices: Mapping[str, Sequence[PlannedMatrix]]) -> dict[str, str]:
@@ -168,7 +174,12 @@ def assign(plan: TypePlan, matrices: Mapping[str, Sequence[PlannedMatrix]]) -> d
 
 def fits(type_: str, row_length: int) -> bool:
     """Whether rows of that length divide into whole blocks of a type."""
-    return row_length % _block(type_)[0] == 0
+    return row_length % block_weights(type_) == 0
+
+
+def block_weights(type_: str) -> int:
+    """How many weights of a row a type packs at once."""
+    return _block(type_)[0]
 
 
 def nbytes(type_: str, weights: int) -> int:

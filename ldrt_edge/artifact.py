@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ldrt_edge import __version__
-from ldrt_edge.errors import ArtifactError
+from ldrt_edge.errors import ArtifactError, LdrtError
 
 SCHEMA = "ldrt-edge/manifest/1"
 MANIFEST = "manifest.json"
@@ -36,9 +36,13 @@ _LIBRARIES = (
     "mlx-vlm", "numpy", "pillow", "pydicom", "rouge-score", "sacrebleu",
 )
 _MANIFEST_LIMIT_BYTES = 64 << 20
+_NO_ROOM_BYTES = 1 << 20
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 _NAME_LIMIT = 255
 
-Kind = Literal["base", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle", "kit"]
+Kind = Literal[
+    "base", "pairs", "dataset", "adapter", "merged", "importance", "gguf", "mlx", "app", "report", "bundle", "kit",
+]
 Json = Any
 """A JSON value; the one place where structure is not typed, because it is a file's."""
 
@@ -99,12 +103,12 @@ def create(
     """Write an artefact folder so that it exists whole under `out`, or not at all.
 
     The same stage with the same config and inputs finds a finished folder again: then `draft.complete` is True and
-    the block should do nothing. A partial folder left by a killed run is reused when `resumable` and its settings are
-    the same, otherwise replaced.
+    the block should do nothing. A partial folder left by a killed run, or by a full disk, is reused when `resumable`
+    and its settings are the same, otherwise replaced.
 
     Raises:
-        ArtifactError: `out` holds something else or is being written by another process, an input is no artefact, or
-            the disk is full.
+        ArtifactError: `out` holds something else or is being written by another process, an input is no artefact, the
+            disk is full, or nothing may be written there.
     """
     out = Path(out).absolute()
     described = [i if isinstance(i, Input) else identity(i) for i in inputs]
@@ -112,35 +116,75 @@ def create(
         "kind": kind, "config": config, "seed": seed, "inputs": [asdict(i) for i in described], "version": __version__,
     }
     settings_text = json.dumps(settings, sort_keys=True, indent=1)
-    if out.exists():
-        yield _reopen(out, settings)
-        return
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        with _claimed(partial, out):
-            same = resumable and _read_text(partial / _SETTINGS) == settings_text
-        if not same:
-            shutil.rmtree(partial)
+    partial = partial_path(out)
+    with writing(out):
+        if out.exists():
+            yield _reopen(out, settings)
+            return
+        if partial.exists():
+            with _claimed(partial, out):
+                same = resumable and _read_text(partial / _SETTINGS) == settings_text
+            if not same:
+                shutil.rmtree(partial)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            (partial / _SETTINGS).write_text(settings_text)
+            draft = Draft(partial)
+            with _claimed(partial, out):
+                yield draft
+            (partial / _SETTINGS).unlink()
+            manifest = _describe(partial, kind, config, seed, tuple(described), draft.metrics)
+            _write_synced(partial / MANIFEST, _dump(manifest))
+            _sync_folder(partial)
+            partial.rename(out)
+            _sync_folder(out.parent)
+        except Exception as error:
+            if not resumable and _is_full(out.parent, error):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def partial_path(out: Path) -> Path:
+    """Where `out` is written before it gets its name."""
+    return out.with_name(f".{out.name}.partial")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Say in one line why `out` cannot be written: no room, or no place that may be written to.
+
+    Raises:
+        ArtifactError: it cannot. What is no matter of writing `out` passes as it is.
+    """
+    out = out.absolute()
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / _SETTINGS).write_text(settings_text)
-        draft = Draft(partial)
-        with _claimed(partial, out):
-            yield draft
-        (partial / _SETTINGS).unlink()
-        manifest = _describe(partial, kind, config, seed, tuple(described), draft.metrics)
-        _write_synced(partial / MANIFEST, _dump(manifest))
-        _sync_folder(partial)
-        partial.rename(out)
-        _sync_folder(out.parent)
-    except Exception as error:
-        number = _system_error(error)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ArtifactError(f"disk full while writing {out}: free some space, then run this again") from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
-            raise ArtifactError(f"cannot write {out}: {os.strerror(number)}") from error
+        yield
+    except LdrtError:
         raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _is_on_the_way(error.filename, out):
+            raise ArtifactError(f"cannot write {out}: {error.strerror}: choose another --out") from error
+        if _is_full(out.parent, error):
+            raise ArtifactError(f"disk full while writing {out}: free some space, then run this again") from error
+        raise
+
+
+def _is_full(folder: Path, error: Exception) -> bool:
+    """Whether a write failed for want of room.
+
+    Some libraries tell so in words of their own (torch, MLX), so the disk itself is asked too.
+    """
+    if _system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return not isinstance(error, LdrtError) and folder.is_dir() and shutil.disk_usage(folder).free < _NO_ROOM_BYTES
+
+
+def _is_on_the_way(name: object, out: Path) -> bool:
+    """Whether an error's file is `out`, a folder that leads to it, or something in its draft."""
+    if not isinstance(name, (str, os.PathLike)):
+        return False
+    path = Path(name).absolute()
+    return path in (out, *out.parents) or path.is_relative_to(partial_path(out))
 
 
 def _system_error(error: Exception) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,10 +18,11 @@ from typing import Any, TypeVar, cast
 import click
 
 from ldrt_edge import __version__
+from ldrt_edge.bench.commands import bench, compare
 from ldrt_edge.bundle.commands import bundle, inspect, trust_once_option
 from ldrt_edge.convert.commands import convert, importance, parity, plan, quantize
 from ldrt_edge.errors import ConfigError, LdrtError
-from ldrt_edge.options import PATH, beside, json_option, show_artifact
+from ldrt_edge.options import PATH, json_option, show_artifact
 from ldrt_edge.train.data.commands import data
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,7 +56,7 @@ def cli() -> None:
     """
 
 
-for command in (data, convert, importance, plan, quantize, parity, bundle, inspect):
+for command in (data, convert, importance, plan, quantize, parity, bench, compare, bundle, inspect):
     cli.add_command(command)
 
 
@@ -111,7 +113,9 @@ def train(
     from ldrt_edge.train.recipe import load_recipe
 
     settings = load_recipe(config or recipe or "starter", overrides)
-    show_artifact(run(resolve_base(base), datasets, out, settings, resume), as_json)
+    trained = run(resolve_base(base), datasets, out, settings, resume)
+    if os.environ.get("RANK", "0") == "0":  # of several processes on several devices, one tells
+        show_artifact(trained, as_json)
 
 
 @cli.command()
@@ -128,47 +132,6 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
     from ldrt_edge.train.merge import merge as run
 
     show_artifact(run(resolve_base(base), adapter, out), as_json)
-
-
-@cli.command()
-@click.argument("edge", type=PATH)
-@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
-@click.option("--reference", type=PATH, help="The merged model, for paired loss, flips and fidelity.")
-@click.option("--out", type=PATH, help="Default: EDGE-report beside it.")
-@click.option("--limit", type=click.IntRange(min=1), help="About this many questions, as whole pictures.")
-@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
-@click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
-@click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
-@click.option("--margin", default=1.0, show_default=True, help="Points of accuracy: a loss within it counts as none.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
-@trust_once_option
-@json_option
-def bench(
-    edge: Path, dataset: Path, reference: Path | None, out: Path | None, trust_once: bool, as_json: bool, **options: Any
-) -> None:
-    """Measure a model: accuracy with its blind control, loss against the merged model, speed. Writes report.html."""
-    from ldrt_edge.bench.report import bench as run
-    from ldrt_edge.bundle.open import model_folder
-
-    out = out or beside(edge, "report")
-    show_artifact(run(model_folder(edge, trust_once), dataset, out, reference, **options), as_json)
-
-
-@cli.command()
-@click.argument("reports", type=PATH, nargs=-1, required=True)
-@click.option("--out", type=PATH, help="Also write the table there, with a page, as an artefact.")
-@json_option
-def compare(reports: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Put reports of `bench` side by side, of several models or machines, on the same questions.
-
-    Each is held against the first. Refuses reports about other questions, or with another reference model.
-    """
-    from ldrt_edge.bench import compare as stage
-
-    found = stage.compare(reports)
-    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else stage.markdown(found), nl=as_json)
-    if out is not None:
-        click.echo(stage.save(reports, found, out), err=as_json)
 
 
 @cli.command()
@@ -217,7 +180,10 @@ def chat(
 @click.option("--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
 @click.option("--threads", type=click.IntRange(min=1))
-def serve(edge: Path, port: int, audit: Path | None, max_tokens: int, threads: int | None) -> None:
+@json_option
+def serve(
+    edge: Path, port: int, audit: Path | None, max_tokens: int, threads: int | None, as_json: bool
+) -> None:
     """The page and OpenAI's chat API on 127.0.0.1, behind a token. Prints one line: the address with the token.
 
     Programs take http://127.0.0.1:PORT/v1 as base URL and the token as API key.
@@ -225,7 +191,7 @@ def serve(edge: Path, port: int, audit: Path | None, max_tokens: int, threads: i
     from ldrt_edge.chat.server import serve as run
     from ldrt_edge.runtimes.base import Sampling
 
-    run(edge, port, Sampling(max_tokens=max_tokens), threads, audit)
+    run(edge, port, Sampling(max_tokens=max_tokens), threads, audit, as_json=as_json)
 
 
 @cli.group()

@@ -5,6 +5,7 @@ Quiet when stderr is not a terminal: there a long stage prints one line every 15
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -15,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
-stderr = Console(stderr=True, highlight=False)
+stderr = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+"""Of several training processes (torchrun numbers them), the first one speaks."""
 _LINE_EVERY_S = 15.0
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -45,7 +45,8 @@ class Row:
 
     `image` is relative to the dataset folder. `group` is what a split must not divide. `kind` says what sort of
     picture it is ("dose map", "CHEST"): the wrong-image control draws the other picture from the same kind.
-    `task` names the question kind ("beam count", "modality"); `language` is BCP 47.
+    `task` names the question kind ("beam count", "modality"); `language` is BCP 47. `present` and `absent` are
+    structures that are surely in the picture and surely not, by their English names ("thalamus"), where that is known.
     """
 
     id: str
@@ -60,6 +61,8 @@ class Row:
     group: str
     kind: str = ""
     split: Split = "train"
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -77,7 +80,7 @@ class Dataset:
 
     Raises:
         ArtifactError: not a complete dataset artefact.
-        DataError: a row cannot be read (on access), or images are missing (`check_images`).
+        DataError: a row cannot be read (on access), or images are missing (`rows`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -204,6 +207,10 @@ def assign_splits(
     return splits
 
 
+_LISTS = ("present", "absent")
+_TEXTS = tuple(field.name for field in fields(Row) if field.name not in ("turns", *_LISTS))
+
+
 def _line_offsets(path: Path) -> Iterator[int]:
     offset = 0
     with path.open("rb") as stream:
@@ -217,13 +224,14 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
     try:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
-        row = Row(turns=turns, **data)
+        lists = {name: tuple(data.pop(name, ())) for name in _LISTS}
+        row = Row(turns=turns, **lists, **data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: line {number} is not a dataset row ({str(error)[:200]})") from error
-    texts = [value for name, value in vars(row).items() if name != "turns"]
-    texts += [text for turn in turns for text in (turn.role, turn.text)]
+    texts = [*(getattr(row, name) for name in _TEXTS), *(text for turn in turns for text in (turn.role, turn.text))]
+    texts += [name for names in lists.values() for name in names]
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{path}: line {number}: a row's fields are texts")
+        raise DataError(f"{path}: line {number} is not a dataset row (a value that is no text)")
     if not row.image.isprintable() or len(row.image) > _NAME_LIMIT:
         raise DataError(f"{path}: line {number}: no name for an image: {row.image[:80]!r}")
     if len(turns) < 2 or turns[-1].role != "assistant" or "user" not in [turn.role for turn in turns]:

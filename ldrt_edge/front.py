@@ -56,6 +56,10 @@ class Front:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
+    def __reduce__(self) -> tuple[type[Front], tuple[FrontConfig, Tokenizer, Path]]:
+        """For another process: without what is cached, as templates stay where they were compiled."""
+        return type(self), (self.config, self.tokenizer, self._tokenizer_path)
+
     @classmethod
     def load(cls, folder: Path) -> Front:
         """Load the front end that a model artefact carries; one without `front.json` is read as a Hugging Face folder.

@@ -50,7 +50,8 @@ def processor() -> Processor:
 
     features = [name for name in _FEATURES if known.get(name)] + ["AMX"] * has_amx()
     logical = psutil.cpu_count() or 1
-    return Processor(_name(), physical_cores(), psutil.cpu_count(logical=False) or logical, logical, tuple(features))
+    physical = psutil.cpu_count(logical=False) or logical
+    return Processor(processor_name(), physical_cores(), physical, logical, tuple(features))
 
 
 def memory() -> Memory:
@@ -76,7 +77,8 @@ def read_gb_per_s(threads: int, repeats: int = 15) -> float:
     return sum(part.nbytes for part in parts) / min(seconds) / 1e9
 
 
-def _name() -> str:
+def processor_name() -> str:
+    """As far as the system tells."""
     if sys.platform == "darwin":
         try:
             asked = ["sysctl", "-n", "machdep.cpu.brand_string"]

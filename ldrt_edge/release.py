@@ -1,6 +1,6 @@
 """The verdict on an export: whether what it lost is within the budget, and the evidence; kept in its manifest.
 
-`quantize --max-loss` writes it (the bench measures it), `chat` and others may show it.
+`quantize --max-loss` writes it (the bench measures it), `chat` and bundles show it.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Verdict:
     questions: int
     clusters: int
     needed: int | None
+
+    @property
+    def told(self) -> str:
+        """The verdict and its reason."""
+        return f"{'released' if self.released else 'not released'}: {self.reason}"
 
 
 def read_verdict(metrics: Mapping[str, Any]) -> Verdict | None:

@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 
 from ldrt_edge import artifact
 from ldrt_edge.chat import audit
@@ -122,18 +125,65 @@ def test_reading_says_what_is_wrong(tmp_path: Path) -> None:
         artifact.read(tmp_path / "out")
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small disk needs root on Linux")
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode:
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root on Linux")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("this machine does not let us mount a small disk")
-    try:
-        with pytest.raises(ArtifactError, match="disk full"), artifact.create(disk / "out", "report", {}) as draft:
-            (draft.path / "big").write_bytes(b"0" * (1 << 20))
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", disk], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def _plainly(path: Path) -> None:
+    path.write_bytes(b"0" * (1 << 20))
+
+
+def _by_safetensors(path: Path) -> None:
+    save_file({"weight": np.zeros(1 << 20, np.uint8)}, path)
+
+
+def _by_torch(path: Path) -> None:
+    torch.save(torch.zeros(1 << 20, dtype=torch.uint8), path)
+
+
+@pytest.mark.parametrize("fill", [_plainly, _by_safetensors, _by_torch])
+def test_a_full_disk_is_one_line_and_leaves_nothing(disk: Path, fill: Callable[[Path], None]) -> None:
+    with pytest.raises(ArtifactError, match="disk full"), artifact.create(disk / "out", "report", {}) as draft:
+        fill(draft.path / "big")
+    assert list(disk.iterdir()) == []
+
+
+def test_a_full_disk_costs_a_resumable_stage_nothing_that_it_had(disk: Path) -> None:
+    with (
+        pytest.raises(ArtifactError, match="disk full"),
+        artifact.create(disk / "out", "adapter", {}, resumable=True) as draft,
+    ):
+        (draft.path / "checkpoint").write_text("an hour's work")
+        _plainly(draft.path / "big")
+    (disk / ".out.partial" / "big").unlink()
+    with artifact.create(disk / "out", "adapter", {}, resumable=True) as draft:
+        assert (draft.path / "checkpoint").read_text() == "an hour's work"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    (tmp_path / "file").write_text("")
+    for out in (disk / "out", tmp_path / "file" / "out", tmp_path / ("long" * 100)):
+        with pytest.raises(ArtifactError, match=r"cannot write .*choose another") as refusal, artifact.create(
+            out, "report", {}
+        ):
+            pass
+        assert "\n" not in str(refusal.value)
+
+
+def test_an_error_elsewhere_is_no_matter_of_the_artefact(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError), artifact.create(tmp_path / "out", "report", {}):
+        (tmp_path / "file" / "input").read_bytes()
 
 
 def test_two_processes_do_not_write_the_same_artefact(tmp_path: Path) -> None:

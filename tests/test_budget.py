@@ -18,7 +18,7 @@ from ldrt_edge.bench.gate import Gate, judge
 from ldrt_edge.bench.vqa import Answer, Sample
 from ldrt_edge.cli import cli
 from ldrt_edge.convert import budget
-from ldrt_edge.convert.allocate import allocate, plan, useful
+from ldrt_edge.convert.allocate import Speed, allocate, plan, useful
 from ldrt_edge.convert.gguf import write_text
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
 from ldrt_edge.convert.planned import quantize_planned
@@ -121,6 +121,30 @@ def test_allocation_is_the_best_there_is() -> None:
         allocate("gguf", matrices, target_bytes=5)
     with pytest.raises(ConfigError, match="the least possible is an estimated KLD"):
         allocate("gguf", matrices, max_damage=0.0)
+
+
+def test_a_speed_bounds_what_a_token_reads() -> None:
+    rng = np.random.default_rng(0)
+    matrices = [
+        Matrix(str(i), "model", 100, tuple(Option(str(j), int(rng.integers(1, 90)), rng.random()) for j in range(4)))
+        for i in range(5)
+    ]
+    read, speed = {"0", "1", "2"}, Speed(tokens_per_s=1e7, gb_per_s=1.0)  # 100 bytes a token
+    combinations = list(itertools.product(*(matrix.options for matrix in matrices)))
+    fitting = [c for c in combinations if sum(o.nbytes for o in c[:3]) <= 100]
+
+    alone = allocate("gguf", matrices, speed=speed, read=read)
+    sized = allocate("gguf", matrices, target_bytes=150, speed=speed, read=read)
+
+    assert alone.expected["kld"] == pytest.approx(min(sum(o.damage for o in c) for c in fitting), rel=2e-3)
+    small = [c for c in fitting if sum(o.nbytes for o in c) <= 150]
+    assert sized.expected["kld"] == pytest.approx(min(sum(o.damage for o in c) for c in small), rel=2e-3)
+    assert alone.expected["tokens_per_s_at_most"] >= 1e7
+    with pytest.raises(ConfigError, match=r"the least possible is \S+ s a token"):
+        allocate("gguf", matrices, speed=Speed(1e9, 1.0), read=read)
+    slow = [Matrix("0", "model", 100, (Option("a", 90, 0.1), Option("b", 10, 0.9)))]
+    with pytest.raises(ConfigError, match="cannot be met together"):
+        allocate("gguf", slow, max_damage=0.5, speed=Speed(2e7, 1.0), read=read)
 
 
 def test_what_is_larger_and_worse_is_no_option() -> None:
@@ -277,6 +301,8 @@ def test_options_that_do_not_go_together(words: list[str], reason: str) -> None:
     [
         (["--bpw", "nan"], "a number above 0"), (["--target-size", "inf"], "a number above 0"),
         (["--max-kld", "0"], "a number above 0"), (["--bpw", "4", "--max-kld", "1"], "one of --target-size"),
+        ([], "one of --target-size"), (["--min-speed", "9"], "go together"),
+        (["--min-speed", "9", "--bandwidth", "0"], "a number above 0"),
     ],
 )  # fmt: skip
 def test_a_bound_is_checked_before_anything_is_measured(tmp_path: Path, words: list[str], reason: str) -> None:

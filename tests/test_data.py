@@ -7,7 +7,7 @@ import json
 import random
 import shutil
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ldrt_edge import artifact
-from ldrt_edge.dataset import Dataset, Row
+from ldrt_edge.dataset import Dataset, Row, Turn
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.train.data.augment import alter, augment
 from ldrt_edge.train.data.imports import import_llava, import_vqa_rad
@@ -261,6 +261,23 @@ def test_all_problems_of_an_import_are_told_at_once_and_can_be_skipped(tmp_path:
     assert not (tmp_path / "out").exists()
     data = Dataset(import_llava(tmp_path / "llava.json", tmp_path / "out", skip_bad=True))
     assert (len(data), data.manifest.metrics["bad_rows"]) == (1, 6)
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "long" * 2000])
+def test_what_is_no_name_of_a_file_is_told_as_any_bad_row(name: str, tmp_path: Path) -> None:
+    (tmp_path / "llava.json").write_text(json.dumps([_llava_row(1, name, ("human", "Q"), ("gpt", "A"))]))
+    with pytest.raises(DataError, match=r"1 of 1 rows: .*not the name of a file"):
+        import_llava(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", [{"image": 5}, {"group": None}, {"turns": [{"role": "user", "text": 1}]}])
+def test_a_row_with_what_is_no_text_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    turns = (Turn("user", "Q"), Turn("assistant", "A"))
+    row = Row("1", "images/a.png", "0", turns, "en", "task", "open", "source", "licence", "group")
+    with artifact.create(tmp_path / "data", "dataset", {}) as draft:
+        (draft.path / "rows.jsonl").write_text(json.dumps(asdict(row) | change) + "\n")
+    with pytest.raises(DataError, match="line 1 is not a dataset row"):
+        Dataset(tmp_path / "data").rows()
 
 
 def test_pictures_lose_their_metadata_and_odd_modes_become_png(tmp_path: Path) -> None:

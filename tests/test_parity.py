@@ -17,16 +17,20 @@ import pytest
 import tiny as builders
 import torch
 from click.testing import CliRunner
+from crashing import crash
 from tiny import edit_tensors
 
 from ldrt_edge import artifact, golden
 from ldrt_edge.cli import cli
 from ldrt_edge.convert import apps, gguf, mlx, parity_report
+from ldrt_edge.convert.exports import open_export
 from ldrt_edge.convert.observation import Fidelity
 from ldrt_edge.convert.parity import Pair, parity
 from ldrt_edge.convert.plan import FilePlan, TensorPlan, text_plan
+from ldrt_edge.convert.probes import probes
 from ldrt_edge.convert.quantize import quantize
 from ldrt_edge.convert.source import open_source
+from ldrt_edge.convert.stock import Peer
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.front import Front, Message
 from ldrt_edge.runtimes import llamacpp_models
@@ -313,6 +317,15 @@ def test_peers_stand_in_the_table_and_are_not_judged(tiny: builders.Tiny, tmp_pa
         assert peers["mlx-vlm"].fidelity and peers["mlx-vlm"].fidelity.mean_kld < 1e-6
     if "xllamacpp" in peers:
         assert peers["xllamacpp"].answers_equal is not None
+
+
+def test_a_peer_that_crashes_takes_nothing_along(tiny: builders.Tiny) -> None:
+    source = tiny("llava15", "smollm2")
+    front = Front.from_hf(source)
+    probes(front, 1)  # compiles the template, which cannot be handed to another process
+
+    with pytest.raises(RuntimeError, match="it crashed"):
+        Peer("crashing", crash).observe(open_export(source, front), [], [], [])
 
 
 def test_the_command_prints_a_table_and_fails_where_a_gate_does(

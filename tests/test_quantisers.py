@@ -15,10 +15,12 @@ import tiny as builders
 from PIL import Image
 
 from ldrt_edge import artifact
-from ldrt_edge.bench import quantisers
-from ldrt_edge.bench.quantisers import ask, compare, main
+from ldrt_edge.bench import held_out, quantisers, subjects
+from ldrt_edge.bench.held_out import ask
+from ldrt_edge.bench.quantisers import compare, main
 from ldrt_edge.bench.statistics import paired_ratio
 from ldrt_edge.bench.steps import Cost, Journal, apart
+from ldrt_edge.convert import mlx
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
 from ldrt_edge.convert.quantize import quantize
 from ldrt_edge.dataset import Dataset, DatasetWriter
@@ -27,6 +29,7 @@ from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
+from ldrt_edge.runtimes.mlx import MlxRuntime
 from ldrt_edge.train.data.phantom import phantom
 
 
@@ -134,7 +137,7 @@ def test_quantisers_side_by_side(
     merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
     given: dict[str, Any] = {"calibration_rows": 16, "sensitivity_rows": 8, "threads": 1}
 
-    found = compare(merged, data, out, ["Q4_K_M"], ["balanced"], **given)
+    found = compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], **given)
 
     by_family = {result.family: result for result in found.results}
     assert list(by_family) == ["none", "text", "balanced", "plan"]
@@ -161,26 +164,52 @@ def test_quantisers_side_by_side(
     assert list(costs) == ["quantisation", "importance, text", "importance", "sensitivity", "allocation"]
     assert costs["sensitivity"].seconds > costs["importance"].seconds > 0
     assert all(cost.peak_bytes >= cost.idle_bytes > 0 for cost in costs.values())
-    written = json.loads((out / "quantisers.json").read_text())
+    written = json.loads((out / "quantisers-gguf.json").read_text())
     assert [result["kld"]["value"] for result in written["results"]] == [r.kld.value for r in found.results]
-    assert str(tmp_path) not in (out / "quantisers.json").read_text()
-    with Image.open(out / "quantisers.png") as picture:
+    assert str(tmp_path) not in (out / "quantisers-gguf.json").read_text()
+    with Image.open(out / "quantisers-gguf.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
     assert not list(out.rglob("*.gguf.part")) and not (out / "work").exists(), "subjects are deleted"
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(quantisers, "apart", refuse)
-    assert compare(merged, data, out, ["Q4_K_M"], ["balanced"], **given) == found
+    for module in (quantisers, held_out, subjects):
+        monkeypatch.setattr(module, "apart", refuse)
+    assert compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], **given) == found
     with pytest.raises(AssertionError, match="measured again"):
-        compare(merged, data, out, ["Q4_K_M"], ["balanced", "answer"], **given)
+        compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced", "answer"], **given)
     command = [merged, "--data", data, "--out", out, "--bases", "Q4_K_M", "--weightings", "balanced"]
     options = ["--calibration-rows", 16, "--sensitivity-rows", 8, "--threads", 1]
     capsys.readouterr()
     assert main([str(word) for word in [*command, *options]]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told[-1] == str(out / "quantisers.json") and any(line.startswith("Q4_K_M plan phantom") for line in told)
+    assert told[-1] == str(out / "quantisers-gguf.json")
+    assert any(line.startswith("Q4_K_M plan phantom") for line in told)
+
+
+@pytest.mark.slow
+def test_mlx_side_by_side(tiny: builders.Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
+    command = [merged, "--to", "mlx", "--bases", "q4", "--data", data, "--out", out, "--sensitivity-rows", 8]
+
+    assert main([str(word) for word in command]) == 0
+
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == str(out / "quantisers-mlx.json") and (out / "quantisers-mlx.png").stat().st_size > 10_000
+    none, plan = json.loads((out / "quantisers-mlx.json").read_text())["results"]
+    assert (none["family"], plan["family"]) == ("none", "plan") and 0.99 <= plan["bytes_ratio"] <= 1
+    assert len(plan["types"]) > len(none["types"]) and plan["kld_to_none"]["ci_high"] < 0.9
+    assert plan["kld_to_text"] is None
+
+    edge = mlx.quantize(merged, tmp_path / "q4", "q4")  # the same by the product's own way
+    asked = ask(Front.load(merged), Dataset(data), None, 0, {})
+    scores = []
+    for runtime in (HfRuntime(merged, threads=1), MlxRuntime(edge)):
+        scores.append([runtime.score(question.prompt, question.answer) for question in asked])
+        runtime.close()
+    kld = np.concatenate([compare_logits(*pair).kld for pair in zip(*scores, strict=True)])
+    assert none["kld"]["value"] == pytest.approx(kld.mean(), rel=1e-3)
 
 
 def test_a_step_that_is_killed_is_one_line() -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
@@ -444,6 +445,14 @@ def test_a_taken_port_and_a_broken_log_are_one_line(server: Server, edge: Path, 
         with pytest.raises(AssertionError, match=said) as caught:
             Server(edge, *options)
         assert "Traceback" not in str(caught.value)
+
+
+def test_programs_get_where_it_listens_as_json(edge: Path) -> None:
+    server = Server(edge, "--json")
+    told = json.loads(server.address)
+    server.close()
+    page = urlsplit(told["page"])
+    assert told["base_url"] == f"http://127.0.0.1:{page.port}/v1" and page.fragment == f"token={told['api_key']}"
 
 
 def test_nothing_is_written_and_ctrl_c_ends_it_while_it_answers(edge: Path, ct: bytes, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def gradients(model: PackedLlava, front: Front, rows: list[PackedRow]) -> tuple[
     model.zero_grad()
     dataset = PackedDataset(rows, front, None)
     batch = collator(front, 16)([dataset[i] for i in range(len(dataset))])
+    batch.pop("row_ids")
     loss = model(**batch, num_items_in_batch=1)["loss"]
     loss.backward()
     return float(loss), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -270,6 +271,9 @@ def test_kill_9_in_training_then_the_same_command_ends_in_the_same_adapter(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
+    cut_off = checkpoints / "checkpoint-999"  # a second one, killed while it was written
+    cut_off.mkdir()
+    (cut_off / "optimizer.pt").write_bytes(b"PK")
     again = subprocess.run([*command, "--out", tmp_path / "killed"], capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stderr
@@ -297,3 +301,8 @@ def test_all_problems_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("[1, 2")
     with pytest.raises(ConfigError, match="not YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_bytes(b"seed: \xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match=r"--set lora.rank=\[: not YAML"):
+        load_recipe("starter", ["lora.rank=["])

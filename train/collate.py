@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +24,19 @@ from ldrt_edge.front import Front, conversation
 from ldrt_edge.runtimes.base import FrontImage
 
 IGNORED = -100  # torch's cross_entropy ignore_index
+ROW_IDS = "row_ids"  # in a batch: whose questions they are, for messages
 
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids of a prompt (its image one placeholder long) and of the answer, stop token included."""
+    """Token ids of a prompt (its image one placeholder long) and of the answer, stop token included.
+
+    row_id: of the dataset row that asks it.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    row_id: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,11 @@ class PackedRow:
     image: Path
     image_sha256: str
     questions: tuple[Question, ...]
+
+    @property
+    def row_ids(self) -> tuple[str, ...]:
+        """Of the dataset rows whose questions these are."""
+        return tuple(dict.fromkeys(question.row_id for question in self.questions))
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,9 @@ class Example:
     sequences: Sequences
     layout: NDArray[np.int32]
     patches: int
-    features: NDArray[np.float16] | None
+    features: torch.Tensor | None
     tiles: NDArray[np.uint8] | None
+    row_ids: tuple[str, ...]
 
 
 def pack_rows(
@@ -94,7 +106,7 @@ def questions_of(row: Row, front: Front) -> list[Question]:
     stand_in = FrontImage(np.empty((0, 0, 0, 3), np.uint8), np.zeros((1, 1), np.int32), (0, 0), "")
     messages = conversation(row.turns, stand_in)
     return [
-        Question(front.prompt(messages[:i]).ids, front.answer_ids(messages[:i], message.text))
+        Question(front.prompt(messages[:i]).ids, front.answer_ids(messages[:i], message.text), row.id)
         for i, message in enumerate(messages)
         if message.role == "assistant"
     ]
@@ -102,7 +114,7 @@ def questions_of(row: Row, front: Front) -> list[Question]:
 
 def sequences(row: PackedRow, image_token_id: int, image_tokens: int) -> Sequences:
     """Lay a packed row out, its image `image_tokens` long."""
-    prompts = [_expand(question.prompt, image_token_id, image_tokens) for question in row.questions]
+    prompts = [expand(question.prompt, image_token_id, image_tokens) for question in row.questions]
     shared = _shared_prefix(prompts)
     ids = list(prompts[0][:shared])
     positions, segments, labels = list(range(shared)), [0] * shared, [IGNORED] * shared
@@ -117,15 +129,16 @@ def sequences(row: PackedRow, image_token_id: int, image_tokens: int) -> Sequenc
 
 
 class Collator:
-    """Examples to one padded batch of tensors, the arguments of `PackedLlava.forward`."""
+    """Examples to one padded batch of tensors, the arguments of `PackedLlava.forward`, and their rows' ids."""
 
     def __init__(self, pad_id: int, bucket: int) -> None:
         self._pad_id, self._bucket = pad_id, bucket
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         longest = max(len(example.sequences.ids) for example in examples)
         length = -(-longest // self._bucket) * self._bucket
-        batch = {
+        batch: dict[str, Any] = {
+            ROW_IDS: [name for example in examples for name in example.row_ids],
             "input_ids": _pad([e.sequences.ids for e in examples], length, self._pad_id),
             "position_ids": _pad([e.sequences.positions for e in examples], length, 0),
             "segments": _pad([e.sequences.segments for e in examples], length, -1),
@@ -134,7 +147,7 @@ class Collator:
         }
         features = [e.features for e in examples if e.features is not None]
         if features:
-            batch["features"] = torch.from_numpy(np.concatenate(features).astype(np.float32))
+            batch["features"] = torch.cat(features).float()
         else:
             batch["tiles"] = torch.from_numpy(np.concatenate([e.tiles for e in examples if e.tiles is not None]))
         return batch
@@ -150,6 +163,14 @@ def visible(segments: torch.Tensor) -> torch.Tensor:
     return (((query == key) | ((key == 0) & (query > 0))) & causal)[:, None]
 
 
+def expand(ids: Sequence[int], image_token_id: int, image_tokens: int) -> list[int]:
+    """Token ids with the image's placeholder repeated once for each image token."""
+    expanded: list[int] = []
+    for token in ids:
+        expanded.extend([token] * (image_tokens if token == image_token_id else 1))
+    return expanded
+
+
 def _chunks(questions: Sequence[Question], most: int, max_tokens: int) -> list[tuple[Question, ...]]:
     chunks: list[list[Question]] = [[]]
     used = 0
@@ -163,13 +184,6 @@ def _chunks(questions: Sequence[Question], most: int, max_tokens: int) -> list[t
         chunks[-1].append(question)
         used += length
     return [tuple(chunk) for chunk in chunks if chunk]
-
-
-def _expand(ids: Sequence[int], image_token_id: int, image_tokens: int) -> list[int]:
-    expanded: list[int] = []
-    for token in ids:
-        expanded.extend([token] * (image_tokens if token == image_token_id else 1))
-    return expanded
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

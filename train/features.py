@@ -1,23 +1,28 @@
 """Features of the frozen vision tower, computed once per picture and kept on disk.
 
 The tower does not change in training, so its output is a function of picture, tower and picture preparation: the key
-of the cache. One memory-mapped file a picture, shared between runs, under `~/.cache/ldrt-edge/features`.
+of the cache. One memory-mapped file a picture, shared between runs, under `~/.cache/ldrt-edge/features`, bounded: what
+was not used for longest goes first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ldrt_edge import console
+from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.hf import normalise, tower_features
@@ -40,26 +45,54 @@ class PackedDataset(torch.utils.data.Dataset[Example]):
         if self._store is not None:
             features, size = self._store.get(row.image_sha256)
             layout = packing_layout(self._front.config, size)
-            return Example(sequences(row, image_token, len(layout)), layout, len(features), features, None)
+            laid = sequences(row, image_token, len(layout))
+            return Example(laid, layout, len(features), features, None, row.row_ids)
         image = self._front.image(read_image(row.image).rgb)
         patches = len(image.tiles) * (self._front.config.image_size // self._front.config.patch_size) ** 2
-        return Example(sequences(row, image_token, image.token_count), image.layout, patches, None, image.tiles)
+        laid = sequences(row, image_token, image.token_count)
+        return Example(laid, image.layout, patches, None, image.tiles, row.row_ids)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row, its picture's counted where pictures differ and their features are at hand."""
+        config = self._front.config
+        differ = self._store is not None and config.fit == "tiles"
+        tokens = [self._tokens(row) if differ else 1 for row in self._rows]
+        laid = (sequences(row, config.image_token_id, n) for row, n in zip(self._rows, tokens, strict=True))
+        return [len(row.ids) for row in laid]
+
+    def _tokens(self, row: PackedRow) -> int:
+        assert self._store is not None
+        return len(packing_layout(self._front.config, self._store.get(row.image_sha256)[1]))
 
 
 class FeatureStore:
-    """The tower's features of pictures, on disk."""
+    """The tower's features of pictures, on disk.
 
-    def __init__(self, model: Any, front: Front, folder: Path | None = None) -> None:
+    exact: keep float32, for training in it; else float16, which holds more digits than bf16 reads.
+    limit_bytes: of all towers' features together; the least recently used go first.
+    """
+
+    def __init__(
+        self, model: Any, front: Front, exact: bool, limit_bytes: int, folder: Path | None = None
+    ) -> None:
         self._model, self._front = model, front
-        self._folder = (folder or cache_folder()) / _key(model, front)
+        self._dtype = torch.float32 if exact else torch.float16
+        self._root, self._limit_bytes = folder or cache_folder(), limit_bytes
+        self._folder = self._root / f"{_key(model, front)}-{str(self._dtype).rpartition('.')[2]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def fill(self, rows: Sequence[PackedRow], batch: int = 8) -> None:
-        """Compute what is missing for these rows' pictures."""
-        missing = {row.image_sha256: row.image for row in rows if not self._path(row.image_sha256).exists()}
-        if not missing:
+    def fill(self, rows: Sequence[PackedRow], batch: int = 8, share: tuple[int, int] = (0, 1)) -> None:
+        """Compute what is missing for these rows' pictures; `share` is (this device, of how many).
+
+        Raises:
+            DataError: they do not fit into the cache's limit, or not on the disk.
+        """
+        wanted = {row.image_sha256: row.image for row in rows}
+        items = [(digest, path) for digest, path in wanted.items() if not self._path(digest).exists()]
+        self._make_room(wanted.keys(), len(items))
+        items = items[share[0] :: share[1]]
+        if not items:
             return
-        items = list(missing.items())
         with console.bar("vision tower", len(items)) as shown:
             for start in range(0, len(items), batch):
                 chunk = items[start : start + batch]
@@ -68,28 +101,53 @@ class FeatureStore:
                 features = compute_features(self._model, self._front, tiles).cpu()
                 parts = features.split([len(image.tiles) for image in images])
                 for (digest, _), image, part in zip(chunk, images, parts, strict=True):
-                    self._write(digest, part.flatten(0, 1).to(torch.float16).numpy(), image.size)
+                    self._write(digest, part.flatten(0, 1).to(self._dtype).contiguous(), image.size)
                 shown.advance(len(chunk))
 
-    def get(self, digest: str) -> tuple[NDArray[np.float16], tuple[int, int]]:
-        """Features (tiles * patches, width) of a picture, and its (height, width) in pixels."""
-        with np.load(self._path(digest)) as held:
-            height, width = (int(side) for side in held["size"])
-            return held["features"], (height, width)
+    def get(self, digest: str) -> tuple[torch.Tensor, tuple[int, int]]:
+        """Features (tiles * patches, width) of a picture, mapped from the disk, and its (height, width) in pixels."""
+        with safe_open(self._path(digest), framework="pt") as file:
+            height, width = (int(side) for side in file.metadata()["size"].split())
+            return file.get_tensor("features"), (height, width)
 
     def statistics(self, rows: Sequence[PackedRow], most: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of every feature channel, (width,) each, over up to `most` pictures."""
         digests = sorted({row.image_sha256 for row in rows})[:most]
-        stacked = torch.from_numpy(np.concatenate([self.get(digest)[0] for digest in digests])).float()
+        stacked = torch.cat([self.get(digest)[0] for digest in digests]).float()
         return stacked.mean(0), stacked.std(0)
 
     def _path(self, digest: str) -> Path:
-        return self._folder / f"{digest}.npz"
+        return self._folder / f"{digest}.safetensors"
 
-    def _write(self, digest: str, features: NDArray[np.float16], size: tuple[int, int]) -> None:
-        partial = self._folder / f".{digest}.{os.getpid()}.npz"
-        np.savez(partial, features=features, size=np.asarray(size))
+    def _write(self, digest: str, features: torch.Tensor, size: tuple[int, int]) -> None:
+        partial = self._folder / f".{digest}.{os.getpid()}"
+        save_file({"features": features}, partial, metadata={"size": f"{size[0]} {size[1]}"})
         partial.rename(self._path(digest))
+
+    def _make_room(self, wanted: Collection[str], missing: int) -> None:
+        """Drop the least recently used features that this run does not want, until what is missing fits."""
+        kept = {self._path(digest) for digest in wanted}
+        for path in kept:
+            with suppress(FileNotFoundError):
+                path.touch()
+        vision, config = self._model.config.vision_config, self._front.config
+        tiles = 1 + max((h * w // config.image_size**2 for h, w in config.grid_pinpoints or ()), default=0)
+        of_one = tiles * (config.image_size // config.patch_size) ** 2 * vision.hidden_size * self._dtype.itemsize
+        held = sorted(self._root.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime)
+        used = sum(path.stat().st_size for path in held) + missing * of_one
+        for path in held:
+            if used <= self._limit_bytes:
+                break
+            if path not in kept:
+                used -= path.stat().st_size
+                path.unlink()
+        free = shutil.disk_usage(self._folder).free
+        if used > self._limit_bytes or missing * of_one > free:
+            raise DataError(
+                f"the tower's features of {len(wanted)} pictures take up to {len(wanted) * of_one / 1e9:.1f} GB; "
+                f"cache_gb allows {self._limit_bytes / 1e9:g}, the disk has {free / 1e9:.1f} left for "
+                f"{self._root}: raise cache_gb, set XDG_CACHE_HOME to a larger disk, or cache_features=false"
+            )
 
 
 def compute_features(model: Any, front: Front, tiles: torch.Tensor) -> torch.Tensor:

@@ -6,18 +6,23 @@ the front end's table, masks branches from each other, and computes logits only 
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.hf import load_model
-from ldrt_edge.train.collate import IGNORED, visible
+from ldrt_edge.train.collate import IGNORED, Example, expand, visible
+from ldrt_edge.train.devices import gathered
 from ldrt_edge.train.features import compute_features
+from ldrt_edge.train.fused_lora import fuse
 from ldrt_edge.train.recipe import Recipe
 
 _LIVE_DEVIATION = 1e-4
@@ -30,10 +35,12 @@ class PackedLlava(nn.Module):
     feature_mean: torch.Tensor
     feature_scale: torch.Tensor
 
-    def __init__(self, peft_model: Any, front: Front) -> None:
+    def __init__(self, peft_model: Any, front: Front, recipe: Recipe) -> None:
         super().__init__()
         self.peft = peft_model
         self.front = front
+        self.recipe = recipe
+        self._no_split_modules = list(self.llava.model.language_model._no_split_modules)  # what FSDP2 shards apart
         width = self.llava.config.vision_config.hidden_size
         self.register_buffer("feature_mean", torch.zeros(width))
         self.register_buffer("feature_scale", torch.ones(width))
@@ -55,7 +62,7 @@ class PackedLlava(nn.Module):
         num_items_in_batch: torch.Tensor | int | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy over answer tokens; and the logits at those, (answer_tokens, vocab), in eval mode.
+        """Cross-entropy over answer tokens.
 
         Shapes: ids, positions, segments, labels (batch, length); layout (image_tokens of all rows, k); features
         (patches of all rows, width) or tiles (n, size, size, 3) uint8.
@@ -71,10 +78,33 @@ class PackedLlava(nn.Module):
             use_cache=False,
         ).last_hidden_state
         wanted = labels != IGNORED
-        logits = self.llava.lm_head(hidden[wanted]).float()
-        loss = functional.cross_entropy(logits, labels[wanted], reduction="sum")
-        loss = loss / (num_items_in_batch if num_items_in_batch is not None else wanted.sum())
-        return {"loss": loss} if self.training else {"loss": loss, "logits": logits.detach()}
+        if self.recipe.answer_only_logits:
+            hidden, labels = hidden[wanted], labels[wanted]
+        loss = self._summed_loss(hidden.flatten(0, -2), labels.flatten())
+        return {"loss": loss / (num_items_in_batch if num_items_in_batch is not None else wanted.sum())}
+
+    def answer(self, prompt: Sequence[int], example: Example, most_tokens: int) -> list[int]:
+        """The greedy answer to a prompt (its image one placeholder long) about an example's picture."""
+        device = self.feature_mean.device
+        config = self.front.config
+        ids = torch.tensor([expand(prompt, config.image_token_id, len(example.layout))], device=device)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                if example.features is not None:
+                    features = example.features.to(device).float()
+                else:
+                    tiles = torch.from_numpy(example.tiles)
+                    features = compute_features(self.llava, self.front, tiles).flatten(0, 1)
+                embeddings = self._embed(ids, features, torch.from_numpy(example.layout).long().to(device))
+                answer: list[int] = self.llava.generate(
+                    inputs_embeds=embeddings, attention_mask=torch.ones_like(ids), do_sample=False,
+                    max_new_tokens=most_tokens, eos_token_id=list(config.stop_ids), pad_token_id=config.stop_ids[0],
+                )[0].tolist()
+        finally:
+            self.train(training)
+        return answer
 
     def standardise(self, mean: torch.Tensor, deviation: torch.Tensor) -> None:
         """Rewrite the projector for features of zero mean and unit deviation: the same function of raw features."""
@@ -93,14 +123,18 @@ class PackedLlava(nn.Module):
             linear.weight *= gain
             linear.bias *= gain
 
+    def drop_tower(self) -> None:
+        """Free the vision tower, once its features are kept."""
+        self.llava.model.vision_tower = nn.Identity()
+
     def folded_projector(self) -> dict[str, torch.Tensor]:
         """The trained projector as stock LLaVA weights on raw features: `linear_1.weight`, … in float32."""
-        state = {name: tensor.detach().float() for name, tensor in self._projector().state_dict().items()}
-        weight = state["linear_1.weight"] * self.feature_scale
+        state = {name: gathered(tensor).float() for name, tensor in self._projector().named_parameters()}
+        weight = state["linear_1.weight"] * self.feature_scale.cpu()
         return {
             **state,
             "linear_1.weight": weight,
-            "linear_1.bias": state["linear_1.bias"] - weight @ self.feature_mean,
+            "linear_1.bias": state["linear_1.bias"] - weight @ self.feature_mean.cpu(),
         }
 
     def trainable(self, lora: bool) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -112,6 +146,19 @@ class PackedLlava(nn.Module):
         for parameter in adapter:
             parameter.requires_grad_(lora)
         return projector, adapter if lora else []
+
+    def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of (positions, width) hidden states, in chunks whose logits live one at a time."""
+        chunk = self.recipe.loss_chunk if self.recipe.answer_only_logits else len(labels)
+        parts = list(zip(hidden.split(chunk), labels.split(chunk), strict=True))
+        if len(parts) == 1:
+            return self._chunk_loss(*parts[0])
+        losses = [checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _chunk_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = self.llava.lm_head(hidden).float()
+        return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
 
     def _embed(self, ids: torch.Tensor, features: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
         llava = self.llava
@@ -132,18 +179,20 @@ class PackedLlava(nn.Module):
         return module
 
 
-def build(base: Path, front: Front, recipe: Recipe, device: str, bf16: bool) -> PackedLlava:
+def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, bf16: bool) -> PackedLlava:
     """Load a base and put the recipe's adapter on it; LoRA and projector train in float32.
 
     Raises:
         RuntimeLoadError: the base does not load.
     """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports; it tells of kernels nobody asked for
     from peft import LoraConfig, get_peft_model
 
-    llava = load_model(base, "float32")
-    if bf16:
-        llava.model.language_model.to(torch.bfloat16)
-        llava.lm_head.to(torch.bfloat16)
+    llava = load_model(base, "auto")  # and each part straight to its own: a 13B in float32 would take 52 GB on the way
+    for module in (llava.model.language_model, llava.lm_head):
+        module.to(torch.bfloat16 if bf16 else torch.float32)
+    for module in (llava.model.vision_tower, llava.model.multi_modal_projector):
+        module.to(torch.float32)._apply(torch.clone)  # a view would keep the whole mapped file in memory
     names = "|".join(recipe.lora.target_modules)
     config = LoraConfig(
         r=recipe.lora.rank,
@@ -157,4 +206,6 @@ def build(base: Path, front: Front, recipe: Recipe, device: str, bf16: bool) -> 
         peft_model = get_peft_model(llava, config)
     if recipe.gradient_checkpointing:
         llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    return PackedLlava(peft_model, front).to(device)
+    if recipe.fused_lora:
+        fuse(peft_model)
+    return PackedLlava(peft_model, front, recipe).to(device)

@@ -64,15 +64,31 @@ class Recipe:
     """A training run.
 
     rows_per_step: packed rows (one image, up to `questions_per_row` questions) in one forward of one device.
-    accumulate: forwards per optimizer step.
+    accumulate: forwards per optimizer step, on each device.
+    devices: how many `accumulate` is meant for; on fewer, each does more, so that a run that lost or gained devices
+        takes the same steps. null: as many as there are.
     precision: "auto" is bf16 on CUDA and on CPUs with native bf16, else fp32.
     cache_features: run the frozen tower once per image and keep its features on disk.
+    cache_gb: of all features together; those not used for longest go first.
     standardise_features: train the projector on features of zero mean and unit deviation (the same function, better
         conditioned; folded back into the stock weights on save). For projectors that start from random weights.
     projector_gain: factor on the projector's output before training. Random projectors learn to be read faster when
         image tokens start out larger than words.
     vision_tokens: pool the image tokens after the projector to this many.
     length_bucket: sequences are padded to a multiple of this, so that kernels compiled per shape are reused.
+    group_by_length: rows of like length share a step, so that little is padded.
+    answer_only_logits: compute logits where an answer token is predicted, not at every position.
+    loss_chunk: answer tokens whose logits are held at once; more are computed in turn, and again for the gradient.
+    fused_lora: one product a linear and its LoRA, where dropout is 0.
+    max_steps: optimizer steps of each stage, instead of its epochs.
+    optimizer: 8-bit and paged ones are bitsandbytes', for CUDA.
+    compile: the model through torch.compile.
+    spike_factor: a batch whose loss is this many times the recent median, and above where the run began, stops it.
+    early_stop: stop after this many evaluations without a better one.
+    keep_best: end with the weights of the lowest evaluation loss, not with the last.
+    report_to: trackers of transformers' Trainer, beside `metrics.jsonl` and `loss.png`; they stay on this machine.
+    sample_steps: write the model's answers to a few fixed questions to `samples.jsonl` this often; null never does.
+    log_steps: optimizer steps between two lines of `metrics.jsonl`.
     """
 
     align: Align = field(default_factory=Align)
@@ -83,6 +99,7 @@ class Recipe:
     max_tokens: PositiveInt = 2048
     rows_per_step: PositiveInt = 4
     accumulate: PositiveInt = 1
+    devices: PositiveInt | None = None
     warmup: NonNegativeFloat = 0.03
     min_learning_rate_ratio: float = 0.0
     adam_beta2: float = 0.999
@@ -92,10 +109,24 @@ class Recipe:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
     cache_features: bool = False
+    cache_gb: PositiveFloat = 100.0
     standardise_features: bool = False
     projector_gain: PositiveFloat = 1.0
     vision_tokens: PositiveInt | None = None
     length_bucket: PositiveInt = 32
+    group_by_length: bool = True
+    answer_only_logits: bool = True
+    loss_chunk: PositiveInt = 2048
+    fused_lora: bool = True
+    max_steps: PositiveInt | None = None
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor"] = "adamw"
+    compile: bool = False
+    spike_factor: Annotated[float, Field(gt=1)] | None = 8.0
+    early_stop: PositiveInt | None = None
+    keep_best: bool = True
+    report_to: tuple[Literal["tensorboard", "trackio"], ...] = ()
+    sample_steps: PositiveInt | None = None
+    log_steps: PositiveInt = 10
     save_steps: PositiveInt = 200
     eval_steps: PositiveInt = 200
 
@@ -124,17 +155,15 @@ def recipe_names() -> list[str]:
 
 def _read(source: str | Path) -> dict[str, Any]:
     if isinstance(source, Path):
-        if not source.is_file():
-            raise ConfigError(f"{source}: no such recipe file")
-        text = source.read_text(encoding="utf-8")
+        try:
+            text = source.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{source}: a recipe file that cannot be read: {error}") from error
     elif source in recipe_names():
         text = (resources.files("ldrt_edge.train") / "recipes" / f"{source}.yaml").read_text(encoding="utf-8")
     else:
         raise ConfigError(f"no recipe {source!r}; there are: {', '.join(recipe_names())}")
-    try:
-        data = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not YAML ({str(error).splitlines()[0]})") from error
+    data = _yaml(text, str(source)) or {}
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: a recipe is a mapping of settings")
     return data
@@ -149,4 +178,11 @@ def _override(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(group, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {override}: {group} holds a value, not a group of settings")
-    data[last] = yaml.safe_load(value)
+    data[last] = _yaml(value, f"--set {override}")
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: not YAML ({str(error).splitlines()[0]})") from error

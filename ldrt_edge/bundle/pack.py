@@ -8,7 +8,6 @@ version of ldrt-edge give the same bytes.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -96,24 +95,24 @@ def _found(out: Path, raw: bytes) -> Path:
 
 def _write(out: Path, raw: bytes, sources: list[Source]) -> None:
     """Aside first; what was written is read again before it gets its name."""
-    partial = out.with_name(f".{out.name}.partial")
+    partial = artifact.partial_path(out)
     needed = sum(source.entry.bytes for source in sources) + _MARGIN_BYTES
-    try:
+    with artifact.writing(out):
+        if not out.absolute().parent.is_dir():
+            raise ArtifactError(f"{out}: no such folder: {out.parent}")
         if (free := shutil.disk_usage(out.absolute().parent).free) < needed:
             raise ArtifactError(f"{out}: {free / 1e9:.2f} GB free, and this needs {needed / 1e9:.2f} GB")
-        with partial.open("wb") as stream:
-            container.write(stream, raw, keys.UNSIGNED, sources)
-            stream.flush()
-            os.fsync(stream.fileno())
-        container.open_bundle(partial).check()
-        partial.rename(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        told = "disk full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        raise ArtifactError(f"{out}: cannot be written ({told})") from error
-    except ArtifactError:
-        partial.unlink(missing_ok=True)
-        raise
+        stream = partial.open("wb")
+        try:
+            with stream:
+                container.write(stream, raw, keys.UNSIGNED, sources)
+                stream.flush()
+                os.fsync(stream.fileno())
+            container.open_bundle(partial).check()
+            partial.rename(out)
+        except (OSError, ArtifactError):
+            partial.unlink()
+            raise
 
 
 def _artifact_sources(folder: Path, manifest: Manifest, under: str) -> list[Source]:

@@ -17,6 +17,7 @@ from ldrt_edge.chat.turns import Turn, Turns
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
 from ldrt_edge.image import Picture
+from ldrt_edge.release import Verdict, read_verdict
 from ldrt_edge.runtimes.base import Runtime, Sampling
 
 _MOST_CONVERSATIONS = 100
@@ -27,13 +28,15 @@ class Model:
     """What the page and the API say of the model.
 
     type: of its weights ("Q4_K_M"), if its manifest says. fidelity: how far its export's tokens are from the model it
-    was made of, as `convert` measured it: mean_kld, top1_agreement and on how many tokens. unreleased: why it is not.
+    was made of, as `convert` measured it: mean_kld, top1_agreement and on how many tokens. verdict: on its loss, of one
+    that was quantised to a budget. unreleased: why it is not.
     """
 
     name: str
     identity: artifact.Input
     type: str | None
     fidelity: dict[str, float] | None
+    verdict: Verdict | None
     unreleased: str | None
 
     @classmethod
@@ -42,8 +45,10 @@ class Model:
         manifest = artifact.read(folder)
         measured = manifest.metrics.get("fidelity") or {}
         fidelity = {name: measured[name] for name in ("mean_kld", "top1_agreement", "tokens") if name in measured}
-        named, made = folder.resolve().name, artifact.identity(folder)
-        return cls(named, made, manifest.config.get("type"), fidelity or None, unreleased(folder))
+        return cls(
+            folder.resolve().name, artifact.identity(folder), manifest.config.get("type"), fidelity or None,
+            read_verdict(manifest.metrics), unreleased(folder),
+        )  # fmt: skip
 
 
 @dataclass

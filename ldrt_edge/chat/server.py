@@ -8,6 +8,7 @@ elsewhere reaches it through the browser. Nothing in a request becomes a path: t
 from __future__ import annotations
 
 import hmac
+import json
 import secrets
 import socket
 import threading
@@ -59,6 +60,7 @@ def serve(
     threads: int | None = None,
     audit: Path | None = None,
     browser: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Serve a model artefact on 127.0.0.1 until Ctrl-C; prints one line with the address and the token.
 
@@ -69,6 +71,7 @@ def serve(
         threads: of the model.
         audit: write an audit log there.
         browser: open the page.
+        as_json: print page, base_url and api_key as one JSON object instead.
 
     Raises:
         LdrtError: the model does not load, the port is taken, or the audit log cannot be written.
@@ -88,7 +91,8 @@ def serve(
             lifespan="off", timeout_graceful_shutdown=1,
         )
         address = f"http://{HOST}:{port}/#token={token}"
-        print(address, flush=True)
+        told = {"page": address, "base_url": f"http://{HOST}:{port}/v1", "api_key": token}
+        print(json.dumps(told) if as_json else address, flush=True)
         if browser:
             threading.Timer(0.3, webbrowser.open, (address,)).start()
         with suppress(KeyboardInterrupt):  # the way to end it

@@ -28,6 +28,7 @@ from ldrt_edge.console import say, stderr
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
 from ldrt_edge.image import Picture, Window, read_image
+from ldrt_edge.release import read_verdict
 from ldrt_edge.runtimes.base import Sampling, Timings, load
 
 if TYPE_CHECKING:
@@ -285,8 +286,11 @@ def _completer() -> Completer:
 
 @contextmanager
 def _opened(folder: Path, sampling: Sampling | None, threads: int | None) -> Iterator[Session]:
+    verdict = read_verdict(artifact.read(folder).metrics)
     with _busy("loading the model"):
         runtime = load(folder, threads=threads)
+    if verdict is not None and verdict.released:
+        say(f"{folder.name} is {verdict.told}")
     try:
         yield Session(runtime, Front.load(folder), sampling, artifact.identity(folder), unreleased(folder))
     finally:

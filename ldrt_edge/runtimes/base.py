@@ -6,6 +6,7 @@ from `ldrt_edge.front`), and gives embeddings, logits, tokens and timings.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,18 @@ class Runtime(Protocol):
         """Tokens one by one, until a stop id (not yielded), `max_tokens` or the end of the context."""
         ...
 
+    def score_all(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """`score` of several prompts; where the runtime can, those about one picture side by side."""
+        ...
+
+    def generate_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Token]]:
+        """`generate` of several prompts; where the runtime can, those about one picture side by side."""
+        ...
+
+    def forget(self) -> None:
+        """Hold neither pictures nor a prefix any longer, as after loading."""
+        ...
+
     def interrupt(self) -> None:
         """Called from another thread: let a prefill that runs raise KeyboardInterrupt, where the runtime can."""
         ...
@@ -149,8 +162,10 @@ class Runtime(Protocol):
         ...
 
 
-def load(folder: Path, name: str | None = None, threads: int | None = None) -> Runtime:
+def load(folder: Path, name: str | None = None, threads: int | None = None, branches: int = 0) -> Runtime:
     """Load the runtime that fits the artefact's kind: merged and base → hf, gguf → llamacpp, mlx → mlx.
+
+    branches: questions that shall run side by side, where the runtime can (llamacpp).
 
     Raises:
         ArtifactError: `folder` is no model artefact.
@@ -160,8 +175,9 @@ def load(folder: Path, name: str | None = None, threads: int | None = None) -> R
     from ldrt_edge import artifact
 
     kind = artifact.verify(folder, "base", "merged", "gguf", "mlx", quick=True).kind
-    loader = {"base": _load_hf, "merged": _load_hf, "gguf": _load_llamacpp, "mlx": _load_mlx}[kind]
-    return loader(folder, threads)
+    if kind == "gguf":
+        return _load_llamacpp(folder, threads, branches)
+    return _load_mlx(folder, threads) if kind == "mlx" else _load_hf(folder, threads)
 
 
 def pack(features: FloatArray, layout: NDArray[np.int32], newline: FloatArray | None) -> FloatArray:
@@ -270,6 +286,18 @@ def keys_of(prompt: Prompt, extra: Sequence[int] = ()) -> list[int | tuple[str, 
     return [*keys, *extra]
 
 
+def common_prefix(prompts: Sequence[Prompt]) -> int:
+    """How many leading tokens all prompts share; 0 where a picture stands behind them, or one would have none left."""
+    keys = [keys_of(prompt) for prompt in prompts]
+    count = 0
+    for column in zip(*keys, strict=False):
+        if any(key != column[0] for key in column):
+            break
+        count += 1
+    count = min(count, min(map(len, keys)) - 1)
+    return 0 if any(isinstance(key, tuple) for key in itertools.chain(*(k[count:] for k in keys))) else count
+
+
 def remaining(prompt: Prompt, extra: Sequence[int], start: int) -> list[tuple[int, ...] | FrontImage]:
     """The segments of `prompt` followed by `extra` text tokens, without the first `start` tokens."""
     parts: list[tuple[int, ...] | FrontImage] = []
@@ -303,10 +331,10 @@ def _load_hf(folder: Path, threads: int | None) -> Runtime:
     return HfRuntime(folder, threads=threads)
 
 
-def _load_llamacpp(folder: Path, threads: int | None) -> Runtime:
+def _load_llamacpp(folder: Path, threads: int | None, branches: int) -> Runtime:
     from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
 
-    return LlamaCppRuntime(folder, threads=threads)
+    return LlamaCppRuntime(folder, threads=threads, branches=branches)
 
 
 def _load_mlx(folder: Path, threads: int | None) -> Runtime:

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -77,11 +78,29 @@ class CachedRuntime(ABC):
         prefill = partial(self._first_logits, prompt)
         yield from generate_tokens(prefill, self._step, prompt, sampling, room, self.timings)
 
+    def score_all(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """`score` of several prompts, one after the other."""
+        return [self.score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def generate_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Token]]:
+        """`generate` of several prompts, one after the other."""
+        return [list(self.generate(prompt, sampling)) for prompt in prompts]
+
+    def forget(self) -> None:
+        """Hold neither pictures nor a prefix any longer, as after loading."""
+        self._embeddings.clear()
+        self._prefix.keys = []
+
     def interrupt(self) -> None:  # noqa: B027 - a runtime without a way to stop half-way stops after its prefill
         """Called from another thread: let a prefill that runs raise KeyboardInterrupt, where the runtime can."""
 
     def _first_logits(self, prompt: Prompt) -> FloatArray:
         return np.asarray(self._prefill(prompt, (), last=1)[0])
+
+    def _hold(self, prompt: Prompt, length: int) -> None:
+        """Let the cache hold the first `length` tokens of a prompt, all its pictures among them."""
+        if self._prefix.shared(prompt) < length:
+            self._prefill(replace(prompt, ids=prompt.ids[:length]), (), last=1)
 
     def _prefill(self, prompt: Prompt, extra: Sequence[int], last: int) -> FloatArray:
         """Run what the context does not hold already; logits of the `last` positions."""

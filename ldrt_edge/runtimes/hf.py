@@ -113,7 +113,7 @@ class HfRuntime(CachedRuntime):
 
 
 def load_model(folder: Path, dtype: str) -> Any:
-    """The transformers model of a LLaVA or LLaVA-NeXT folder, from safetensors only.
+    """The transformers model of a LLaVA or LLaVA-NeXT folder, from safetensors only; dtype "auto" is the files' own.
 
     Raises:
         RuntimeLoadError: transformers refuses the folder.
@@ -123,7 +123,7 @@ def load_model(folder: Path, dtype: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         return transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            folder, dtype=getattr(torch, dtype, dtype), use_safetensors=True, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise RuntimeLoadError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error

@@ -21,7 +21,8 @@ import numpy as np
 
 from ldrt_edge.errors import RuntimeLoadError
 from ldrt_edge.front_config import read_json
-from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
+from ldrt_edge.runtimes.base import FloatArray, FrontImage, Prompt, Sampling, Token, common_prefix, pack
+from ldrt_edge.runtimes.branches import Branches
 from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part
 from ldrt_edge.runtimes.llamacpp_bindings import Watch, library
 from ldrt_edge.runtimes.llamacpp_models import Inputs, LanguageModel, VisionModel
@@ -37,6 +38,7 @@ class LlamaCppRuntime(CachedRuntime):
         context_length: tokens; None takes the model's, at most 4096 (the cache's memory grows with it).
         exact: float32 cache and plain attention, to compare arithmetic with the reference.
         watch: sees the input of every product with a weight matrix.
+        branches: how many questions about one picture may run side by side, in the context's room.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -52,6 +54,7 @@ class LlamaCppRuntime(CachedRuntime):
         context_length: int | None = None,
         exact: bool = False,
         watch: Watch | None = None,
+        branches: int = 0,
     ) -> None:
         super().__init__()
         self.threads = threads or free_cores()
@@ -59,7 +62,7 @@ class LlamaCppRuntime(CachedRuntime):
         model, mmproj = gguf_pair(folder)
         loaded = library()
         self._text = LanguageModel(
-            loaded, model, self.threads, context_length or _default_context(folder), exact, watch
+            loaded, model, self.threads, context_length or _default_context(folder), exact, watch, branches
         )
         try:
             self._vision = VisionModel(loaded, mmproj, self._text, self.threads, exact, watch)
@@ -78,6 +81,35 @@ class LlamaCppRuntime(CachedRuntime):
     def interrupt(self) -> None:
         """Called from another thread: let a prefill that runs raise KeyboardInterrupt."""
         self._text.aborting.set()
+
+    def score_all(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """`score` of several prompts, side by side where they share their pictures."""
+        held = self._held_in_common(prompts, answers)
+        if held is None:
+            return super().score_all(prompts, answers)
+        with _interrupts_held(self._text):
+            return Branches(self._text, held).score([prompt.ids[held:] for prompt in prompts], answers)
+
+    def generate_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Token]]:
+        """`generate` of several prompts, side by side where they share their pictures; the same greedy answers."""
+        held = self._held_in_common(prompts, [(0,) * sampling.max_tokens] * len(prompts))
+        if held is None:
+            return super().generate_all(prompts, sampling)
+        with _interrupts_held(self._text):
+            given = Branches(self._text, held).generate(prompts, sampling)
+        pairs = zip(prompts, given, strict=True)
+        return [list(self.generate(prompt, sampling)) if found is None else found for prompt, found in pairs]
+
+    def _held_in_common(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> int | None:
+        """Fill the cache with what all prompts begin with; its length, or None where side by side is not possible."""
+        if self._text.branches < 2 or len(prompts) < 2:
+            return None
+        held = common_prefix(prompts)
+        longest = max(len(p.ids) + len(a) for p, a in zip(prompts, answers, strict=True))
+        if not held or held + 2 * (longest - held) > self.context_length:
+            return None
+        self._hold(prompts[0], held)
+        return held
 
     def close(self) -> None:
         """Free the model."""

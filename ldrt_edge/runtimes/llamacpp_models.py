@@ -18,7 +18,7 @@ from ldrt_edge.runtimes.gguf_file import check_gguf
 from ldrt_edge.runtimes.llamacpp_bindings import Library, MatrixInputs, VisionGraph, Watch
 from ldrt_edge.runtimes.processor import has_amx
 
-_BATCH = 512
+BATCH = 512
 _DISABLED = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
 _F32 = 0  # GGML_TYPE_F32
 _ABORTED = 2
@@ -31,9 +31,11 @@ class LanguageModel:
     """A llama.cpp model with one context: token ids or embeddings in, logits out."""
 
     def __init__(
-        self, loaded: Library, path: Path, threads: int, context_length: int, exact: bool, watch: Watch | None = None
+        self, loaded: Library, path: Path, threads: int, context_length: int, exact: bool, watch: Watch | None = None,
+        branches: int = 0,
     ) -> None:
         self._loaded, self._llama = loaded, loaded.llama
+        self.branches = branches
         self._inputs = None if watch is None else MatrixInputs(loaded, watch)
         check_gguf(path)
         wanted = self._llama.llama_model_default_params()
@@ -53,19 +55,23 @@ class LanguageModel:
         self.aborting = threading.Event()
         self._abort = self._llama.ggml_abort_callback(lambda _: self.aborting.is_set())
         self._length = 0
-        self._tokens, self._positions = np.zeros(_BATCH, np.int32), np.zeros(_BATCH, np.int32)
-        self._outputs = np.zeros(_BATCH, np.int8)
+        self._tokens, self._positions = np.zeros(BATCH, np.int32), np.zeros(BATCH, np.int32)
+        self._outputs, self._sequences = np.zeros(BATCH, np.int8), np.zeros(BATCH, np.int32)
         self._token_pointer = _pointer(self._tokens, self._llama.llama_token)
-        self._batch = self._llama.llama_batch()  # no sequence ids: all of sequence 0
+        self._sequence_counts = np.ones(BATCH, np.int32)
+        self._sequence_pointers = self._sequences.ctypes.data + 4 * np.arange(BATCH, dtype=np.uint64)
+        self._batch = self._llama.llama_batch()
         self._batch.pos = _pointer(self._positions, self._llama.llama_pos)
         self._batch.logits = _pointer(self._outputs, ctypes.c_int8)
 
     def _open_context(self, threads: int, exact: bool) -> Any:
         wanted = self._llama.llama_context_default_params()
         wanted.n_ctx = self.context_length
-        wanted.n_batch = wanted.n_ubatch = _BATCH
+        wanted.n_batch = wanted.n_ubatch = BATCH
         wanted.n_threads = wanted.n_threads_batch = threads
         wanted.no_perf = True
+        if self.branches:
+            wanted.n_seq_max, wanted.kv_unified = self.branches + 1, True  # unified: branches share the prefix's cells
         if self._inputs is not None:
             wanted.cb_eval = self._inputs.callback
         if exact:
@@ -86,16 +92,40 @@ class LanguageModel:
             KeyboardInterrupt: `aborting` was set while it ran; `keep` is due next.
             RuntimeLoadError: llama.cpp failed; `keep` is due next.
         """
-        parts = [inputs[i : i + _BATCH] for i in range(0, len(inputs), _BATCH)]
+        parts = [inputs[i : i + BATCH] for i in range(0, len(inputs), BATCH)]
         logits = [self._run_batch(np.ascontiguousarray(part), first_wanted) for part in parts]
         return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
     def _run_batch(self, inputs: Inputs, first_wanted: int) -> FloatArray:
         count, start = len(inputs), self._length
         self._length += count  # at most so much is in the cache, should this fail half-way
-        self._positions[:count] = np.arange(start, start + count)
-        self._outputs[:count] = self._positions[:count] >= first_wanted
+        positions = np.arange(start, start + count)
+        return self.decode(inputs, positions, positions >= first_wanted)
+
+    def branch(self, sequence: int, length: int) -> None:
+        """Let a further sequence begin with the first `length` positions of the main one, 0, and nothing else."""
+        memory = self._llama.llama_get_memory(self.context)
+        self._llama.llama_memory_seq_rm(memory, sequence, -1, -1)
+        if length:
+            self._llama.llama_memory_seq_cp(memory, 0, sequence, 0, length)
+
+    def decode(
+        self, inputs: Inputs, positions: Inputs, wanted: Inputs, sequences: Inputs | None = None
+    ) -> FloatArray:
+        """Run up to 512 `inputs` at their positions of their sequences (None: the main one); the `wanted` ones' logits.
+
+        Raises:
+            KeyboardInterrupt: `aborting` was set while it ran.
+            RuntimeLoadError: llama.cpp failed.
+        """
+        count = len(inputs)
+        self._positions[:count], self._outputs[:count] = positions, wanted
         self._batch.n_tokens = count
+        self._batch.n_seq_id = self._batch.seq_id = None  # all of sequence 0
+        if sequences is not None:
+            self._sequences[:count] = sequences
+            self._batch.n_seq_id = _pointer(self._sequence_counts, ctypes.c_int32)
+            self._batch.seq_id = _pointer(self._sequence_pointers, ctypes.POINTER(ctypes.c_int32))
         if inputs.ndim == 1:
             self._tokens[:count] = inputs
             self._batch.token, self._batch.embd = self._token_pointer, None
@@ -106,7 +136,7 @@ class LanguageModel:
             raise KeyboardInterrupt
         if code:
             raise RuntimeLoadError(f"llama.cpp could not run the model (code {code}): {self._loaded.log.last_error()}")
-        outputs = min(count, max(start + count - first_wanted, 0))
+        outputs = int(np.count_nonzero(wanted))
         if not outputs:
             return np.empty((0, self.vocab_size), np.float32)
         pointer = self._llama.llama_get_logits(self.context)

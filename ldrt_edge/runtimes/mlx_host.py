@@ -13,6 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ldrt_edge.runtimes.base import FloatArray
+
 _FEW_ROWS = 16
 """Up to here unpacking the weights costs more than MLX's own product."""
 
@@ -23,6 +25,12 @@ def use_numpy(network: nn.Module) -> None:
         replacement = _REPLACEMENTS.get(type(module))
         if replacement is not None:
             module.__class__ = replacement
+
+
+def unpack(layer: nn.Module) -> FloatArray:
+    """A layer's weight in float32, unpacked if it is quantised."""
+    weight = _unpacked(layer) if "scales" in layer else layer.weight
+    return np.array(weight.astype(mx.float32))
 
 
 class _Linear(nn.Linear):

@@ -25,15 +25,18 @@ from ldrt_edge.console import track
 from ldrt_edge.dataset import DatasetWriter, Row, Split, Turn, assign_splits
 from ldrt_edge.errors import ConfigError, all_problems
 from ldrt_edge.train.data.balance import deal
-from ldrt_edge.train.data.phantom_charts import draw_dvh, draw_table, dvh_specs, table_specs
+from ldrt_edge.train.data.phantom_charts import COLOURS, draw_dvh, draw_table, dvh_specs, table_specs
 from ldrt_edge.train.data.phantom_dose import dose_map_specs, draw_dose_map
 from ldrt_edge.train.data.phantom_plate import Fact, Plate, PlateKind
+from ldrt_edge.train.data.phantom_sites import SITES
 from ldrt_edge.train.data.phantom_text import LANGUAGES, QUESTIONS, TERMS, Language
 from ldrt_edge.train.data.summary import summary
 
 SOURCE = "phantom (synthetic)"
 LICENCE = "CC0-1.0"
 _SHARES: dict[PlateKind, float] = {"dose map": 0.6, "DVH": 0.2, "table": 0.2}
+THINGS = (*SITES, "colour wash", "colour bar", *(f"{colour} curve" for colour in COLOURS))
+"""What a picture may show and another may not; rows say which theirs does."""
 Drawing = Callable[[random.Random], Plate]
 """A spec that waits for its random details."""
 S = TypeVar("S")
@@ -74,6 +77,7 @@ def phantom(
                         turns=(Turn("user", asked), Turn("assistant", answer)), language=language, task=fact.task,
                         answer_type="closed" if fact.answer in ("yes", "no") else "open", source=SOURCE,
                         licence=LICENCE, group=f"phantom-{seed}-{number:06d}", kind=kind, split=split,
+                        present=plate.present, absent=tuple(t for t in THINGS if t not in plate.present),
                     )
                     writer.add(row)
                     rows.append(row)

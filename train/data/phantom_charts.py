@@ -95,7 +95,7 @@ def draw_dvh(spec: DvhSpec, rng: random.Random) -> Plate:
         volume = 1 / (1 + np.exp((doses - median) / rng.uniform(0.12, 0.24)))
         points = [(left + step * d, bottom - (bottom - top) * v) for d, v in zip(doses, volume, strict=True)]
         draw.line(points, fill=COLOURS[name], width=9, joint="curve")
-    return Plate(image, _dvh_facts(spec, rng))
+    return Plate(image, _dvh_facts(spec, rng), tuple(f"{name} curve" for name in spec.order))
 
 
 def _dvh_facts(spec: DvhSpec, rng: random.Random) -> tuple[Fact, ...]:

@@ -90,7 +90,8 @@ def draw_dose_map(spec: DoseMapSpec, rng: random.Random) -> Plate:
         _scale(image, draw, spec.scale_gy)
     if spec.printed:
         draw.text((14, _FIELD + 2), f"Rx {spec.prescription_gy} Gy", fill="white", font=font(58))
-    return Plate(image, _facts(spec))
+    present = (spec.site, *("colour wash",) * spec.wash, *("colour bar",) * spec.bar)
+    return Plate(image, _facts(spec), present)
 
 
 def _facts(spec: DoseMapSpec) -> tuple[Fact, ...]:

@@ -36,10 +36,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Plate:
-    """One drawn picture (RGB, CANVAS × CANVAS) and what can be asked about it."""
+    """One drawn picture (RGB, CANVAS × CANVAS), what can be asked about it, and which `THINGS` it shows."""
 
     image: Image.Image
     facts: tuple[Fact, ...]
+    present: tuple[str, ...] = ()
 
 
 def yes(truth: bool) -> str:

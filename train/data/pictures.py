@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldrt_edge.errors import DataError
-from ldrt_edge.image import read_image
+from ldrt_edge.image import Picture, read_image
 
 _KEPT_AS_IS = {"PNG": ".png", "JPEG": ".jpg"}
 _JPEG_SEGMENTS = {"APP0", "APP14"}  # JFIF's density, Adobe's colour transform
@@ -32,15 +32,20 @@ def picture_bytes(path: Path) -> tuple[bytes, str]:
         DataError: the file is missing or no readable picture.
     """
     picture = read_image(path)
+    return stored_as(path.read_bytes(), picture)
+
+
+def stored_as(data: bytes, picture: Picture) -> tuple[bytes, str]:
+    """A read picture as a dataset stores it; `data` are its file's bytes. See `picture_bytes`."""
     suffix = _KEPT_AS_IS.get(picture.origin.format)
-    if suffix and _says_nothing_else(path):
-        return path.read_bytes(), suffix
+    if suffix and _says_nothing_else(data):
+        return data, suffix
     return png_bytes(picture.rgb), ".png"
 
 
-def _says_nothing_else(path: Path) -> bool:
-    """Whether the file holds plain RGB or grey pixels and no metadata beyond what decoding needs."""
-    with Image.open(path) as image:
+def _says_nothing_else(data: bytes) -> bool:
+    """Whether a file holds plain RGB or grey pixels and no metadata beyond what decoding needs."""
+    with Image.open(io.BytesIO(data)) as image:
         image.load()  # PNG text may follow the pixels
         segments = {name for name, _ in getattr(image, "applist", ())}
         return image.mode in ("RGB", "L") and set(image.info) <= _HARMLESS and segments <= _JPEG_SEGMENTS
@@ -59,15 +64,18 @@ def find_picture(root: Path, name: str, folders: Sequence[str]) -> Path:
     """The file that `name` means in `root`, or in one of the `folders` under it.
 
     Raises:
-        DataError: not there, or outside `root`.
+        DataError: not there, outside `root`, or no name that a file can have.
     """
     inside = root.resolve()
-    for folder in ("", *folders):
-        path = root / folder / name
-        if not path.resolve().is_relative_to(inside):
-            raise DataError(f"image {name}: outside {root}")
-        if path.is_file():
-            return path
+    try:
+        for folder in ("", *folders):
+            path = root / folder / name
+            if not path.resolve().is_relative_to(inside):
+                raise DataError(f"image {name}: outside {root}")
+            if path.is_file():
+                return path
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise DataError(f"image {name[:80]!r}: not the name of a file ({getattr(error, 'strerror', error)})") from error
     raise DataError(f"image {name}: no such file")
 
 

@@ -105,12 +105,13 @@ def import_volumes(
                     image, digest = writer.add_image(png_bytes(piece.pixels), ".png")
                     group = f"{volume.subject or index}/{piece.plane}/{int(piece.position_mm // _SLAB_MM)}"
                     source = "; ".join([volume.source, *_changes(piece)])
+                    present, absent = _seen(piece, volume)
                     for asked, question in enumerate(_questions(piece, volume, lesions, Asker(balance, rng), rng)):
                         rows.append(Row(
                             id=f"volume-{index}-{number:05d}-{asked}", image=image, image_sha256=digest,
                             turns=(Turn("user", question.text), Turn("assistant", question.answer)), language="en",
                             task=question.task, answer_type=question.answer_type, source=source,
-                            licence=volume.licence, group=group, kind=volume.group,
+                            licence=volume.licence, group=group, kind=volume.group, present=present, absent=absent,
                         ))
                     shown.advance()
             splits = assign_splits([row.group for row in rows], test_fraction, seed, [_plane_of(row) for row in rows])
@@ -201,14 +202,13 @@ def _questions(
 
 
 def _ask_regions(piece: Slice, volume: Volume, ask: Asker, rng: random.Random) -> None:
-    shares = {name: float(mask.mean()) for name, mask in piece.regions.items()}
-    visible = [name for name, share in shares.items() if share >= _SHOWN]
-    absent = [name for name in set(_regions(volume).values()) if shares.get(name, 0.0) == 0.0]
+    visible, absent = _seen(piece, volume)
     for _ in range(0 if not visible else 1 if piece.lesions else 2):
-        ask.presence(sorted(visible), sorted(absent))
+        ask.presence(sorted(visible), absent)
     if piece.lesions:
         return
     size = piece.pixels.shape[0]
+    shares = {name: float(piece.regions[name].mean()) for name in visible}
     middles = {name: piece.regions[name].nonzero() for name in visible}
     sides = [(name, "left" if columns.mean() < size / 2 else "right") for name, (_, columns) in middles.items()
              if abs(columns.mean() / size - 0.5) > _CLEAR and columns.std() < 0.2 * size]
@@ -218,6 +218,13 @@ def _ask_regions(piece: Slice, volume: Volume, ask: Asker, rng: random.Random) -
         if candidates:
             ask.about(task, candidates)
     ask.larger([(a, b) for a in visible for b in visible if shares[a] >= 1.6 * shares[b]])
+
+
+def _seen(piece: Slice, volume: Volume) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Regions that can be seen, and regions that the slice does not touch; what is barely touched is neither."""
+    shares = {name: float(mask.mean()) for name, mask in piece.regions.items()}
+    visible = tuple(name for name, share in shares.items() if share >= _SHOWN)
+    return visible, tuple(sorted(name for name in set(_regions(volume).values()) if not shares.get(name)))
 
 
 def _ask_lesions(piece: Slice, volume: Volume, ask: Asker, rng: random.Random) -> None:

@@ -177,7 +177,7 @@ function facts(turn) {
     t("seed", sampling.seed, number(sampling.temperature, 2)),
     t("timing", number(timings.ttft_ms / 1000, 2), number(timings.decode_tokens / (timings.decode_ms / 1000 || 1))),
   ];
-  if (model.fidelity) told.splice(1, 0, fidelity());
+  told.splice(1, 0, ...evidence());
   if (model.unreleased) told.unshift(t("unreleased", model.unreleased));
   if (turn.finish !== "end") told.unshift(t(turn.finish === "stopped" ? "finishStopped" : "finishLength"));
   const made = element("p", told.join(" · "), element("br"), t("notice"));
@@ -186,9 +186,18 @@ function facts(turn) {
   return made;
 }
 
-function fidelity() {
-  const { top1_agreement, mean_kld, tokens } = model.fidelity;
-  return t("fidelity", `${number(top1_agreement * 100)} %`, mean_kld.toPrecision(2), tokens);
+/** What the export lost, as far as it was measured. */
+function evidence() {
+  const told = [];
+  if (model.fidelity) {
+    const { top1_agreement, mean_kld, tokens } = model.fidelity;
+    told.push(t("fidelity", `${number(top1_agreement * 100)} %`, mean_kld.toPrecision(2), tokens));
+  }
+  if (model.verdict?.released) {
+    const { loss, loss_high, max_loss, questions } = model.verdict;
+    told.push(t("released", number(loss, 1), number(loss_high, 1), number(max_loss, 1), questions));
+  }
+  return told;
 }
 
 function buttons(turn, i, count) {
@@ -236,7 +245,7 @@ function showModel() {
   if (!model) return;
   document.title = `${model.name} · ldrt-edge`;
   $("model-name").textContent = model.name;
-  $("model-facts").textContent = [model.type, model.runtime, model.fidelity && fidelity()].filter(Boolean).join(" · ");
+  $("model-facts").textContent = [model.type, model.runtime, ...evidence()].filter(Boolean).join(" · ");
   $("unreleased").textContent = model.unreleased ? t("unreleased", model.unreleased) : "";
 }
 

@@ -113,6 +113,13 @@ const STRINGS = {
     "{0} des tokens comme avant l’export (KLD {1}, {2} tokens)",
     "{0} 的 token 与导出前一致（KLD {1}，{2} 个 token）",
   ],
+  released: [
+    "released: lost {0} points on {3} questions, at most {1} (budget {2})",
+    "freigegeben: {0} Punkte verloren bei {3} Fragen, höchstens {1} (Budget {2})",
+    "aprobado: perdió {0} puntos en {3} preguntas, como máximo {1} (límite {2})",
+    "validé : {0} points perdus sur {3} questions, au plus {1} (limite {2})",
+    "已放行：{3} 个问题损失 {0} 个百分点，至多 {1}（上限 {2}）",
+  ],
   window: ["window {0} / {1}", "Fenster {0} / {1}", "ventana {0} / {1}", "fenêtre {0} / {1}", "窗位 {0} / 窗宽 {1}"],
   fullRange: ["full range", "voller Bereich", "rango completo", "plage entière", "全范围"],
   seed: ["seed {0}, temperature {1}", "Seed {0}, Temperatur {1}", "semilla {0}, temperatura {1}", "graine {0}, température {1}", "种子 {0}，温度 {1}"],

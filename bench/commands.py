@@ -1,0 +1,137 @@
+"""The commands that measure: `bench EDGE`, and beside it `bench judge`; `compare` puts reports side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ldrt_edge.bundle.commands import trust_once_option
+from ldrt_edge.options import PATH, beside, json_option, show_artifact
+
+_MEASURE = "measure"
+
+
+class _Bench(click.Group):
+    """`bench EDGE …` is `bench measure EDGE …`: the first word names a model unless it names a command."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named or not args else [_MEASURE, *args])
+
+
+@click.group(cls=_Bench, invoke_without_command=False)
+def bench() -> None:
+    """Measure a model: `bench EDGE --data D` (its options: `bench measure --help`). Or one of the commands below."""
+
+
+@bench.command(_MEASURE)
+@click.argument("edge", type=PATH)
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
+@click.option("--reference", type=PATH, help="The merged model, for paired loss, flips and fidelity.")
+@click.option("--out", type=PATH, help="Default: EDGE-report beside it.")
+@click.option("--limit", type=click.IntRange(min=1), help="About this many questions, as whole pictures.")
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
+@click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
+@click.option("--margin", default=1.0, show_default=True, help="Points of accuracy: a loss within it counts as none.")
+@click.option("--probes", default=0, show_default=True, type=click.IntRange(min=0), metavar="PICTURES",
+              help="Probe with so many pictures what the model makes up.")
+@click.option("--beside", type=PATH, multiple=True, help="Another model to ask the same (base, exports); repeatable.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@trust_once_option
+@json_option
+def measure(
+    edge: Path, dataset: Path, reference: Path | None, out: Path | None, trust_once: bool, as_json: bool, **options: Any
+) -> None:
+    """Measure a model: accuracy with its blind control, loss against the merged model, speed. Writes report.html."""
+    from ldrt_edge.bench.report import bench as run
+    from ldrt_edge.bundle.open import model_folder
+
+    out = out or beside(edge, "report")
+    show_artifact(run(model_folder(edge, trust_once), dataset, out, reference, **options), as_json)
+
+
+@bench.command()
+@click.argument("report", type=PATH)
+@click.option(
+    "--judge", "judges", multiple=True, metavar="MODEL@URL|FOLDER",
+    help="An OpenAI-compatible endpoint (qwen2-72b@http://host:8000/v1), or a model on this machine; repeatable.",
+)
+@click.option("--out", type=PATH, help="Default: REPORT-judged beside it.")
+@click.option(
+    "--questions", "answer_type", type=click.Choice(["open", "closed", "all"]), default="open", show_default=True
+)
+@click.option("--limit", type=click.IntRange(min=1), help="So many questions, drawn by the seed.")
+@click.option("--max-calls", type=click.IntRange(min=1), help="Requests in all, retries included.")
+@click.option("--parallel", default=4, show_default=True, type=click.IntRange(1, 64), help="Questions at a time.")
+@click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds for a request.")
+@click.option("--retries", default=4, show_default=True, type=click.IntRange(min=0))
+@click.option("--key-env", "key_variable", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
+@click.option("--cache", type=PATH, metavar="FILE", help="Of replies. Default: judge-calls.jsonl beside OUT.")
+@click.option("--threads", type=click.IntRange(min=1), help="Of judges on this machine.")
+@click.option("--seed", default=0, show_default=True, help="Of the choice of questions and the intervals.")
+@json_option
+def judge(report: Path, out: Path | None, judges: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Have a report's answers judged: 0 to 10, and in pairs in both orders. Writes judgement.html.
+
+    Question, key and answers go to the endpoints that you name; no picture does, and no model's name.
+    """
+    from ldrt_edge.errors import require
+
+    for package in ("openai", "pydantic"):
+        require(package, "bench")
+    from ldrt_edge.bench.judge import judge as run
+
+    show_artifact(run(report, out or beside(report, "judged"), judges, **options), as_json)
+
+
+@bench.command()
+@click.argument("edge", type=PATH)
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="About so many questions.")
+@click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
+@click.option("--branches", default=16, show_default=True, type=click.IntRange(2, 64), help="Questions side by side.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@click.option("--seed", default=0, show_default=True, help="Of the choice of questions.")
+@trust_once_option
+@json_option
+def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **options: Any) -> None:
+    """Questions a minute: each alone, one after the other, and side by side."""
+    from ldrt_edge.bench.throughput import throughput as run
+    from ldrt_edge.bundle.open import model_folder
+
+    found = run(model_folder(edge, trust_once), dataset, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(found) | {"gain": found.gain}))
+        return
+    click.echo(f"{found.questions} questions about {found.pictures} pictures, {found.threads} threads")
+    for name in ("alone", "one_by_one", "side_by_side"):
+        same = getattr(found, f"{name}_identical", found.questions)
+        click.echo(
+            f"{name.replace('_', ' '):13} {getattr(found, f'{name}_per_min'):7.1f} a minute, {same} answers as alone"
+        )
+    click.echo(f"side by side: {found.gain:.1f} times as many as alone")
+
+
+@click.command()
+@click.argument("reports", type=PATH, nargs=-1, required=True)
+@click.option("--out", type=PATH, help="Also write the table there, with a page, as an artefact.")
+@json_option
+def compare(reports: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Put reports of `bench` side by side, of several models or machines, on the same questions.
+
+    Each is held against the first. Refuses reports about other questions, or with another reference model.
+    """
+    from ldrt_edge.bench import compare as stage
+
+    found = stage.compare(reports)
+    click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else stage.markdown(found), nl=as_json)
+    if out is not None:
+        click.echo(stage.save(reports, found, out), err=as_json)
+
+
+bench.add_command(compare)

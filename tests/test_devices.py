@@ -1,0 +1,125 @@
+"""Several devices train what one trains: processes on this machine's CPU, talking through gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
+from test_train import FAST, colour_dataset
+
+from ldrt_edge.train.watch import METRICS, read_metrics
+
+Tiny = Callable[..., Path]
+SETTINGS = [
+    *FAST, "lora.dropout=0", "rows_per_step=2", "log_steps=1", "instruct.epochs=2", "keep_best=false", "eval_steps=100",
+    "cache_features=false", "standardise_features=false",
+]  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+CLI = ["-m", "ldrt_edge.cli"]
+FSDP_ON_CPU = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_dataset(tmp_path_factory.mktemp("data") / "colours", images=26)  # 20 rows to train on
+
+
+def command(base: Path, data: Path, out: Path, settings: Sequence[str] = ()) -> list[str]:
+    given = ["train", "--base", str(base), "--data", str(data), "--out", str(out)]
+    for setting in (*SETTINGS, *settings):
+        given += ["--set", setting]
+    return given
+
+
+def run(program: Sequence[str], **environment: str) -> str:
+    done = subprocess.run(
+        program, capture_output=True, text=True, timeout=560, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def launch_environment(name: str, processes: int) -> dict[str, str]:
+    """What `accelerate launch` would hand to the processes, from a config that ships with the package."""
+    config = resources.files("ldrt_edge.train") / "launch" / f"{name}.yaml"
+    given = ["--config_file", str(config), "--num_processes", str(processes), "x.py"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
+    return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if os.environ.get(name) != value}
+
+
+def losses(adapter: Path) -> list[float]:
+    return [entry["loss"] for entry in read_metrics(adapter / METRICS) if "loss" in entry]
+
+
+def same_adapter(first: Path, second: Path) -> None:
+    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert one.keys() == two.keys() and len(one) == 32
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_two_processes_train_what_one_trains(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    base = tiny("llava15", "smollm2")
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", ["devices=2"])])
+    told = run([*TORCHRUN, "--nproc-per-node", "2", *CLI, *command(base, data, tmp_path / "two", ["devices=2"])])
+    assert told.splitlines() == [str(tmp_path / "two")]  # one of them speaks
+    assert len(losses(tmp_path / "one")) == 10
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    same_adapter(tmp_path / "one", tmp_path / "two")
+    metrics = [json.loads((tmp_path / name / "manifest.json").read_text())["metrics"] for name in ("one", "two")]
+    assert [entry["devices"] for entry in metrics] == [1, 2]
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_what_one_process_trains_and_goes_on_with_more_processes(
+    tiny: Tiny, data: Path, tmp_path: Path
+) -> None:
+    """Sharded over two processes; ended by SIGTERM after a checkpoint; gone on with, sharded over four."""
+    base = tiny("llava15", "llama")
+    settings = ["devices=4", "rows_per_step=1", "instruct.epochs=8", "save_steps=3"]
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", settings)])
+    sharded = tmp_path / "sharded"
+    program = [*FSDP_ON_CPU, *command(base, data, sharded, settings)]
+    first = subprocess.Popen(
+        [*TORCHRUN, "--nproc-per-node", "2", *program], stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **launch_environment("fsdp2", 2)},
+    )  # fmt: skip
+    checkpoints = tmp_path / ".sharded.partial" / "instruct"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    told = first.communicate(timeout=120)[1]
+    assert "checkpoint written at step" in told and not sharded.exists()
+    (last,) = checkpoints.glob("checkpoint-*")
+    written = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+    assert written < 0.5 * (base / "model.safetensors").stat().st_size  # not the frozen base
+    run([*TORCHRUN, "--nproc-per-node", "4", *program], **launch_environment("fsdp2", 4))
+    assert losses(sharded) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    same_adapter(tmp_path / "one", sharded)
+
+
+def test_a_step_that_cannot_be_shared_out_is_refused(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny("llava15", "smollm2")
+    done = subprocess.run(
+        [*TORCHRUN, "--nproc-per-node", "2", *CLI, *command(base, data, tmp_path / "x", ["devices=3"])],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "ldrt-edge: a step of 3 forwards (accumulate 1 on 3 devices) cannot be shared among 2 devices" in done.stderr
+    assert not (tmp_path / "x").exists()

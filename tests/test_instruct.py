@@ -1,0 +1,336 @@
+"""From pairs to a dataset: captions alone, a scripted endpoint, our own server; budget, grounding, splits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from articles import figure, folder, jats, picture
+
+from ldrt_edge.dataset import Dataset, Row, Turn
+from ldrt_edge.errors import ConfigError, DataError, RuntimeLoadError
+from ldrt_edge.train.data.curate import curate
+from ldrt_edge.train.data.generators import Budget, Endpoint
+from ldrt_edge.train.data.grounding import ungrounded
+from ldrt_edge.train.data.instruct import TASKS, instruct
+from ldrt_edge.train.data.split import check_leakage, split_by_group
+
+CAPTIONS = {
+    "en": "Dose distribution of plan {n} over the left heel with the isodose line of 0.5 Gy",
+    "de": "Dosisverteilung des Plans {n} an der linken Ferse mit der Isodosenlinie von 0,5 Gy",
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten articles, half of them German; the first two share a picture."""
+    root = tmp_path_factory.mktemp("corpus")
+    files: dict[str, bytes] = {}
+    for n in range(10):
+        language = "de" if n % 2 else "en"
+        files[f"{n}/a.xml"] = jats(f"10.1/{n}", figure(1, CAPTIONS[language].format(n=n + 100)), language=language)
+        files[f"{n}/x-g001.png"] = picture(max(n, 1))
+    return curate([folder(root / "in", files)], root / "pairs")
+
+
+class Scripted:
+    """An OpenAI-compatible endpoint on loopback whose answers a test writes; `asked` holds the requests."""
+
+    def __init__(self, answer: Callable[[dict[str, Any], int], tuple[int, Any]]) -> None:
+        self.asked: list[dict[str, Any]] = []
+        scripted = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                scripted.asked.append(body)
+                status, text = answer(body, len(scripted.asked))
+                message = {"message": {"role": "assistant", "content": text}, "index": 0, "finish_reason": "stop"}
+                usage = {"total_tokens": 10, "prompt_tokens": 5, "completion_tokens": 5}
+                reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [message]}
+                self._send(status, reply | {"usage": usage} if status == 200 else {"error": {"message": text}})
+
+            def do_GET(self) -> None:
+                self._send(
+                    200, {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "x"}]}
+                )
+
+            def _send(self, status: int, body: dict[str, Any]) -> None:
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[[Callable[[dict[str, Any], int], tuple[int, Any]]], Scripted]]:
+    made: list[Scripted] = []
+
+    def make(answer: Callable[[dict[str, Any], int], tuple[int, Any]]) -> Scripted:
+        made.append(Scripted(answer))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+def good(body: dict[str, Any], number: int = 0) -> tuple[int, Any]:
+    """What a model that keeps to its source would write."""
+    user = body["messages"][1]["content"]
+    one = {"question": "Which dose does the line show?", "answer": "The isodose line of 0.5 Gy over the left heel."}
+    if '"questions"' in user:
+        asked = [
+            {"question": "Is the left heel shown?", "answer": "yes"},
+            {"question": "Is a lung shown?", "answer": "no"},
+        ]
+        return 200, json.dumps({"questions": asked})
+    if '"exchanges"' in user:
+        return 200, "```json\n" + json.dumps({"exchanges": [one, one | {"question": "Where does it lie?"}]}) + "\n```"
+    return 200, json.dumps(one)
+
+
+def test_captions_alone_make_a_dataset_that_train_can_read(pairs: Path, tmp_path: Path) -> None:
+    data = Dataset(instruct(pairs, tmp_path / "data", test_fraction=0.4))
+    rows = data.rows()
+    assert {row.language for row in rows} == {"en", "de"} and {row.task for row in rows} == {"caption"}
+    assert all(row.answer.startswith(("Dose distribution", "Dosisverteilung")) for row in rows)
+    assert {row.question[:5] for row in rows if row.language == "de"} <= {"Besch", "Was z", "Erklä"}
+    assert {row.licence for row in rows} == {"CC-BY-4.0"}
+    assert all("10.1/" in row.source and "Journal of Tests" in row.source for row in rows)
+    groups = {row.group for row in rows if row.split == "test"}
+    assert groups and not groups & {row.group for row in rows if row.split == "train"}
+    assert {row.language for row in rows if row.split == "test"} == {"en", "de"}
+    assert {row.group for row in rows if row.id.startswith(("doi:10.1/0#", "doi:10.1/1#"))} == {"doi:10.1/0"}
+
+
+def test_an_endpoint_writes_four_tasks_that_keep_to_the_source(pairs: Path, tmp_path: Path, scripted: Any) -> None:
+    server = scripted(good)
+    data = Dataset(instruct(pairs, tmp_path / "data", Endpoint(server.address, None)))
+    rows = data.rows()
+    by_task = {task: [row for row in rows if row.task == task] for task in TASKS}
+    assert [len(by_task[task]) for task in TASKS] == [10, 10, 10, 20]
+    assert all(len(row.turns) == 4 for row in by_task["conversation"])
+    closed = {(row.language, row.answer) for row in by_task["closed"]}
+    assert closed == {("en", "yes"), ("en", "no"), ("de", "ja"), ("de", "nein")}
+    assert {row.answer_type for row in by_task["closed"]} == {"closed"}
+    said = server.asked[0]["messages"]
+    assert "English" in said[0]["content"] and "Dose distribution of plan 100" in said[1]["content"]
+    assert data.manifest.config["prompts_version"] == 1 and data.manifest.config["generator"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("I cannot do that.", "not the wanted JSON"),
+        ('{"question": "What?", "answer": 5}', "not the wanted JSON"),
+        ('{"question": "Which dose?", "answer": "A dose of 7 Gy."}', "not grounded"),
+        ('{"question": "Which side?", "answer": "The right heel."}', "not grounded"),
+        ('{"question": "What?", "answer": "The caption says 0.5 Gy."}', "speaks of a caption or an article"),
+    ],
+)
+def test_what_does_not_hold_is_dropped_with_a_count(
+    pairs: Path, tmp_path: Path, scripted: Any, text: str, reason: str
+) -> None:
+    def answer(body: dict[str, Any], number: int) -> tuple[int, Any]:
+        german = "German" in body["messages"][0]["content"]
+        return good(body) if german else (200, text)
+
+    server = scripted(answer)
+    path = instruct(pairs, tmp_path / "data", Endpoint(server.address, "m"), ["detailed description"])
+    data = Dataset(path)
+    assert {row.language for row in data.rows()} == {"de"}
+    assert data.manifest.metrics[f"dropped: {reason}"] == 5
+    assert len(server.asked) == (5 + 15 if reason == "not the wanted JSON" else 10)
+
+
+def test_another_try_mends_a_bad_answer_and_trouble_of_the_endpoint_is_waited_out(
+    pairs: Path, tmp_path: Path, scripted: Any
+) -> None:
+    def answer(body: dict[str, Any], number: int) -> tuple[int, Any]:
+        if number == 1:
+            return 503, "overloaded"
+        if "response_format" in body:
+            return 400, "response_format is not known here"
+        return good(body) if body["seed"] == 1 else (200, "not JSON")
+
+    server = scripted(answer)
+    path = instruct(pairs, tmp_path / "data", Endpoint(server.address, "m"), ["complex reasoning"], parallel=1)
+    assert len(Dataset(path)) == 10
+    assert sum("response_format" in body for body in server.asked) == 2
+
+
+def test_a_spent_budget_stops_and_a_larger_one_goes_on_without_asking_again(
+    pairs: Path, tmp_path: Path, scripted: Any
+) -> None:
+    server = scripted(good)
+    endpoint = Endpoint(server.address, "m")
+    with pytest.raises(DataError, match="budget of 7 requests is spent"):
+        instruct(pairs, tmp_path / "data", endpoint, budget=Budget(requests=7), parallel=1)
+    assert len(server.asked) == 7 and not (tmp_path / "data").exists()
+    with pytest.raises(DataError, match="budget of 30 tokens is spent"):
+        instruct(pairs, tmp_path / "data", endpoint, budget=Budget(tokens=30), parallel=1)
+    assert len(server.asked) == 10
+    instruct(pairs, tmp_path / "data", endpoint)
+    assert len(server.asked) == 40
+    whole = instruct(pairs, tmp_path / "whole", endpoint)
+    assert (whole / "rows.jsonl").read_bytes() == (tmp_path / "data/rows.jsonl").read_bytes()
+
+
+def test_a_killed_run_goes_on_with_the_answers_that_it_has(pairs: Path, tmp_path: Path, scripted: Any) -> None:
+    process: list[subprocess.Popen[str]] = []
+
+    def answer(body: dict[str, Any], number: int) -> tuple[int, Any]:
+        if number == 6:
+            process[0].kill()
+        return good(body)
+
+    server = scripted(answer)
+    command = [
+        sys.executable, "-m", "ldrt_edge.cli", "data", "instruct", str(pairs), "--out", str(tmp_path / "data"),
+        "--generator", server.address, "--parallel", "1", "--json",
+    ]  # fmt: skip
+    process.append(subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    process[0].communicate()
+    assert process[0].returncode == -9 and len(server.asked) == 6 and not (tmp_path / "data").exists()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["rows"] == 50 and len(server.asked) == 5 + 1 + 35
+
+
+def test_answers_are_kept_in_a_file_for_other_runs(pairs: Path, tmp_path: Path, scripted: Any) -> None:
+    server = scripted(good)
+    for name, fraction in (("one", 0.1), ("two", 0.5)):
+        endpoint = Endpoint(server.address, "m")
+        instruct(pairs, tmp_path / name, endpoint, test_fraction=fraction, cache=tmp_path / "kept")
+    assert len(server.asked) == 40
+    (tmp_path / "bad").write_bytes(b"no database at all, but some text")
+    with pytest.raises(DataError, match="not a file of kept answers"):
+        instruct(pairs, tmp_path / "three", Endpoint(server.address, "m"), cache=tmp_path / "bad")
+
+
+def test_an_endpoint_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldrt_edge.train.data import generators
+
+    monkeypatch.setattr(generators, "_RETRIES", 0)
+    with pytest.raises(RuntimeLoadError, match="did not answer"):
+        Endpoint("http://127.0.0.1:9/v1", None)
+
+
+def test_our_own_server_can_be_the_generator(pairs: Path, tmp_path: Path, tiny: Any, monkeypatch: Any) -> None:
+    """A tiny random model writes no JSON: every answer is refused, and that is said."""
+    from serving import Server, tiny_edge
+
+    from ldrt_edge.train.data import generators
+
+    monkeypatch.setattr(generators, "MAX_TOKENS", 8)
+    edge = tiny_edge(tiny("llava15", "llama"), tmp_path)
+    server = Server(edge)
+    try:
+        monkeypatch.setenv("LDRT_EDGE_API_KEY", server.token)
+        endpoint = Endpoint(f"http://127.0.0.1:{server.port}/v1", None)
+        with pytest.raises(DataError, match="no rows to write; dropped: not the wanted JSON \\(10\\)"):
+            instruct(pairs, tmp_path / "data", endpoint, ["closed"], budget=Budget(requests=30))
+    finally:
+        server.close()
+    local = generators.open_generator(str(edge), None)
+    with pytest.raises(DataError, match="not the wanted JSON"):
+        instruct(pairs, tmp_path / "data", local, ["closed"])
+    local.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "claims"),
+    [
+        ("The left heel received 0.5 Gy.", []),
+        ("50 cGy to the left heel, six times", []),
+        ("0,5 Gy", []),
+        ("The heel received 3.0 Gy in 6 fractions.", []),
+        ("It received 1.5 Gy.", ["1.5 Gy"]),
+        ("0.5 cm", ["5 mm"]),
+        ("The right heel", ["right"]),
+        ("An MRI of the knee", ["knee", "magnetic resonance"]),
+        ("seven beams", ["7"]),
+        ("1,250 patients were treated.", []),
+        ("1,251 patients", ["1251"]),
+        ("Die linke Ferse", []),
+        ("足跟", []),
+    ],
+)
+def test_grounding(answer: str, claims: list[str]) -> None:
+    source = "Six fractions of 0.5 Gy to the left heel, 3 Gy in all, for 1250 patients."
+    assert ungrounded(answer, source) == claims
+
+
+def _row(number: int, **changes: Any) -> Row:
+    turns = (Turn("user", "What?"), Turn("assistant", "That."))
+    row = Row(
+        f"r{number}",
+        "images/x.png",
+        f"sha{number}",
+        turns,
+        "en" if number % 2 else "de",
+        "caption",
+        "open",
+        "s",
+        "CC0-1.0",
+        f"g{number}",
+    )
+    return replace(row, **changes)
+
+
+def test_split_is_stratified_by_language_and_task_and_keeps_groups_whole() -> None:
+    rows = [
+        _row(n, group=f"g{n // 2}", task="closed" if n % 8 < 4 else "caption", language="en" if n % 16 < 8 else "de")
+        for n in range(160)
+    ]
+    divided = split_by_group(rows, 0.25, seed=1)
+    tests = [row for row in divided if row.split == "test"]
+    assert {(row.language, row.task): 10 for row in tests} == {
+        (a, b): 10 for a in ("en", "de") for b in ("closed", "caption")
+    }
+    assert len(tests) == 40 and split_by_group(rows[::-1], 0.25, seed=1)[::-1] == divided
+
+
+def test_a_leak_is_loud_also_in_train(tmp_path: Path, pairs: Path) -> None:
+    check_leakage([_row(1), _row(2, split="test")])
+    with pytest.raises(DataError, match="share 1 groups or pictures: picture sha1"):
+        check_leakage([_row(1), _row(2, split="test", image_sha256="sha1")])
+    with pytest.raises(DataError, match="group g1"):
+        check_leakage([_row(1), _row(2, split="test", group="g1")])
+    one, two = (
+        instruct(pairs, tmp_path / "one", test_fraction=0.5, seed=1),
+        instruct(pairs, tmp_path / "two", test_fraction=0.5, seed=2),
+    )
+    from ldrt_edge.train.lora import _split
+    from ldrt_edge.train.recipe import load_recipe
+
+    recipe = load_recipe("starter", ())
+    assert _split([Dataset(one)], recipe)[0]
+    with pytest.raises(DataError, match="training and test share"):
+        _split([Dataset(one), Dataset(two)], recipe)
+
+
+def test_users_mistakes_are_one_line(pairs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--tasks poems"):
+        instruct(pairs, tmp_path / "data", tasks=["poems"])
+    with pytest.raises(ConfigError, match="--test-fraction 2"):
+        instruct(pairs, tmp_path / "data", test_fraction=2)

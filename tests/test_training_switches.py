@@ -1,0 +1,123 @@
+"""Every switch that makes training faster or leaner leaves its gradients alone: held against transformers' own model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_train import FAST, colour_dataset
+from transformers import AutoProcessor
+
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.front import Front
+from ldrt_edge.train.collate import ROW_IDS, PackedRow
+from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
+from ldrt_edge.train.lora import gather_material, prepare
+from ldrt_edge.train.model import PackedLlava, build
+from ldrt_edge.train.order import RowOrder
+from ldrt_edge.train.recipe import Recipe, load_recipe
+
+Tiny = Callable[..., Path]
+Gradients = dict[str, torch.Tensor]
+OFF = [
+    *FAST, "lora.dropout=0", "questions_per_row=1", "answer_only_logits=false", "fused_lora=false",
+    "cache_features=false", "standardise_features=false", "length_bucket=1", "validation_images=0",
+]  # fmt: skip
+SWITCHES = {
+    "none": [],
+    "shared prefix": ["questions_per_row=8"],
+    "cached features": ["cache_features=true"],
+    "answer-only logits": ["answer_only_logits=true"],
+    "chunked loss": ["answer_only_logits=true", "loss_chunk=3"],
+    "fused LoRA": ["fused_lora=true"],
+    "buckets": ["length_bucket=64"],
+    "checkpointing": ["gradient_checkpointing=true"],
+}
+SWITCHES["all"] = [setting for settings in SWITCHES.values() for setting in settings]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_dataset(tmp_path_factory.mktemp("data") / "colours", images=6)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def model_of(folder: Path, recipe: Recipe) -> PackedLlava:
+    torch.manual_seed(0)
+    model = build(folder, Front.from_hf(folder), recipe, "cpu", bf16=False)
+    for name, parameter in model.named_parameters():  # LoRA's B starts at zero, and would hide its own gradient
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.trainable(lora=True)
+    return model.train()
+
+
+def of(model: PackedLlava) -> Gradients:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ours(folder: Path, data: Path, settings: list[str]) -> tuple[float, Gradients]:
+    """Summed loss and gradients over the whole dataset, in the batches that the trainer would make."""
+    recipe = load_recipe("starter", [*OFF, *settings])
+    model = model_of(folder, recipe)
+    material = gather_material([Dataset(data)], model.front, recipe)
+    dataset, _ = prepare(model, material, recipe, bf16=False)
+    order, collate, total = list(RowOrder(dataset.lengths(), 0, 2)), collator(model.front, recipe.length_bucket), 0.0
+    for start in range(0, len(order), 2):
+        batch = collate([dataset[i] for i in order[start : start + 2]])
+        batch.pop(ROW_IDS)
+        loss = model(**batch, num_items_in_batch=1)["loss"]
+        loss.backward()
+        total += loss.item()
+    return total, of(model)
+
+
+def plain(folder: Path, data: Path) -> tuple[float, Gradients]:
+    """The same by transformers' processor and forward on pixel values, a question at a time, all logits."""
+    recipe = load_recipe("starter", OFF)
+    model, processor = model_of(folder, recipe), AutoProcessor.from_pretrained(folder)
+    placeholder = "<image>"
+    total = 0.0
+    rows: list[PackedRow] = gather_material([Dataset(data)], model.front, recipe).rows
+    for row in rows:
+        (question,) = row.questions
+        text = processor.tokenizer.decode(question.prompt)
+        assert text.count(placeholder) == 1
+        inputs = processor(images=Image.open(row.image), text=text, return_tensors="pt", add_special_tokens=False)
+        answer = torch.tensor([question.answer])
+        ids = torch.cat([inputs.pop("input_ids"), answer], 1)
+        inputs["attention_mask"] = torch.ones_like(ids)
+        labels = torch.cat([torch.full_like(ids[:, : -answer.shape[1]], -100), answer], 1)
+        loss = model.peft(input_ids=ids, labels=labels, **inputs).loss * answer.shape[1]
+        loss.backward()
+        total += loss.item()
+    return total, of(model)
+
+
+@pytest.mark.parametrize(("family", "text"), [("llava15", "smollm2"), ("llavanext", "mistral")])
+def test_no_switch_changes_the_gradients(tiny: Tiny, data: Path, family: str, text: str) -> None:
+    folder = tiny(family, text)
+    loss, expected = plain(folder, data)
+    for name, settings in SWITCHES.items():
+        found_loss, found = ours(folder, data, settings)
+        assert found_loss == pytest.approx(loss, rel=1e-5), name
+        assert found.keys() == expected.keys() and len(found) == 32, name
+        for parameter, gradient in expected.items():
+            apart = float((found[parameter] - gradient).abs().max() / gradient.abs().max())
+            assert apart <= 1e-5, f"{name}: {parameter} differs by {apart:.2g}"
+
+
+def test_standardised_features_leave_the_function_and_loras_gradients(tiny: Tiny, data: Path) -> None:
+    folder = tiny("llava15", "llama")
+    loss, expected = ours(folder, data, ["cache_features=true"])
+    found_loss, found = ours(folder, data, ["cache_features=true", "standardise_features=true"])
+    assert found_loss == pytest.approx(loss, rel=1e-5)
+    for name in (name for name in expected if "lora" in name):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))

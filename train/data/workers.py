@@ -1,0 +1,97 @@
+"""Work spread over processes, or over a Ray cluster, by which a crash costs one task and not the run.
+
+Tasks are taken lazily and few are in flight, so memory does not grow with their number. Results come as they are
+ready. A task whose process died (a decoder's crash, no memory, the watchdog) comes back as `None`, with all others
+in flight repeated. Nothing distributed is written by hand: processes are `concurrent.futures`', clusters are Ray's.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from ldrt_edge.errors import require
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def run_all(
+    tasks: Iterable[T], function: Callable[[T], R], workers: int, ray_address: str | None = None
+) -> Iterator[tuple[T, R | None]]:
+    """Run `function` on each task; yields (task, result), None where its process died.
+
+    Args:
+        tasks: pickled to the workers.
+        function: at a module's top level.
+        workers: how many processes, or with Ray how many tasks at once.
+        ray_address: of a Ray cluster; "local" starts one here.
+    """
+    if ray_address is not None:
+        return _on_ray(tasks, function, workers, ray_address)
+    return _in_processes(tasks, function, workers)
+
+
+def _in_processes(tasks: Iterable[T], function: Callable[[T], R], workers: int) -> Iterator[tuple[T, R | None]]:
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(tasks)
+    suspects: list[T] = []
+    more = True
+    while more:
+        pool = ProcessPoolExecutor(workers, mp_context=context)
+        running: dict[Future[R], T] = {}
+        try:
+            while True:
+                for task in islice(waiting, 2 * workers - len(running)):
+                    running[pool.submit(function, task)] = task
+                if not running:
+                    more = False
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()  # raises what the function raised, or BrokenProcessPool
+                    yield running.pop(future), result
+        except BrokenProcessPool:
+            suspects = [*running.values()]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        for task in suspects:
+            yield task, _alone(task, function)
+        suspects = []
+
+
+def _alone(task: T, function: Callable[[T], R]) -> R | None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, task).result()
+        except BrokenProcessPool:
+            return None
+
+
+def _on_ray(
+    tasks: Iterable[T], function: Callable[[T], R], workers: int, address: str
+) -> Iterator[tuple[T, R | None]]:
+    ray: Any = require("ray", "ray")
+    options: dict[str, Any] = {"num_cpus": workers} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True, **options)
+    try:
+        remote = ray.remote(max_retries=0)(function)
+        waiting = iter(tasks)
+        running: dict[Any, T] = {}
+        while True:
+            for task in islice(waiting, 2 * workers - len(running)):
+                running[remote.remote(task)] = task
+            if not running:
+                return
+            ready, _ = ray.wait([*running], num_returns=1)
+            for reference in ready:
+                task = running.pop(reference)
+                try:
+                    yield task, ray.get(reference)
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+                    yield task, None
+    finally:
+        ray.shutdown()

@@ -1,0 +1,197 @@
+"""transformers' Trainer for packed rows: two learning rates, checkpoints of what is trained, a guard on the loss.
+
+Data order, random numbers, optimizer and schedule come back with a checkpoint, so a run that was killed ends in the
+same weights, bit by bit on a CPU. How devices work together (DDP, FSDP2, DeepSpeed) is Accelerate's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate.utils import save_fsdp_optimizer
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from ldrt_edge.errors import DataError, all_problems
+from ldrt_edge.train import devices
+from ldrt_edge.train.collate import IGNORED, ROW_IDS
+from ldrt_edge.train.features import PackedDataset
+from ldrt_edge.train.model import PackedLlava
+from ldrt_edge.train.order import RowOrder
+from ldrt_edge.train.recipe import Recipe
+
+TRAINED = "trainable.safetensors"
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "adafactor": "adafactor",
+}
+
+
+def arguments(stage: str, folder: Path, recipe: Recipe, bf16: bool, evaluate: bool) -> TrainingArguments:
+    """What a stage of a recipe is in transformers' words."""
+    device = devices.state().device
+    cuda = device.type == "cuda"
+    settings = getattr(recipe, stage)
+    return TrainingArguments(
+        output_dir=str(folder / stage),
+        run_name=f"{folder.name}-{stage}",
+        num_train_epochs=settings.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.rows_per_step,
+        per_device_eval_batch_size=recipe.rows_per_step,
+        gradient_accumulation_steps=devices.accumulation(recipe.accumulate, recipe.devices),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate_ratio},
+        warmup_steps=recipe.warmup,
+        optim=_OPTIMIZERS[recipe.optimizer],
+        adam_beta2=recipe.adam_beta2,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        torch_compile=recipe.compile,
+        logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=False,  # it would write a made-up loss where there was none
+        save_steps=recipe.save_steps,
+        save_total_limit=1,
+        prediction_loss_only=True,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=recipe.eval_steps,
+        seed=recipe.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to=list(recipe.report_to),
+        dataloader_pin_memory=cuda,
+        dataloader_num_workers=4 if cuda else 0,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class PackedTrainer(Trainer):
+    """Trains `packed` on packed rows."""
+
+    def __init__(self, packed: PackedLlava, recipe: Recipe, lora: bool, train_dataset: PackedDataset, **options: Any):
+        self.packed, self.recipe, self.lora = packed, recipe, lora
+        self._guard = _Guard(recipe.spike_factor)
+        self._rows_of_step: list[str] = []
+        super().__init__(model=packed, train_dataset=train_dataset, **options)
+        step = recipe.rows_per_step * self.args.gradient_accumulation_steps * self.args.world_size
+        self.order = RowOrder(train_dataset.lengths(), recipe.seed, step if recipe.group_by_length else None)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer, with a learning rate for the projector and one for LoRA."""
+        if self.optimizer is None:
+            projector, adapter = self.packed.trainable(self.lora)
+            instruct = self.recipe.instruct
+            groups: list[dict[str, Any]] = [{"params": projector, "lr": self.recipe.align.learning_rate}]
+            if self.lora:
+                groups[0]["lr"] = instruct.projector_learning_rate
+                groups.append({"params": adapter, "lr": instruct.learning_rate})
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            options.pop("lr")
+            self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward; stops where the loss is no number, or leaps, and names the batch's rows."""
+        rows = inputs.pop(ROW_IDS)
+        self._rows_of_step.extend(rows)
+        tokens = int((inputs["labels"] != IGNORED).sum())
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        items = tokens if num_items_in_batch is None else float(num_items_in_batch)
+        self._guard.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm)):
+            named = all_problems(self._rows_of_step, "rows of this step")
+            raise DataError(f"{self._where()}: the gradient is {float(norm)}: lower the learning rate; {named}")
+        self._rows_of_step.clear()
+        return norm
+
+    def _where(self) -> str:
+        return f"{Path(str(self.args.output_dir)).name}, step {self.state.global_step + 1}"
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowOrder:
+        return self.order
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, whole, whatever the devices hold of it."""
+        save_trained(self.packed, Path(str(output_dir or self.args.output_dir)))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # transformers would write the frozen base with every checkpoint
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.packed, Path(resume_from_checkpoint))
+
+
+class _Guard:
+    """Stops a run whose loss is no number, or leaps: above where it began, and `factor` times the recent median."""
+
+    def __init__(self, factor: float | None, window: int = 50, least: int = 10) -> None:
+        self._factor, self._least = factor, least
+        self._first: list[float] = []
+        self._recent: deque[float] = deque(maxlen=window)
+
+    def check(self, loss: float, rows: Sequence[str], where: str) -> None:
+        """Take note of a batch's mean loss per answer token.
+
+        Raises:
+            DataError: it is no number, or a leap.
+        """
+        named = all_problems(list(rows), "rows of this batch")
+        if not math.isfinite(loss):
+            raise DataError(f"{where}: the loss is {loss}: lower the learning rate, or look at the data; {named}")
+        if len(self._first) < self._least:
+            self._first.append(loss)
+        elif self._factor is not None and loss > self._factor * median(self._recent) and loss > max(self._first):
+            raise DataError(
+                f"{where}: the loss leapt from {median(self._recent):.3g} to {loss:.3g}: lower the learning rate, look "
+                f"at the data, or raise spike_factor ({self._factor:g}); {named}"
+            )
+        self._recent.append(loss)
+
+
+def save_trained(model: PackedLlava, folder: Path) -> None:
+    """Write the trained parameters into `folder`, complete or not at all; all processes take part."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kept = {name: devices.gathered(parameter) for name, parameter in trained}
+    if not devices.state().is_main_process:
+        return
+    kept |= {"feature_mean": model.feature_mean.cpu(), "feature_scale": model.feature_scale.cpu()}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{TRAINED}"
+    save_file(kept, partial)
+    partial.rename(folder / TRAINED)
+
+
+def load_trained(model: PackedLlava, folder: Path) -> None:
+    """Read what `save_trained` wrote, onto however many devices there are now."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    state = load_file(folder / TRAINED)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
