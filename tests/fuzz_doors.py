@@ -23,7 +23,8 @@ _ARTICLE = b"""<?xml version="1.0"?><article xmlns:xlink="http://www.w3.org/1999
 </title-group><pub-date pub-type="epub"><day>1</day><month>2</month><year>2020</year></pub-date><permissions>
 <license xlink:href="https://creativecommons.org/licenses/by/4.0/"><license-p>CC BY</license-p></license></permissions>
 <abstract><p>Pain of the heel.</p></abstract></article-meta></front><body><sec><p>As
-<xref ref-type="fig" rid="f1">Fig. 1</xref> shows, the dose. See [<xref rid="f2">2</xref>].</p><fig id="f1"><label>Figure 1</label><caption><title>Dose
+<xref ref-type="fig" rid="f1">Fig. 1</xref> shows, the dose. See [<xref rid="f2">2</xref>].</p>
+<fig id="f1"><label>Figure 1</label><caption><title>Dose
 </title><p>Isodose lines<sup>2</sup>.</p></caption><graphic xlink:href="a.jpg"/></fig><fig-group id="g"><fig id="f2">
 <caption xml:lang="de"><p>Dosis</p></caption><alternatives><graphic xlink:href="b.tif"/><graphic xlink:href="b.png"/>
 </alternatives></fig></fig-group><table-wrap id="t"><graphic xlink:href="t.png"/></table-wrap></sec></body>
