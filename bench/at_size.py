@@ -11,7 +11,6 @@ about 50 GB and can be deleted afterwards. A merge or an export that is there is
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ldrt_edge import artifact, console
+from ldrt_edge.bench.shapes import DEVIATION, QUESTION, SHAPES, Shape, tensor_shapes, write_config
 from ldrt_edge.errors import ConfigError, LdrtError, require
 from ldrt_edge.runtimes.processor import physical_cores
 
@@ -32,8 +32,6 @@ STAGES = ("merge", "text", "upstream", "gguf", "mlx", "chat")
 _SHARD_BYTES = 5_000_000_000
 _RANK = 8
 _PROJECTIONS = ("q_proj", "v_proj")
-_DEVIATION = 0.02
-_QUESTION = "How many beams are used?"
 _WRITE_TEXT = (
     "import sys; from pathlib import Path; from ldrt_edge.convert.gguf import write_text; "
     "write_text(Path(sys.argv[1]), Path(sys.argv[2]), 'bf16')"
@@ -95,7 +93,7 @@ def run(
         ],
         "gguf": [("quantize --q4, parity included", [*ldrt, "quantize", merged, "--q4", "--out", gguf])],
         "mlx": [("quantize --to mlx --q4", [*ldrt, "quantize", merged, "--to", "mlx", "--q4", "--out", mlx])],
-        "chat": [("chat --ask", [*ldrt, "chat", gguf, "--image", picture, "--ask", _QUESTION, "--max-tokens", 16])],
+        "chat": [("chat --ask", [*ldrt, "chat", gguf, "--image", picture, "--ask", QUESTION, "--max-tokens", 16])],
     }
     if converter is None:
         commands["upstream"] = []
@@ -113,34 +111,17 @@ def run(
 
 def make_base(out: Path, layers: int) -> Path:
     """A base artefact in LLaVA-1.5-7B's shape (13.5 GB at 32 layers), sharded bf16 safetensors, drawn from a seed."""
-    torch, transformers = require("torch", "train"), require("transformers", "train")
-    save_file = require("safetensors.torch", "train").save_file
+    torch, save_file = require("torch", "train"), require("safetensors.torch", "train").save_file
     with artifact.create(out, "base", {"shape": "llava-1.5-7b", "layers": layers}, seed=0) as draft:
         if draft.complete:
             return out
-        tokenizer = _tokenizer(draft.path)
-        config = transformers.LlavaConfig(
-            text_config={
-                "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": layers,
-                "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064,
-                "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-            },
-            vision_config={
-                "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
-                "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-                "projection_dim": 768,
-            },
-            architectures=["LlavaForConditionalGeneration"],
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=False,
-        )  # fmt: skip
-        config.save_pretrained(draft.path)
-        with torch.device("meta"):
-            shapes = {n: t.shape for n, t in transformers.LlavaForConditionalGeneration(config).state_dict().items()}
+        shape = Shape(SHAPES["llava-1.5-7b"].text | {"num_hidden_layers": layers})
+        shapes = tensor_shapes(write_config(draft.path, shape))
         generator, shard, weight_map, number = torch.Generator().manual_seed(0), {}, {}, 1
-        for name, shape in console.track(list(shapes.items()), "drawing weights"):
-            is_norm = name.endswith("weight") and len(shape) == 1
-            drawn = torch.empty(shape, dtype=torch.bfloat16)
-            shard[name] = drawn.fill_(1) if is_norm else drawn.normal_(0, _DEVIATION, generator=generator)
+        for name, sizes in console.track(list(shapes.items()), "drawing weights"):
+            is_norm = name.endswith("weight") and len(sizes) == 1
+            drawn = torch.empty(sizes, dtype=torch.bfloat16)
+            shard[name] = drawn.fill_(1) if is_norm else drawn.normal_(0, DEVIATION, generator=generator)
             weight_map[name] = f"model-{number:05}.safetensors"
             if sum(t.nbytes for t in shard.values()) > _SHARD_BYTES or name == list(shapes)[-1]:
                 save_file(shard, draft.path / weight_map[name], metadata={"format": "pt"})
@@ -168,45 +149,15 @@ def make_adapter(base: Path, out: Path) -> None:
                 rows, columns = entry.shape
                 stem = module.removesuffix(".weight")
                 state[f"{stem}.lora_A.weight"] = torch.randn(_RANK, columns, generator=generator) / columns**0.5
-                state[f"{stem}.lora_B.weight"] = torch.randn(rows, _RANK, generator=generator) * _DEVIATION
+                state[f"{stem}.lora_B.weight"] = torch.randn(rows, _RANK, generator=generator) * DEVIATION
             elif name.startswith("multi_modal_projector."):
-                state[module] = torch.randn(entry.shape, generator=generator) * _DEVIATION
+                state[module] = torch.randn(entry.shape, generator=generator) * DEVIATION
         save_file(state, draft.path / "adapter_model.safetensors", metadata={"format": "pt"})
         peft.LoraConfig(
             r=_RANK, lora_alpha=2 * _RANK, target_modules=rf".*language_model.*\.({'|'.join(_PROJECTIONS)})",
             modules_to_save=["multi_modal_projector"], base_model_name_or_path="random",
         ).save_pretrained(str(draft.path))  # fmt: skip
         Front.load(base).save(draft.path)
-
-
-def _tokenizer(folder: Path) -> Any:
-    """Llama's kind of tokenizer (SentencePiece, bytes as fallback), a processor and Vicuna's chat form."""
-    transformers, sentencepiece = require("transformers", "train"), require("sentencepiece", "train")
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([_QUESTION]), model_writer=trained, model_type="bpe", vocab_size=300,
-        hard_vocab_limit=False, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(trained.getvalue())
-    words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    described = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, **words}
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({
-        "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "resample": 3,
-        "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336},
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }))  # fmt: skip
-    (folder / "chat_template.jinja").write_text(
-        "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
-        "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-    )
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
-    return tokenizer
 
 
 def _measure(label: str, command: Sequence[Any]) -> Cost:

@@ -1,15 +1,16 @@
-"""The commands that measure: `bench EDGE`, and beside it `bench judge`; `compare` puts reports side by side."""
+"""The commands that measure: `bench EDGE`, what else `bench` does, and `compare`, which puts reports side by side."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from ldrt_edge.bundle.commands import trust_once_option
+from ldrt_edge.errors import ConfigError
 from ldrt_edge.options import PATH, beside, json_option, show_artifact
 
 _MEASURE = "measure"
@@ -90,6 +91,43 @@ def judge(report: Path, out: Path | None, judges: tuple[str, ...], as_json: bool
 
 
 @bench.command()
+@click.argument("edge", type=PATH, required=False)
+@click.option("--arch", help="Instead of EDGE: random weights of this shape (llava-1.5-7b, ...).")
+@click.option("--q4", "type_", flag_value="Q4_K_M", default=True, help="Of --arch: Q4_K_M (the default).")
+@click.option("--q8", "type_", flag_value="Q8_0", help="Of --arch: Q8_0.")
+@click.option("--f16", "type_", flag_value="F16", help="Of --arch: F16.")
+@click.option("--data", "dataset", type=PATH, help="Of EDGE: ask about a dataset's pictures instead of noise.")
+@click.option("--runs", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@click.option("--sweep", default="", metavar="1,2,4", help="Numbers of threads to try beside.")
+@click.option("--keep", type=PATH, metavar="FOLDER", help="Of --arch: keep what was drawn, to use it again.")
+@trust_once_option
+@json_option
+def latency(
+    edge: Path | None, arch: str | None, type_: str, dataset: Path | None, runs: int, threads: int | None, sweep: str,
+    keep: Path | None, trust_once: bool, as_json: bool,
+) -> None:
+    """Time a model on this machine: cold start, image, prefill, first token, decoding, threads, energy."""
+    from ldrt_edge.bench.latency import measure as time_one
+    from ldrt_edge.bench.latency import table
+    from ldrt_edge.bundle.open import model_folder
+
+    if (edge is None) == (arch is None) or (arch and dataset) or (edge and keep):
+        raise ConfigError("bench latency times EDGE [--data D], or --arch ARCH [--keep FOLDER]")
+    counts = tuple(int(count) if count.isdecimal() and int(count) else 0 for count in sweep.split(",") if count)
+    if 0 in counts:
+        raise ConfigError(f"--sweep {sweep}: wants numbers of threads, for instance 1,2,4")
+    if arch is not None:
+        from ldrt_edge.bench.feel import feel
+
+        found = feel(arch, cast("Any", type_), runs, threads, counts, keep)
+    else:
+        assert edge is not None
+        found = time_one(model_folder(edge, trust_once), dataset, runs=runs, threads=threads, sweep=counts)
+    click.echo(json.dumps(asdict(found)) if as_json else table(found))
+
+
+@bench.command()
 @click.argument("edge", type=PATH)
 @click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(min=1), help="About so many questions.")
@@ -115,6 +153,18 @@ def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **opt
             f"{name.replace('_', ' '):13} {getattr(found, f'{name}_per_min'):7.1f} a minute, {same} answers as alone"
         )
     click.echo(f"side by side: {found.gain:.1f} times as many as alone")
+
+
+@bench.command("export")
+@click.argument("report", type=PATH)
+@click.option("--out", type=PATH, help="Default: REPORT-lmms beside it.")
+@json_option
+def export_(report: Path, out: Path | None, as_json: bool) -> None:
+    """Write a report's answers as logs of lmms-eval, for tools that read those."""
+    from ldrt_edge.bench.lmms import export
+
+    made = export(report, out or beside(report, "lmms"))
+    click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
 
 @click.command()

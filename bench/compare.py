@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ldrt_edge import artifact
+from ldrt_edge.bench.formats import byte_size, interval, number, p_value, percent, points, points_interval
 from ldrt_edge.bench.opened import Opened, open_report
-from ldrt_edge.bench.page import byte_size, interval, number, p_value, percent, points, points_interval, template
+from ldrt_edge.bench.page import template
 from ldrt_edge.bench.schema import FIELDS, Score, score
 from ldrt_edge.bench.significance import McNemar, holm, mcnemar
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate

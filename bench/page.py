@@ -17,24 +17,37 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
-from ldrt_edge.bench.schema import Report, Slice, Vqa
+from ldrt_edge.bench.figures import confidence_against_accuracy, draw, size_against_accuracy, whole
+from ldrt_edge.bench.formats import (
+    byte_size,
+    interval,
+    number,
+    p_value,
+    percent,
+    points,
+    points_interval,
+    short_p,
+    signed,
+)
+from ldrt_edge.bench.hallucination import Hedging
+from ldrt_edge.bench.schema import Report
 from ldrt_edge.bench.significance import McNemar, NonInferiority, Power
-from ldrt_edge.bench.statistics import Difference, Rate
+from ldrt_edge.bench.statistics import Difference
 from ldrt_edge.bench.vqa import Sample
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.image import read_image
 
-_FLIPS_SHOWN, _WRONG_SHOWN, _TASKS_SHOWN = 30, 12, 24
+_SHOWN = {"worse": 24, "better": 16, "other": 12, "wrong": 24, "right": 12}
+"""How many samples of each state the page holds; all are in samples.jsonl."""
 _THUMBNAIL_PIXELS, _THUMBNAIL_QUALITY = 144, 70
-_LEFT, _RIGHT, _TOP, _ROW = 215, 80, 30, 34  # margins and row height of the picture, in its own units
-_WIDTH, _LABEL = 780, 25
 
 
 def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Sequence[Row]) -> str:
     """The page as HTML text."""
     files = {row.image_sha256: dataset.image_path(row) for row in rows}
-    flips = [sample for flip in ("worse", "better", "other") for sample in samples if sample.flip == flip]
-    wrong = [s for s in samples if not s.subject.correct and not s.flip]
+    by_state: dict[str, list[Sample]] = {name: [] for name in _SHOWN}
+    for sample in samples:
+        by_state[sample.flip or ("right" if sample.subject.correct else "wrong")].append(sample)
     return template("report.html.jinja").render(
         report=report,
         vqa=report.vqa,
@@ -42,10 +55,11 @@ def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Se
         verdicts=verdicts(report),
         certainty=certainty(report),
         picture=draw(report.vqa),
-        flips=flips[:_FLIPS_SHOWN],
-        flips_total=len(flips),
-        wrong=wrong[:: max(1, len(wrong) // _WRONG_SHOWN)][:_WRONG_SHOWN],
-        wrong_total=len(wrong),
+        ladder_plot=size_against_accuracy(report.ladder),
+        calibration_plot=confidence_against_accuracy(report.calibration) if report.calibration else None,
+        browser={state: _evenly(found, _SHOWN[state]) for state, found in by_state.items() if found},
+        counts={state: len(found) for state, found in by_state.items()},
+        hedging_rows=_hedging_rows,
         thumbnail=cache(lambda sha256: thumbnail(files[sha256])),
     )
 
@@ -58,7 +72,7 @@ def template(name: str) -> Template:
     )  # fmt: skip
     environment.filters.update(
         percent=percent, interval=interval, points=points, span=points_interval, size=byte_size, number=number,
-        p=p_value,
+        p=p_value, minus=lambda d: Difference(-d.value, -d.ci_high, -d.ci_low, d.n, d.clusters),
     )  # fmt: skip
     return environment.get_template(name)
 
@@ -105,6 +119,18 @@ def verdicts(report: Report) -> list[Verdict]:
                 loss.ci_low <= 0,
             )
         )
+    if report.hallucination and report.hallucination.presence:
+        asked = report.hallucination.presence["all"]
+        made_up = asked.invented
+        found.append(
+            Verdict(
+                percent(made_up),
+                "of structures that are not in the picture are said to be there",
+                f"interval {interval(made_up)}, {made_up.n} questions; whether something is there or not, "
+                f"{percent(asked.accuracy)} is answered right",
+                made_up.ci_high < 0.5 < asked.accuracy.ci_low,
+            )
+        )
     if report.latency:
         latency = report.latency
         found.append(
@@ -144,16 +170,16 @@ def _non_inferiority(subject: str, reference: str, loss: Difference, held: NonIn
     if held.verdict == "non-inferior":
         return (
             f"{subject} is not worse than {reference} by more than {margin}: even the upper end of the loss's 95% "
-            f"interval, {_signed(loss.ci_high)}, is within that margin."
+            f"interval, {signed(loss.ci_high)}, is within that margin."
         )
     if held.verdict == "inferior":
         return (
             f"{subject} is worse than {reference} by more than {margin}: even the lower end of the loss's 95% "
-            f"interval, {_signed(loss.ci_low)}, is beyond that margin."
+            f"interval, {signed(loss.ci_low)}, is beyond that margin."
         )
     return (
         f"It is not shown that {subject} loses at most {margin} against {reference}: the 95% interval of the loss "
-        f"reaches from {_signed(loss.ci_low)} to {_signed(loss.ci_high)}."
+        f"reaches from {signed(loss.ci_low)} to {signed(loss.ci_high)}."
     )
 
 
@@ -169,78 +195,8 @@ def _power(what: str, power: Power | None) -> str:
 
 
 def _test(test: McNemar) -> str:
-    by_cluster, alone = _p(test.p_clustered), _p(test.p_exact)
+    by_cluster, alone = short_p(test.p_clustered), short_p(test.p_exact)
     return f"McNemar's test, p by clusters of pictures {by_cluster} (over single questions {alone})"
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A rate on the picture: the middle and the ends of its interval, in the picture's units."""
-
-    x: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row of the picture."""
-
-    label: str
-    count: int
-    y: float
-    right: Mark
-    wrong: Mark
-    reference: float | None
-    prior: float
-    gain: str
-    proven: bool
-    total: bool
-
-
-@dataclass(frozen=True)
-class Picture:
-    """The picture's size, its grid (x, label) and its rows, the total first and then by gain."""
-
-    width: int
-    height: int
-    left: int
-    bottom: float
-    grid: tuple[tuple[float, str], ...]
-    lines: tuple[Line, ...]
-    left_out: int
-
-
-def draw(vqa: Vqa) -> Picture:
-    """Place the rates of all tasks, with the right and with a wrong picture."""
-    tasks = sorted(vqa.by["task"].items(), key=lambda item: -item[1].image_gain.value)
-    shown = [("all questions", whole(vqa)), *tasks[:_TASKS_SHOWN]]
-    lines = tuple(
-        Line(
-            label=label if len(label) <= _LABEL else label[: _LABEL - 1] + "…",
-            count=part.accuracy.n,
-            y=_TOP + _ROW * (place + 0.5) + (8 if place else 0),
-            right=_mark(part.accuracy),
-            wrong=_mark(part.blind.accuracy),
-            reference=_x(part.reference.accuracy.value) if part.reference else None,
-            prior=_x(part.prior.accuracy.value),
-            gain=points(part.image_gain),
-            proven=part.image_gain.ci_low > 0,
-            total=place == 0,
-        )
-        for place, (label, part) in enumerate(shown)
-    )
-    bottom = _TOP + _ROW * len(lines) + 12
-    grid = tuple((_x(share / 100), f"{share}%") for share in range(0, 101, 20))
-    return Picture(_WIDTH, int(bottom + 30), _LEFT, bottom, grid, lines, len(tasks) - len(tasks[:_TASKS_SHOWN]))
-
-
-def whole(vqa: Vqa) -> Slice:
-    """All questions as one slice."""
-    return Slice(
-        **vars(vqa.overall), blind=vqa.blind, prior=vqa.prior, image_gain=vqa.image_gain,
-        image_gain_test=vqa.image_gain_test, reference=vqa.reference, loss=vqa.loss, loss_test=vqa.loss_test,
-    )  # fmt: skip
 
 
 def thumbnail(path: Path) -> str:
@@ -252,39 +208,21 @@ def thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def percent(rate: Rate | float) -> str:
-    """A share as "73.3%"."""
-    return f"{(rate if isinstance(rate, (int, float)) else rate.value) * 100:.1f}%"
+def _hedging_rows(report: Report) -> list[tuple[str, str, Hedging]]:
+    """Who hedges, in which language, and how."""
+    names = {"key": "the keys", "subject": report.subject.name}
+    names |= {"reference": report.reference.name} if report.reference else {}
+    return [
+        (names.get(who, who), language, found)
+        for language, speakers in report.hedging.items()
+        for who, found in speakers.items()
+        if found.words
+    ]
 
 
-def interval(rate: Rate) -> str:
-    """A rate's interval as "70.1–76.4"."""
-    return f"{rate.ci_low * 100:.1f}–{rate.ci_high * 100:.1f}"
-
-
-def points(difference: Difference) -> str:
-    """A difference in percentage points, with its sign: "+24.5", "−0.3"."""
-    return _signed(difference.value)
-
-
-def points_interval(difference: Difference) -> str:
-    """A difference's interval in percentage points: "−0.8 to +1.9"."""
-    return f"{_signed(difference.ci_low)} to {_signed(difference.ci_high)}"
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent above a thousandth."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def p_value(test: McNemar) -> str:
-    """A test's p by clusters as "0.034" or "<0.001"; Holm's where it is one of several."""
-    return _p(test.p_clustered if test.p_holm is None else test.p_holm)
-
-
-def byte_size(count: int) -> str:
-    """Bytes as "105 MB" or "4.1 GB" (powers of ten)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+def _evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most `count`, evenly picked."""
+    return [samples[place * len(samples) // min(count, len(samples))] for place in range(min(count, len(samples)))]
 
 
 def _loss_claim(loss: Difference, held: NonInferiority) -> str:
@@ -302,20 +240,3 @@ def _margin(share: float) -> str:
 def _rounded(count: int) -> str:
     """Two significant digits: it is an estimate."""
     return f"{round(count, 2 - len(str(count))):,}"
-
-
-def _p(p: float) -> str:
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _mark(rate: Rate) -> Mark:
-    return Mark(_x(rate.value), _x(rate.ci_low), _x(rate.ci_high))
-
-
-def _x(share: float) -> float:
-    return round(_LEFT + share * (_WIDTH - _LEFT - _RIGHT), 1)
-
-
-def _signed(share: float) -> str:
-    shown = f"{share * 100:+.1f}".replace("-", "−")
-    return "0.0" if shown in ("+0.0", "−0.0") else shown

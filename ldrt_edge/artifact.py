@@ -162,7 +162,7 @@ def writing(out: Path) -> Iterator[None]:
     except LdrtError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _is_on_the_way(error.filename, out):
+        if isinstance(error, OSError) and _is_refused(error, out):
             raise ArtifactError(f"cannot write {out}: {error.strerror}: choose another --out") from error
         if _is_full(out.parent, error):
             raise ArtifactError(f"disk full while writing {out}: free some space, then run this again") from error
@@ -179,11 +179,16 @@ def _is_full(folder: Path, error: Exception) -> bool:
     return not isinstance(error, LdrtError) and folder.is_dir() and shutil.disk_usage(folder).free < _NO_ROOM_BYTES
 
 
-def _is_on_the_way(name: object, out: Path) -> bool:
-    """Whether an error's file is `out`, a folder that leads to it, or something in its draft."""
-    if not isinstance(name, (str, os.PathLike)):
+def _is_refused(error: OSError, out: Path) -> bool:
+    """Whether the error says that `out`, a folder that leads to it, or its draft may not be written to.
+
+    A file that is too large for its file system, as FAT's 4 GB, can only be one that is written.
+    """
+    if error.errno == errno.EFBIG:
+        return True
+    if error.errno not in _UNWRITABLE or not isinstance(error.filename, (str, os.PathLike)):
         return False
-    path = Path(name).absolute()
+    path = Path(error.filename).absolute()
     return path in (out, *out.parents) or path.is_relative_to(partial_path(out))
 
 

@@ -347,6 +347,16 @@ class Terminal:
         os.close(self._screen)
 
 
+@pytest.mark.parametrize("name", ["model-F16.gguf", "front.json"])
+def test_a_file_that_is_not_what_the_manifest_says_is_refused(edge: Path, tmp_path: Path, name: str) -> None:
+    changed = Path(shutil.copytree(edge, tmp_path / "changed"))
+    content = bytearray((changed / name).read_bytes())
+    content[-2] ^= 1  # the size is as it was
+    (changed / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{name}: changed since it was written"):
+        ask_once(changed, "What?")
+
+
 @pytest.fixture
 def terminal(edge: Path, tmp_path: Path) -> Iterator[Terminal]:
     opened = Terminal(_command(edge, "--max-tokens", "4000"), tmp_path)

@@ -7,6 +7,7 @@ same weights, bit by bit on a CPU. How devices work together (DDP, FSDP2, DeepSp
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +39,9 @@ _OPTIMIZERS = {
 }
 
 
-def arguments(stage: str, folder: Path, recipe: Recipe, bf16: bool, evaluate: bool) -> TrainingArguments:
-    """What a stage of a recipe is in transformers' words."""
+def arguments(stage: str, folder: Path, logs: Path, recipe: Recipe, bf16: bool, evaluate: bool) -> TrainingArguments:
+    """What a stage of a recipe is in transformers' words. logs: where trackers keep their files."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs / stage)  # transformers' only door for it
     device = devices.state().device
     cuda = device.type == "cuda"
     settings = getattr(recipe, stage)

@@ -1,0 +1,81 @@
+"""Timings: what a model of real shape with random weights takes, what cannot fit, energy counters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ldrt_edge.bench.energy import Meter
+from ldrt_edge.bench.feel import refuse
+from ldrt_edge.bench.shapes import SHAPES, Shape, draw, tensor_shapes, write_config
+from ldrt_edge.cli import cli
+from ldrt_edge.doctor import _ARCHITECTURES
+from ldrt_edge.errors import ConfigError
+from ldrt_edge.machine import Memory
+
+SMALL = {
+    "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 512,
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56,
+}  # fmt: skip
+
+
+def test_shapes_have_the_parameters_that_the_doctor_counts_with(tmp_path: Path) -> None:
+    counted = {model.name.lower(): model.text_parameters for model in _ARCHITECTURES}
+    for name, shape in SHAPES.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = tensor_shapes(write_config(folder, shape))
+        text = [s for key, s in tensors.items() if "language_model" in key or "lm_head" in key]
+        total = sum(s[0] * (s[1] if len(s) > 1 else 1) for s in text)
+        assert total == pytest.approx(counted[name], rel=0.001), "the vocabulary is padded by 64 rows"
+
+
+@pytest.mark.parametrize(("type_", "tiled"), [("Q4_K_M", False), ("Q8_0", True)])
+def test_a_drawn_model_runs_and_is_timed(tmp_path: Path, type_: str, tiled: bool) -> None:
+    shape = Shape(SHAPES["llava-1.5-7b"].text | SMALL, tiled, SHAPES["llava-1.5-7b"].vision | TOWER)
+    out = draw(shape, type_, tmp_path / "drawn")  # type: ignore[arg-type]
+    options = ["--runs", "1", "--threads", "1", "--sweep", "1,2", "--json"]
+    done = CliRunner().invoke(cli, ["bench", "latency", str(out), *options])
+    assert done.exception is None, done.output
+    found = json.loads(done.stdout)
+    assert found["image_tokens"] == (88 if tiled else 16), "five tiles of 4 × 4, and a newline behind each of 8 rows"
+    assert found["cold_start_ms"] > 0 and found["end_to_end_ms"]["median"] > found["ttft_ms"]["median"]
+    assert [at["threads"] for at in found["by_threads"]] == [1, 2]
+    assert 0 < found["roofline"] < 1 and found["model_bytes"] == sum(p.stat().st_size for p in out.glob("*.gguf"))
+
+
+def test_what_cannot_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+    room = Memory(8 << 30, 6 << 30, 20.0, 0.0)
+    with pytest.raises(ConfigError, match=r"13b in Q4_K_M wants about \d.*6.4 GB are free.*What fits: .*7b in Q4_K_M"):
+        refuse("llava-1.5-13b", "Q4_K_M", room)
+    refuse("llava-1.6-mistral-7b", "Q4_K_M", room)
+    with pytest.raises(ConfigError, match="None of the known models"):
+        refuse("llava-1.5-7b", "F16", replace(room, available_bytes=1 << 30))
+    for arguments, reason in (
+        (["--arch", "llava-9b"], "choose from llava-1.5-7b"), ([], "times EDGE"), (["x", "--arch", "y"], "times EDGE"),
+        ([str(tmp_path), "--sweep", "1,x"], "numbers of threads"),
+    ):
+        done = CliRunner().invoke(cli, ["bench", "latency", *arguments])
+        assert isinstance(done.exception, ConfigError) and reason in str(done.exception)
+
+
+def test_energy_counters(tmp_path: Path) -> None:
+    assert Meter(tmp_path).joules() is None
+    for name, start in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 9_000_000), ("intel-rapl:0:0", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{start}\n")
+        (tmp_path / name / "max_energy_range_uj").write_text("10000000")
+    meter = Meter(tmp_path)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("7000000")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("500000")  # wrapped
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("99")  # a part of the package: not twice
+    assert meter.joules() == pytest.approx(3.5)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    assert meter.joules() is None, "no figure is better than half of one"
