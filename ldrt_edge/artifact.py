@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,9 +173,9 @@ def writing(out: Path) -> Iterator[None]:
 def _is_full(folder: Path, error: Exception) -> bool:
     """Whether a write failed for want of room.
 
-    Libraries tell so in words of their own (safetensors, torch, MLX), so the disk itself is asked.
+    Some libraries tell so in words of their own (torch, MLX), so the disk itself is asked too.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if _system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return not isinstance(error, LdrtError) and folder.is_dir() and shutil.disk_usage(folder).free < _NO_ROOM_BYTES
 
@@ -190,6 +191,16 @@ def _is_refused(error: OSError, out: Path) -> bool:
         return False
     path = Path(error.filename).absolute()
     return path in (out, *out.parents) or path.is_relative_to(partial_path(out))
+
+
+def _system_error(error: Exception) -> int:
+    """The system's number of an error, 0 for none: libraries written in Rust say it in words, PyTorch not at all."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if "PytorchStreamWriter" in str(error) or "inline_container.cc" in str(error):
+        return errno.ENOSPC
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 @contextmanager
