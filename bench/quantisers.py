@@ -292,13 +292,13 @@ class _Run:
     def _measure(self, base: str, what: str, wanted: Wanted, to: Gguf | Mlx | None = None) -> Json:
         """Quantise the language model, to a preset or in a format by plan; ask it everything, delete it."""
         described = {"type": wanted.type, "types": dict(wanted.types), "imatrix": _sha256(wanted.imatrix)}
-        key = {
+        key: dict[str, Json] = {
             "step": "quantisation", **self._model, "to": self._subjects.name, "test": self._test, "wanted": described
         }  # fmt: skip
         work = self._out / "shared"
         if to and to.feedback:
-            key["feedback"] = {"data": artifact.identity(to.feedback.data).manifest_sha256, "rows": to.feedback.limit}
-            work = self._out / f"moments-{digest(key['feedback'])}"
+            fed = {"data": artifact.identity(to.feedback.data).manifest_sha256, "rows": to.feedback.limit}
+            key, work = {**key, "feedback": fed}, self._out / f"moments-{digest(fed)}"
 
         def make() -> Json:
             self.measured += 1
