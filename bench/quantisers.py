@@ -61,6 +61,9 @@ FORMATS: Mapping[FormatName, type[GgufSubjects | MlxSubjects]] = {"gguf": GgufSu
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 SIZES = {"7B": 7.06e9, "13B": 13.35e9}
 """Parameters of LLaVA-1.5, all parts."""
+_GROWTH = {"allocation": 0.0, "feedback": 1.5}
+"""Power of the number of parameters by which a step's cost grows, if not as it: there are as many matrices to allocate,
+and feedback takes row lengths times weights, which is a bound from above for its other half."""
 _LEAST_PARAMETERS = 1e8
 """In smaller models most of the cost does not grow with the model, so that it says nothing about other sizes."""
 
@@ -231,10 +234,11 @@ class _Run:
         )  # fmt: skip
 
     def _at(self, name: str, cost: Cost) -> dict[str, Cost]:
-        """A step's cost at other sizes; allocation takes as long for matrices of any size."""
+        """A step's cost at other sizes."""
         if self._parameters < _LEAST_PARAMETERS:
             return {}
-        factors = {size: 1 if name == "allocation" else count / self._parameters for size, count in SIZES.items()}
+        power = _GROWTH.get(name, 1)
+        factors = {size: (count / self._parameters) ** power for size, count in SIZES.items()}
         return {size: cost.scaled(factor) for size, factor in factors.items()}
 
     def _importance(self, name: str, pictures: bool = True) -> Path:

@@ -74,7 +74,7 @@ class GgufSubjects:
         full, pair, weights = self._files
         model = pair / "model-SUBJECT.gguf"
         _, cost = apart((), run_quantizer, full, model, wanted, weights)
-        stored = read_back(model, None if wanted.types else wanted.type)
+        stored = read_back(model, wanted.type)
         matrix_bytes = sum(int(tensor.n_bytes) for tensor in GGUFReader(model).tensors if len(tensor.shape) == 2)
         yield Subject(pair, stored, cost, matrix_bytes)
         model.unlink()
