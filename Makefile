@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := ldrt_edge train convert bench
 
-.PHONY: install demo test test-slow lint links bench bench-mac bench-quantisers clean
+.PHONY: install demo test test-slow lint links bench bench-mac bench-quantisers bench-training clean
 
 demo: install
 	$(BIN)/ldrt-edge demo runs/demo
@@ -31,6 +31,11 @@ bench-mac: install
 bench-quantisers: install
 	$(BIN)/python -m ldrt_edge.bench.quantisers runs/demo/merged --data runs/demo/phantom --out runs/demo/quantisers
 	$(BIN)/python -m ldrt_edge.bench.quantisers runs/demo/merged --to mlx --data runs/demo/phantom --out runs/demo/quantisers
+
+# Ours beside transformers' Trainer with peft and TRL, with six questions a picture and with one; DATA is a dataset.
+bench-training: install
+	$(BIN)/python -m ldrt_edge.bench.training --data $(DATA) --out runs/training --questions 6
+	$(BIN)/python -m ldrt_edge.bench.training --data $(DATA) --out runs/training --questions 1
 
 lint: install links
 	$(BIN)/ruff check .

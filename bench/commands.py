@@ -1,4 +1,4 @@
-"""The commands that measure: `bench EDGE`, what else `bench` does, and `compare`, which puts reports side by side."""
+"""The commands that measure: `bench EDGE`, and what else `bench` does."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def export_(report: Path, out: Path | None, as_json: bool) -> None:
     click.echo(json.dumps({"path": str(made)}) if as_json else made)
 
 
-@click.command()
+@bench.command()
 @click.argument("reports", type=PATH, nargs=-1, required=True)
 @click.option("--out", type=PATH, help="Also write the table there, with a page, as an artefact.")
 @json_option
@@ -182,6 +182,3 @@ def compare(reports: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     click.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else stage.markdown(found), nl=as_json)
     if out is not None:
         click.echo(stage.save(reports, found, out), err=as_json)
-
-
-bench.add_command(compare)

@@ -75,7 +75,7 @@ def compare(reports: Sequence[Path]) -> Comparison:
         ArtifactError: a folder is no report of `bench`, or they cannot be compared: all reasons.
     """
     if len(reports) < 2:
-        raise ConfigError("which reports? ldrt-edge compare A B...")
+        raise ConfigError("which reports? ldrt-edge bench compare A B...")
     opened = [open_report(folder, name) for folder, name in zip(reports, _names(reports), strict=True)]
     _refuse(opened)
     first = opened[0]

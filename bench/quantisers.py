@@ -9,10 +9,11 @@ For every base preset the language model is quantised in these ways; the vision 
   counting alike: what llama.cpp's own tool could have measured on them.
 - pooled, balanced, answer: with ours, from pictures and text (`ldrt-edge importance`).
 - plan: a type for every matrix (`ldrt-edge plan`), in the bytes that the preset's matrices take.
+- feedback: the same types, and what rounding takes is given back by other weights (`ldrt-edge quantize --feedback`).
 
-MLX knows no importance, so there it is none and plan. Each answers the same held-out questions about pictures and is
-held against the merged model in transformers: divergence (KLD, nats an answer token), same top token, and exact match.
-All intervals are 95%, clustered by picture; ratios of KLD are paired. Calibration sees training rows only, and a
+MLX knows no importance, so there it is none, plan and feedback. Each answers the same held-out questions about pictures
+and is held against the merged model in transformers: divergence (KLD, nats an answer token), same top token, and exact
+match. All intervals are 95%, clustered by picture; ratios of KLD are paired. Calibration sees training rows only, and a
 picture that is in both splits is refused. `--calibration NAME=DATASET`, given several times, compares calibration sets.
 
 Every step runs in a process of its own, for its time and memory, and is written to a journal in FOLDER with what it
@@ -40,8 +41,9 @@ from ldrt_edge.bench.held_out import TORCH, HeldOut, ask
 from ldrt_edge.bench.quantisers_view import draw, label, table
 from ldrt_edge.bench.statistics import Difference, Rate, Ratio, paired_difference, paired_ratio, rate
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
-from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects, Subjects
+from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects, Subjects, planned
 from ldrt_edge.convert.allocate import allocate
+from ldrt_edge.convert.feedback import Feedback
 from ldrt_edge.convert.gguf import check_choice, identity
 from ldrt_edge.convert.importance import Weighting, imatrix_path, importance
 from ldrt_edge.convert.mlx import Mlx
@@ -59,6 +61,9 @@ FORMATS: Mapping[FormatName, type[GgufSubjects | MlxSubjects]] = {"gguf": GgufSu
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 SIZES = {"7B": 7.06e9, "13B": 13.35e9}
 """Parameters of LLaVA-1.5, all parts."""
+_GROWTH = {"allocation": 0.0, "feedback": 1.5}
+"""Power of the number of parameters by which a step's cost grows, if not as it: there are as many matrices to allocate,
+and feedback takes row lengths times weights, which is a bound from above for its other half."""
 _LEAST_PARAMETERS = 1e8
 """In smaller models most of the cost does not grow with the model, so that it says nothing about other sizes."""
 
@@ -80,7 +85,7 @@ class Step:
 class Result:
     """One quantised language model against the merged model.
 
-    family: none, text, a weighting, or plan. calibration: the name of the set; "" for none.
+    family: none, text, a weighting, plan, or feedback. calibration: the name of the set; "" for none.
     bytes: of the GGUF file, or of MLX's tensors. bytes_ratio: to the preset's. fallbacks: matrices that could not have
         the preset's type.
     kld: nats an answer token. loss: of exact matches, merged minus this one. flips: questions that one of the two has
@@ -150,7 +155,7 @@ def compare(
         check_choice("--weightings", weighting, WEIGHTINGS)
     calibrations = calibrations or {data.resolve().name: data}
     run = _Run(subjects, merged, data, out, calibrations, questions, calibration_rows, sensitivity_rows, seed, threads)
-    total = len(bases) * (1 + len(calibrations) * (2 + len(weightings) if to == "gguf" else 1))
+    total = len(bases) * (1 + len(calibrations) * (3 + len(weightings) if to == "gguf" else 2))
     results: list[Result] = []
     started = time.monotonic()
     for base in bases:
@@ -209,12 +214,16 @@ class _Run:
                     imatrix = imatrix_path(self._importance(name), weighting)
                     ours = self._measure(base, f"{weighting} {name}", Wanted(base, imatrix=imatrix))
                     yield self._result(base, weighting, name, ours, none, text)
-            plan = self._measure(base, f"plan {name}", self._planned(base, name, none["matrix_bytes"]))
+            wanted = self._planned(base, name, none["matrix_bytes"])
+            plan = self._measure(base, f"plan {name}", wanted, self._format(name))
             yield self._result(base, "plan", name, plan, none, text)
+            fed = self._measure(base, f"feedback {name}", wanted, self._format(name, feedback=True))
+            yield self._result(base, "feedback", name, fed, none, text)
 
     def finish(self, results: Sequence[Result]) -> Comparison:
         """Put everything together, and remove the full-precision files."""
-        shutil.rmtree(self._out / "work", ignore_errors=True)
+        for folder in [self._out / "work", self._out / "shared", *self._out.glob("moments-*")]:
+            shutil.rmtree(folder, ignore_errors=True)
         steps = [Step(name, what, cost, self._at(name, cost)) for name, what, cost in self._steps]
         asked = self._asked
         pictures = {image.sha256: image.token_count for one in asked.questions for image in one.prompt.images}
@@ -225,10 +234,11 @@ class _Run:
         )  # fmt: skip
 
     def _at(self, name: str, cost: Cost) -> dict[str, Cost]:
-        """A step's cost at other sizes; allocation takes as long for matrices of any size."""
+        """A step's cost at other sizes."""
         if self._parameters < _LEAST_PARAMETERS:
             return {}
-        factors = {size: 1 if name == "allocation" else count / self._parameters for size, count in SIZES.items()}
+        power = _GROWTH.get(name, 1)
+        factors = {size: (count / self._parameters) ** power for size, count in SIZES.items()}
         return {size: cost.scaled(factor) for size, factor in factors.items()}
 
     def _importance(self, name: str, pictures: bool = True) -> Path:
@@ -250,17 +260,15 @@ class _Run:
 
     def _planned(self, base: str, name: str, target_bytes: int) -> Wanted:
         """Types for the language model's matrices within `target_bytes`; for GGUF with the balanced importance."""
-        to, data = self._subjects.name, self._calibrations[name]
-        given = Importance(self._importance(name)) if to == "gguf" else None
-        imatrix = imatrix_path(given.folder, given.weighting) if given else None
+        to, data, format_ = self._subjects.name, self._calibrations[name], self._format(name)
+        imatrix = format_.imatrix if isinstance(format_, Gguf) else None
         key = {
             "step": "sensitivity", **self._model, "to": to, "imatrix": _sha256(imatrix),
             "data": artifact.identity(data).manifest_sha256, "rows": self._sensitivity_rows, "seed": self._seed,
         }  # fmt: skip
 
         def measure() -> Json:
-            wanted: Format = Mlx() if to == "mlx" else Gguf(given)
-            arguments = self._merged, data, wanted, self._sensitivity_rows, self._seed, self._threads
+            arguments = self._merged, data, format_, self._sensitivity_rows, self._seed, self._threads
             found, cost = apart(TORCH, _sensitivities, *arguments)
             return {"matrices": [asdict(matrix) for matrix in found], **asdict(cost)}
 
@@ -279,16 +287,30 @@ class _Run:
         self._spent("allocation", f"{base} {name}", solved)
         return Wanted(base, solved["types"], imatrix)
 
-    def _measure(self, base: str, what: str, wanted: Wanted) -> Json:
-        """Quantise the language model, ask it everything, delete it."""
+    def _format(self, name: str, feedback: bool = False) -> Gguf | Mlx:
+        """The format with what was measured on a calibration set."""
+        given = Feedback(self._calibrations[name], self._calibration_rows, self._seed, self._threads)
+        fed = given if feedback else None
+        return Mlx(fed) if self._subjects.name == "mlx" else Gguf(Importance(self._importance(name)), fed)
+
+    def _measure(self, base: str, what: str, wanted: Wanted, to: Gguf | Mlx | None = None) -> Json:
+        """Quantise the language model, to a preset or in a format by plan; ask it everything, delete it."""
         described = {"type": wanted.type, "types": dict(wanted.types), "imatrix": _sha256(wanted.imatrix)}
-        key = {
+        key: dict[str, Json] = {
             "step": "quantisation", **self._model, "to": self._subjects.name, "test": self._test, "wanted": described
         }  # fmt: skip
+        work = self._out / "shared"
+        if to and to.feedback:
+            fed = {"data": artifact.identity(to.feedback.data).manifest_sha256, "rows": to.feedback.limit}
+            key, work = {**key, "feedback": fed}, self._out / f"moments-{digest(fed)}"
 
-        def work() -> Json:
+        def make() -> Json:
             self.measured += 1
-            with self._subjects.quantised(wanted) as subject:
+            subject_of = (
+                planned(self._merged, to, wanted.types, self._out / "subject", work) if to
+                else self._subjects.quantised(wanted)
+            )  # fmt: skip
+            with subject_of as subject:
                 answers = self._asked.against(self._subjects.load(subject.folder, self._threads))
             stored = subject.stored
             return {
@@ -297,8 +319,8 @@ class _Run:
                 **answers,
             }  # fmt: skip
 
-        gave = self._journal.once(key, work)
-        self._spent("quantisation", f"{base} {what}", gave)
+        gave = self._journal.once(key, make)
+        self._spent("feedback" if to and to.feedback else "quantisation", f"{base} {what}", gave)
         return gave
 
     def _result(self, base: str, family: str, calibration: str, given: Json, none: Json, text: Json | None) -> Result:

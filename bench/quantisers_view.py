@@ -21,12 +21,13 @@ EQUAL_BYTES = 0.01
 _NAMES = {
     "none": "preset", "text": "preset, text importance", "pooled": "preset, image+text importance, pooled",
     "balanced": "preset, image+text importance, balanced", "answer": "preset, image+text importance, answer",
-    "plan": "our plan",
+    "plan": "our plan", "feedback": "our plan with feedback",
 }  # fmt: skip
 _FORMATS = {"gguf": "GGUF", "mlx": "MLX"}
 _STYLES = {
     "none": ("s", "#000000"), "text": ("^", "#0072b2"), "pooled": ("v", "#56b4e9"), "balanced": ("D", "#e69f00"),
     "answer": ("P", "#999999"), "plan": ("o", "#d55e00"),
+    "feedback": ("*", "#cc79a7"),
 }  # fmt: skip
 """Marker and colour; the colours are Okabe and Ito's, told apart by colour-blind readers too."""
 _LINES = ("-", "--", ":", "-.")
@@ -96,7 +97,7 @@ def draw(found: Comparison, path: Path) -> None:
             ],
             label=_NAMES[family] + (f" ({name})" if name and len(calibrations) > 1 else ""),
             marker=marker, color=colour, markeredgecolor="black", markersize=7, capsize=2.5, elinewidth=1,
-            linewidth=2 if family == "plan" else 1,
+            linewidth=2 if family in ("plan", "feedback") else 1,
             linestyle=_LINES[calibrations.index(name) % len(_LINES)] if name else "-",
             transform=axes.transData + transforms.ScaledTranslation(shift, 0, figure.dpi_scale_trans),
         )  # fmt: skip

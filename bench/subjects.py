@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,10 @@ from gguf import GGUFReader
 from ldrt_edge.bench.steps import Cost, apart
 from ldrt_edge.convert.fallbacks import Quantized
 from ldrt_edge.convert.gguf import check_room, finish, write
-from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.mlx import write as write_mlx
 from ldrt_edge.convert.mlx_plan import LANGUAGE, SCHEMES, mlx_plan
 from ldrt_edge.convert.plan import mmproj_plan, text_plan
+from ldrt_edge.convert.planned import Format
 from ldrt_edge.convert.quantize import TYPES, Wanted, lossless, read_back, run_quantizer, write_full
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName, TypePlan
@@ -34,12 +34,12 @@ from ldrt_edge.runtimes.mlx import MlxRuntime, on_gpu
 
 
 class Subject(NamedTuple):
-    """A quantised model in a folder that a runtime loads. matrix_bytes: of the language model's matrices alone."""
+    """A quantised model in a folder that a runtime loads. matrix_bytes: of a preset's language model's matrices."""
 
     folder: Path
     stored: Quantized
-    matrix_bytes: int
     cost: Cost
+    matrix_bytes: int = 0
 
 
 class Subjects(Protocol):
@@ -50,7 +50,7 @@ class Subjects(Protocol):
     bases: ClassVar[tuple[str, ...]]
 
     def quantised(self, wanted: Wanted) -> AbstractContextManager[Subject]:
-        """Quantise the language model; it is gone afterwards."""
+        """Quantise the language model to a preset; it is gone afterwards."""
         ...
 
     def load(self, folder: Path, threads: int | None) -> Runtime:
@@ -74,9 +74,9 @@ class GgufSubjects:
         full, pair, weights = self._files
         model = pair / "model-SUBJECT.gguf"
         _, cost = apart((), run_quantizer, full, model, wanted, weights)
-        stored = read_back(model, None if wanted.types else wanted.type)
+        stored = read_back(model, wanted.type)
         matrix_bytes = sum(int(tensor.n_bytes) for tensor in GGUFReader(model).tensors if len(tensor.shape) == 2)
-        yield Subject(pair, stored, matrix_bytes, cost)
+        yield Subject(pair, stored, cost, matrix_bytes)
         model.unlink()
 
     def load(self, folder: Path, threads: int | None) -> Runtime:
@@ -113,7 +113,7 @@ class MlxSubjects:
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
         (stored, matrix_bytes), cost = apart(("ldrt_edge.runtimes.mlx_model",), _pack, self._merged, self._work, wanted)
-        yield Subject(self._work, stored, matrix_bytes, cost)
+        yield Subject(self._work, stored, cost, matrix_bytes)
 
     def load(self, folder: Path, threads: int | None) -> Runtime:
         """See `Subjects`; MLX schedules its own threads."""
@@ -135,14 +135,30 @@ def unpacked(merged: Path, folder: Path, threads: int | None) -> HfRuntime:
     return runtime
 
 
+@contextmanager
+def planned(merged: Path, to: Format, types: Mapping[str, str], folder: Path, work: Path) -> Iterator[Subject]:
+    """A language model whose matrices have these types, as `ldrt-edge quantize --plan` makes it; gone afterwards.
+
+    work: keeps what several plans can be written from.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    work.mkdir(exist_ok=True)
+    stored, cost = apart((), _write, merged, to, types, folder, work)
+    yield Subject(folder, stored, cost)
+    shutil.rmtree(folder)
+
+
+def _write(merged: Path, to: Format, types: Mapping[str, str], folder: Path, work: Path) -> Quantized:
+    vision = {"gguf": {"mmproj": {"*": "F16"}}, "mlx": {"vision": {"*": "f16"}}}[to.name]
+    return to.write(open_source(merged), TypePlan(to.name, {"model": types, **vision}), folder, work)
+
+
 def _pack(merged: Path, folder: Path, wanted: Wanted) -> tuple[Quantized, int]:
     """Write an MLX folder; returns what its language model comes to, and the bytes of that one's matrices."""
     source = open_source(merged)
-    if wanted.types:
-        planned = Mlx().planned(source, TypePlan("mlx", {"model": wanted.types, "vision": {"*": "f16"}}))
-    else:
-        planned = mlx_plan(source, wanted.type)
-    check_room(folder, planned.nbytes)
-    write_mlx(source, planned, folder)
-    language = (t for t in planned.tensors if t.name in planned.matrices and t.name.startswith(LANGUAGE))
-    return planned.holds(), sum(tensor.nbytes for tensor in language)
+    whole = mlx_plan(source, wanted.type)
+    check_room(folder, whole.nbytes)
+    write_mlx(source, whole, folder)
+    language = (t for t in whole.tensors if t.name in whole.matrices and t.name.startswith(LANGUAGE))
+    return whole.holds(), sum(tensor.nbytes for tensor in language)

@@ -10,8 +10,8 @@ So the losses of a step can be held against each other, not only the time it too
 Each run is a process of its own, which shows its peak memory; rounds turn about, so that load from elsewhere falls on
 all. Samples a second (a sample is a question with its answer) are counted from the first optimizer step's end to the
 last's: the first one warms up. They are counted twice: by the clock, and by the time that the process computed, which
-on one thread is the same on a quiet machine and nearly so on a busy one; ratios are of the latter. What the vision tower took beforehand, which is in ours only, is told apart
-(`features_s`): it is paid once and not in every epoch.
+on one thread is the same on a quiet machine and nearly so on a busy one; ratios are of the latter. What the vision
+tower took beforehand, which is in ours only, is told apart (`features_s`): it is paid once and not in every epoch.
 
 `--ladder` also runs ours with no switch on, with each alone, and with each left out. A run that was killed goes on.
 """
@@ -44,7 +44,7 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
 }
 """Each switch of ours: the setting that turns it on, and off."""
 SAMPLES_PER_STEP, FORWARD_SAMPLES = 12, 3
-"""A forward of 3 questions with a picture each is 870 tokens of the starter; 2 pictures with 6 questions each are 800."""
+"""3 questions with a picture each are 870 tokens of the starter, 2 pictures with 6 questions each are 800."""
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -161,8 +161,9 @@ def _settings(questions: int, off: Mapping[str, bool]) -> tuple[str, ...]:
     switches = (pair[off.get(name, False)].format(questions=questions) for name, pair in SWITCHES.items())
     return (
         *switches, f"rows_per_step={forward}", f"accumulate={rows // forward}", "standardise_features=false",
-        "vision_tokens=null", "validation_images=0", "log_steps=1", "group_by_length=false", "warmup=0", "save_steps=100000",
+        "vision_tokens=null", "validation_images=0", "log_steps=1", "group_by_length=false", "warmup=0",
         "instruct.learning_rate=1e-5", "instruct.projector_learning_rate=1e-5", "lora.dropout=0", "spike_factor=null",
+        "save_steps=100000",
     )  # fmt: skip
 
 

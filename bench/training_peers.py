@@ -101,7 +101,8 @@ def run_peer(name: str, task: Task) -> Curve:
         "gradient_accumulation_steps": per_step // task.forward_samples, "warmup_steps": recipe.warmup,
         "learning_rate": recipe.instruct.learning_rate, "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": recipe.min_learning_rate_ratio}, "adam_beta2": recipe.adam_beta2,
-        "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm, "logging_steps": 1, "seed": recipe.seed,
+        "weight_decay": recipe.weight_decay, "max_grad_norm": recipe.max_grad_norm, "logging_steps": 1,
+        "seed": recipe.seed,
         "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
         "train_sampling_strategy": "sequential", "dataloader_pin_memory": False,
     }  # fmt: skip

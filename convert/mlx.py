@@ -107,20 +107,16 @@ class Mlx:
 
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
         """Write a folder; MLX packs in memory, so that `work` keeps only what feedback needs."""
-        planned = self.planned(source, plan, work)
-        check_room(folder, planned.nbytes)
-        write(source, planned, folder)
-        return planned.holds()
-
-    def planned(self, source: Source, plan: TypePlan, work: Path) -> MlxPlan:
-        """The folder that a plan makes of a model."""
         whole = mlx_plan(source, "f16")
         matrices = _matrices(whole)
         types = assign(plan, matrices)
         if self.feedback:
             changed = with_feedback(source, self.feedback, self, matrices["model"], types, work)
             whole = replace(whole, weights=changed.weights)
-        return whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
+        planned = whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
+        check_room(folder, planned.nbytes)
+        write(source, planned, folder)
+        return planned.holds()
 
 
 def write(source: Source, plan: MlxPlan, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +33,8 @@ MANIFEST = "manifest.json"
 _SETTINGS = ".settings.json"
 _LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "tokenizers", "gguf", "llama-cpp-python", "mlx", "mlx-lm",
-    "mlx-vlm", "numpy", "pillow", "pydicom", "rouge-score", "sacrebleu",
+    "mlx-vlm", "numpy", "pillow", "pydicom", "rouge-score", "sacrebleu", "lxml",
+    "py3langid", "imagehash", "datasketch", "pypdfium2",
 )
 _MANIFEST_LIMIT_BYTES = 64 << 20
 _NO_ROOM_BYTES = 1 << 20
@@ -161,7 +163,7 @@ def writing(out: Path) -> Iterator[None]:
     except LdrtError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _UNWRITABLE and _is_on_the_way(error.filename, out):
+        if isinstance(error, OSError) and _is_refused(error, out):
             raise ArtifactError(f"cannot write {out}: {error.strerror}: choose another --out") from error
         if _is_full(out.parent, error):
             raise ArtifactError(f"disk full while writing {out}: free some space, then run this again") from error
@@ -171,19 +173,34 @@ def writing(out: Path) -> Iterator[None]:
 def _is_full(folder: Path, error: Exception) -> bool:
     """Whether a write failed for want of room.
 
-    Libraries tell so in words of their own (safetensors, torch, MLX), so the disk itself is asked.
+    Some libraries tell so in words of their own (torch, MLX), so the disk itself is asked too.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if _system_error(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
     return not isinstance(error, LdrtError) and folder.is_dir() and shutil.disk_usage(folder).free < _NO_ROOM_BYTES
 
 
-def _is_on_the_way(name: object, out: Path) -> bool:
-    """Whether an error's file is `out`, a folder that leads to it, or something in its draft."""
-    if not isinstance(name, (str, os.PathLike)):
+def _is_refused(error: OSError, out: Path) -> bool:
+    """Whether the error says that `out`, a folder that leads to it, or its draft may not be written to.
+
+    A file that is too large for its file system, as FAT's 4 GB, can only be one that is written.
+    """
+    if error.errno == errno.EFBIG:
+        return True
+    if error.errno not in _UNWRITABLE or not isinstance(error.filename, (str, os.PathLike)):
         return False
-    path = Path(name).absolute()
+    path = Path(error.filename).absolute()
     return path in (out, *out.parents) or path.is_relative_to(partial_path(out))
+
+
+def _system_error(error: Exception) -> int:
+    """The system's number of an error, 0 for none: libraries written in Rust say it in words, PyTorch not at all."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    if "PytorchStreamWriter" in str(error) or "inline_container.cc" in str(error):
+        return errno.ENOSPC
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 @contextmanager

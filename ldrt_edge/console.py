@@ -26,6 +26,13 @@ def say(message: str) -> None:
     stderr.print(message, markup=False, soft_wrap=True)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class Bar:
     """A running progress display; `advance` it as work is done."""
 

@@ -15,8 +15,6 @@ import sys
 import numpy as np
 from numpy.typing import NDArray
 
-from ldrt_edge.errors import DataError
-
 _TIMEOUT_S = 120
 
 
@@ -24,15 +22,14 @@ def decode_apart(data: bytes, frame: int) -> NDArray[np.integer]:
     """Decode frame `frame` of the DICOM file `data` by GDCM: (rows, columns) or (rows, columns, 3), as stored.
 
     Raises:
-        DataError: GDCM cannot decode it, or died of it.
+        ValueError: GDCM cannot decode it, or died of it.
     """
     command = [sys.executable, "-P", "-m", "ldrt_edge.dicom_frame", str(frame)]
     try:
         child = subprocess.run(command, input=data, capture_output=True, timeout=_TIMEOUT_S, check=True)
         return np.asarray(np.load(io.BytesIO(child.stdout), allow_pickle=False))
     except (subprocess.SubprocessError, ValueError, EOFError):
-        raise DataError("its pixels cannot be decoded") from None  # the cause quotes the child's output
-
+        raise ValueError("GDCM cannot decode it") from None  # the cause quotes the child's output
 
 def main() -> None:
     """Read a DICOM file from stdin and write the frame named by the first argument to stdout, as .npy."""
@@ -41,7 +38,6 @@ def main() -> None:
 
     header = dcmread(io.BytesIO(sys.stdin.buffer.read()), force=True)
     np.save(sys.stdout.buffer, pixel_array(header, index=int(sys.argv[1]), decoding_plugin="gdcm"))
-
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,8 @@ from ldrt_edge.errors import DataError
 MAX_BYTES = 512 << 20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8
+MAX_SIDE = 65_535  # what JPEG holds; nothing can be seen in a strip that is longer
+_PIXELS_PER_BYTE = 8 * 1032  # of black and white, as deflate packs it at best; source: RFC 1951, 258 bytes in 2 bits
 GIVEN = "LINEAR_EXACT"
 """The function of a window that the user gives: center ± width/2. DICOM's LINEAR, which the header's window is by
 default, takes 1 off the width and 0.5 off the center, and so means something for whole numbers only, not for Gy.
@@ -126,6 +128,8 @@ def _read_pillow(data: bytes, window: Window | None, frame: int) -> Picture:
             raise DataError("not a readable picture: neither PNG, JPEG, TIFF nor DICOM, or damaged") from None
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     check_size(*image.size)
+    if math.prod(image.size) > len(data) * _PIXELS_PER_BYTE:
+        raise DataError(f"a damaged {kind} file: {len(data)} bytes cannot hold {image.width}×{image.height} pixels")
     with decoding(f"a damaged or truncated {kind} file"):
         frames = int(getattr(image, "n_frames", 1))
         check_frame(frame, frames)
@@ -219,6 +223,8 @@ def check_size(width: int, height: int) -> None:
     """
     if width * height > MAX_PIXELS:
         raise DataError(f"{width}×{height} pixels, the limit is {MAX_PIXELS // 10**6} megapixels: scale it down")
+    if max(width, height) > MAX_SIDE:
+        raise DataError(f"{width}×{height} pixels: no side may be longer than {MAX_SIDE}")
     if min(width, height) < MIN_SIDE:
         raise DataError(f"{width}×{height} pixels: nothing can be seen in a picture below {MIN_SIDE}×{MIN_SIDE}")
 

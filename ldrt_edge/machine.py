@@ -56,9 +56,13 @@ def processor() -> Processor:
 
 def memory() -> Memory:
     """Read sizes and measure the speed, which takes about a second."""
-    told = psutil.virtual_memory()
-    total = min([told.total, *_container_limits()])
-    return Memory(total, min(told.available, total), read_gb_per_s(physical_cores()), psutil.getloadavg()[0])
+    total = min([psutil.virtual_memory().total, *_container_limits()])
+    return Memory(total, available_bytes(), read_gb_per_s(physical_cores()), psutil.getloadavg()[0])
+
+
+def available_bytes() -> int:
+    """Memory that a program could still take, of the machine or of the container."""
+    return min([psutil.virtual_memory().available, *_container_limits()])
 
 
 def read_gb_per_s(threads: int, repeats: int = 15) -> float:

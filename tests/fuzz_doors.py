@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import struct
 import tempfile
 import zlib
@@ -16,6 +17,24 @@ from fuzzing import EDGES, Door, changed, changed_json, spliced
 
 from ldrt_edge.errors import LdrtError
 
+_ARTICLE = b"""<?xml version="1.0"?><article xmlns:xlink="http://www.w3.org/1999/xlink" xml:lang="en"><front>
+<journal-meta><journal-title>J</journal-title></journal-meta><article-meta><article-id pub-id-type="pmc">1</article-id>
+<article-id pub-id-type="doi">10.1/x</article-id><title-group><article-title>Low dose</article-title>
+</title-group><pub-date pub-type="epub"><day>1</day><month>2</month><year>2020</year></pub-date><permissions>
+<license xlink:href="https://creativecommons.org/licenses/by/4.0/"><license-p>CC BY</license-p></license></permissions>
+<abstract><p>Pain of the heel.</p></abstract></article-meta></front><body><sec><p>As
+<xref ref-type="fig" rid="f1">Fig. 1</xref> shows, the dose. See [<xref rid="f2">2</xref>].</p>
+<fig id="f1"><label>Figure 1</label><caption><title>Dose
+</title><p>Isodose lines<sup>2</sup>.</p></caption><graphic xlink:href="a.jpg"/></fig><fig-group id="g"><fig id="f2">
+<caption xml:lang="de"><p>Dosis</p></caption><alternatives><graphic xlink:href="b.tif"/><graphic xlink:href="b.png"/>
+</alternatives></fig></fig-group><table-wrap id="t"><graphic xlink:href="t.png"/></table-wrap></sec></body>
+<sub-article article-type="translation" xml:lang="es"><body><fig id="f1es"><caption><p>Dosis</p></caption></fig></body>
+</sub-article></article>"""
+_XML_PARTS = (
+    b"<!DOCTYPE a [<!ENTITY x 'y'>]>", b"&x;", b"&#0;", b"&#x1F600;", b"<![CDATA[x]]>", b"<!-- x -->", b"<?pi x?>",
+    b"</p>", b"<fig>", b'<graphic xlink:href="../../x"/>', b'<xref rid="f1"/>', b"\xff\xfe", b"\0",
+    b"<year>99999999999</year>",
+)  # fmt: skip
 Random = random.Random
 _TEMPLATE_PARTS = (
     b"{% set x = x ~ x %}", b"{{ 'x' * 9999999999 }}", b"{% for a in messages %}", b"{% endfor %}", b"|join", b"[::-1]",
@@ -382,6 +401,38 @@ def _elements(data: bytes) -> list[tuple[int, int, int]]:
     return found
 
 
+def _jats() -> Door:
+    from ldrt_edge.train.data.articles import read_articles
+
+    parts = re.findall(rb"<[^>]*>|[^<]+", _ARTICLE)
+
+    def make(rng: Random) -> bytes:
+        """Elements doubled, dropped, moved, nested deep, renamed; texts, attributes and declarations changed."""
+        found = list(parts)
+        for _ in range(rng.choice((1, 1, 2, 4, 8))):
+            at, other = rng.randrange(len(found)), rng.randrange(len(found))
+            match rng.randrange(7):
+                case 0:
+                    del found[at]
+                case 1:
+                    found[at], found[other] = found[other], found[at]
+                case 2:
+                    found[at:at] = found[at : at + rng.choice((1, 3, 20))] * rng.choice((1, 2, 50))
+                case 3:
+                    found[at] = changed(rng, found[at])
+                case 4:
+                    found.insert(at, rng.choice(_XML_PARTS))
+                case 5:
+                    name = re.match(rb"</?([\w-]+)", rng.choice(parts))
+                    found[at] = re.sub(rb"(?<=[</])[\w-]+", name[1] if name else b"x", found[at], count=1)
+                case 6:
+                    depth = rng.choice((3, 300, 3000))
+                    found[at:at] = [b"<p>"] * depth + [b"</p>"] * depth
+        return b"".join(found)
+
+    return Door(read_articles, make)
+
+
 DOORS: dict[str, Callable[[], Door]] = {
     "gguf": _gguf,
     "safetensors": _safetensors,
@@ -391,6 +442,7 @@ DOORS: dict[str, Callable[[], Door]] = {
     "rows": _rows,
     "golden": _golden,
     "front": _front,
+    "jats": _jats,
     "pictures": _pictures,
     "dicom": lambda: _dicom(("CT_small.dcm", "MR_small.dcm", "rtdose_1frame.dcm", "SC_rgb_small_odd.dcm")),
     "compressed": lambda: _dicom(("MR_small_RLE.dcm", "JPEG2000.dcm", "SC_rgb_jpeg_dcmtk.dcm")),

@@ -64,7 +64,7 @@ def fuzz(door: str, start: int, count: int) -> tuple[list[Find], int]:
     while start < end:
         with tempfile.TemporaryDirectory() as scratch:
             at = Path(scratch) / "at"
-            at.write_text(str(start))
+            at.touch()  # empty until all is imported, which may take long
             command = [sys.executable, __file__, "--worker", door, str(start), str(end - start), str(at)]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             last, since = "", time.monotonic()
@@ -72,7 +72,7 @@ def fuzz(door: str, start: int, count: int) -> tuple[list[Find], int]:
                 time.sleep(0.05)
                 if (now := at.read_text()) != last:
                     last, since = now, time.monotonic()
-                elif time.monotonic() - since > _STALLED_S:
+                elif last and time.monotonic() - since > _STALLED_S:
                     process.kill()
             told = process.stdout.read() if process.stdout else ""
             reached = int(at.read_text() or start)

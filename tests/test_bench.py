@@ -376,7 +376,8 @@ def test_reports_about_the_same_questions_stand_side_by_side(merged: Path, data:
     shown = dict(lines(found))
     assert shown["right"][0].startswith("100.0%") and "chrF" in shown and "peak memory" not in shown
 
-    done = CliRunner().invoke(cli, ["compare", str(seeing), str(blind), "--out", str(tmp_path / "both"), "--json"])
+    command = ["bench", "compare", str(seeing), str(blind), "--out", str(tmp_path / "both"), "--json"]
+    done = CliRunner().invoke(cli, command)
     assert json.loads(done.stdout)["columns"][1]["gain"]["value"] == second.gain.value
     page = _Page()
     page.feed((tmp_path / "both" / "comparison.html").read_text())

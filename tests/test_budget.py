@@ -271,10 +271,12 @@ def test_mlx_goes_through_the_same_gate(
     monkeypatch.setattr(budget, "BITS", (8.5,))
     words = ["quantize", str(merged), "--to", "mlx", "--data", str(data), "--max-loss", "0.5", "--limit", "8"]
 
-    done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "edge")])
+    done = CliRunner().invoke(cli, [*words, "--feedback", "--out", str(tmp_path / "edge")])
 
     assert isinstance(done.exception, ArtifactError) and "would be needed" in str(done.exception)
-    verdict = read_verdict(artifact.verify(tmp_path / "edge", "mlx").metrics)
+    manifest = artifact.verify(tmp_path / "edge", "mlx")
+    verdict = read_verdict(manifest.metrics)
+    assert manifest.config["feedback"] == "32"
     assert verdict is not None and not verdict.released and verdict.questions > 0
 
 

@@ -212,7 +212,7 @@ def test_a_file_that_cannot_be_written_whole_leaves_nothing(made: Made, tmp_path
     done = subprocess.run(
         [sys.executable, "-c", code, made.edge, made.report, tmp_path / "a.ldrt"], capture_output=True, text=True
     )
-    assert "ArtifactError" in done.stderr and "cannot be written" in done.stderr
+    assert "ArtifactError" in done.stderr and "cannot write" in done.stderr
     assert not list(tmp_path.iterdir()) or [p.name for p in tmp_path.iterdir()] == ["home"]
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 
 from ldrt_edge import artifact
+from ldrt_edge.chat.desk import Model
 from ldrt_edge.chat.session import NOTICE, Session, TextStream
 from ldrt_edge.chat.terminal import ask_once, run_chat
 from ldrt_edge.convert.gguf import convert
 from ldrt_edge.errors import ArtifactError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
+from ldrt_edge.release import RELEASE, Verdict
 from ldrt_edge.runtimes.base import Runtime, Sampling, load
 
 TEXTS = (
@@ -345,6 +348,32 @@ class Terminal:
             os.kill(self._pid, signal.SIGKILL)
             os.waitpid(self._pid, 0)
         os.close(self._screen)
+
+
+@pytest.mark.parametrize("name", ["model-F16.gguf", "front.json"])
+def test_a_file_that_is_not_what_the_manifest_says_is_refused(edge: Path, tmp_path: Path, name: str) -> None:
+    changed = Path(shutil.copytree(edge, tmp_path / "changed"))
+    content = bytearray((changed / name).read_bytes())
+    content[-2] ^= 1  # the size is as it was
+    (changed / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{name}: changed since it was written"):
+        ask_once(changed, "What?")
+
+
+def test_what_a_budget_said_is_told_before_the_first_answer(
+    edge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "judged"
+    shutil.copytree(edge, folder)
+    verdict = Verdict(True, "loss +0.4 points", 1.0, 0.4, -0.2, 0.9, None, 2.0, 3.0, 400, 50, 400)
+    manifest = json.loads((folder / artifact.MANIFEST).read_text())
+    manifest["metrics"][RELEASE] = asdict(verdict)
+    (folder / artifact.MANIFEST).write_text(json.dumps(manifest))
+
+    ask_once(folder, "How many?", sampling=Sampling(max_tokens=1), threads=1)
+
+    assert "judged is released: loss +0.4 points" in capsys.readouterr().err
+    assert Model.of(folder).verdict == verdict and Model.of(edge).verdict is None
 
 
 @pytest.fixture

@@ -66,14 +66,19 @@ def test_the_readme_names_every_command() -> None:
         (["convert", "nowhere", "--for", "ollama", "--type", "f32"], "--type f32 does not go with --for ollama"),
         (["convert", "nowhere"], "nowhere"),
         (["bench", "nowhere", "--data", "d"], "nowhere"),
-        (["compare", "nowhere"], "which reports?"),
-        (["compare", "nowhere", "here"], "nowhere"),
+        (["bench", "compare", "nowhere"], "which reports?"),
+        (["bench", "compare", "nowhere", "here"], "nowhere"),
         (["chat", "nowhere", "--ask", "hello"], "nowhere"),
         (["chat", "nowhere", "--ask", "hello", "--window", "40"], "--window 40"),
         (["chat", "nowhere", "--ask", "hello", "--web"], "--web opens a page"),
         (["serve", "nowhere", "--audit", "log"], "nowhere"),
         (["audit", "verify", "nowhere"], "nowhere"),
         (["data", "import", "vqa-rad", "nowhere", "out"], "nowhere"),
+        (["data", "curate", "nowhere", "--out", "out"], "nowhere"),
+        (["data", "instruct", "nowhere", "--out", "out"], "nowhere"),
+        (["data", "export", "nowhere", "out", "--to", "hf"], "nowhere"),
+        (["data", "stats", "nowhere"], "nowhere"),
+        (["data", "view", "nowhere", "--strikes", "s"], "nowhere"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_1(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -87,10 +92,13 @@ def test_a_users_mistake_is_one_line_and_exit_1(arguments: list[str], message: s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_extra_is_one_sentence_with_the_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", ["train --base starter --data x --out y", "merge --base b --adapter a --out c", "starter x", "demo x"]
+)
+def test_a_missing_extra_is_one_sentence_with_the_command(arguments: str, tmp_path: Path) -> None:
     """Block torch as if it were not installed."""
     (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
-    done = run("train", "--base", "starter", "--data", "x", "--out", "y", PYTHONPATH=str(tmp_path))
+    done = run(*arguments.split(), PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert done.returncode == 1
     assert "pip install 'ldrt-edge[train]'" in done.stderr and "Traceback" not in done.stderr
 

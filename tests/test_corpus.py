@@ -547,6 +547,14 @@ def test_a_picture_of_20_000_pixels_is_refused_before_it_is_decoded(tmp_path: Pa
     assert one.step == "picture unreadable" and "64 megapixels" in one.reason
 
 
+def test_a_file_name_that_is_no_text_is_reported_and_read(tmp_path: Path) -> None:
+    box = folder(tmp_path / "in", {"x-g001.png": picture(1), "b.xml": b"<"})
+    (box / os.fsdecode(b"caf\xe9.xml")).write_bytes(jats("10.1/a", figure(1, CAPTION)))
+    (box / "b.xml").rename(box / os.fsdecode(b"d\xe9.xml"))
+    path = curate([box], tmp_path / "pairs")
+    assert len([*Pairs(path)]) == 1 and [one.step for one in dropped(path)] == ["unreadable"]
+
+
 def test_a_user_is_told_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         curate([tmp_path / "nowhere"], tmp_path / "out")
@@ -569,7 +577,11 @@ def _many(root: Path, count: int) -> Path:
 
 
 def _bytes(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    """All files; the manifest without the commit of the code, which may be edited while a test runs."""
+    files = {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+    manifest = json.loads(files["manifest.json"])
+    del manifest["git_commit"]
+    return files | {"manifest.json": json.dumps(manifest, sort_keys=True).encode()}
 
 
 def test_two_workers_write_the_same_bytes_as_one(tmp_path: Path) -> None:
@@ -577,6 +589,25 @@ def test_two_workers_write_the_same_bytes_as_one(tmp_path: Path) -> None:
     one, two = curate([source], tmp_path / "one"), curate([source], tmp_path / "two", workers=2)
     assert _bytes(one) == _bytes(two)
     assert steps(one)["repeated picture"] == 10 and len([*Pairs(one)]) == 40
+
+
+@pytest.mark.slow
+def test_a_local_ray_writes_the_same_bytes_and_outlives_a_poison_article(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed (pip install 'ldrt-edge[ray]')")
+    from ldrt_edge.train.data import curate as stage
+
+    source = _many(tmp_path / "in", 40)
+    one, ray = curate([source], tmp_path / "one"), curate([source], tmp_path / "ray", workers=2, ray_address="local")
+    assert _bytes(one) == _bytes(ray)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)  # for the workers to find the one that dies
+    monkeypatch.setattr(stage, "read_chunk", dying_reader)
+    (poison,) = [
+        line for line in dropped(curate([source], tmp_path / "poison", ray_address="local")) if not line.article
+    ]
+    assert poison.where == "in/007/a.xml"
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating_an_article(tmp_path: Path) -> None:
@@ -738,7 +769,13 @@ def test_the_print_of_a_real_article_gives_its_figures(tmp_path: Path) -> None:
     with zipfile.ZipFile(SHARED / "scielo-bjmbr-54-e11439.zip") as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".pdf")]
         paper = read_pdf(archive.read(name))
-    assert paper.article.id == "doi:10.1590/1414-431x2021e11439" and paper.scanned == ()
+    assert paper.article.doi == "10.1590/1414-431x2021e11439" and paper.scanned == ()
     assert [figure.label for figure in paper.article.figures] == ["Figure 1", "Figure 2"]
     assert paper.article.figures[0].caption.startswith("Bioinformatics data of cathepsin Z (CTSZ) expression.")
-    assert all(len(figure.pictures) == 1 for figure in paper.article.figures)
+    first, second = paper.article.figures
+    assert all(len(figure.pictures) == 1 for figure in (first, second))
+    for printed, letters in ((first, "ABC"), (second, "AB")):
+        parts = caption_parts(printed.caption)
+        assert "".join(part.letter for part in parts) == letters
+        rgb = np.asarray(Image.open(io.BytesIO(paper.files[printed.pictures[0][0]])).convert("RGB"))
+        assert len(panel_boxes(rgb, len(parts))) == len(letters)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from ldrt_edge.runtimes.base import FrontImage, Prompt
 from ldrt_edge.train.data.phantom import phantom
 
 VISION, PROMPT, ANSWER = range(3)
+
+TOOL = shutil.which("llama-quantize")
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +167,25 @@ def test_stock_llama_cpp_quantises_with_it(wide: tuple[Path, Importance], tmp_pa
     assert artifact.identity(given.folder) in artifact.read(weighed).inputs
     sizes = [artifact.read(folder).metrics["quantized"]["bytes"] for folder in (plain, weighed)]
     assert abs(sizes[0] - sizes[1]) < 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TOOL is None, reason="llama.cpp's llama-quantize is not on the path")
+def test_llama_cpps_own_tool_reads_it_and_rounds_the_same(wide: tuple[Path, Importance], tmp_path: Path) -> None:
+    merged, given = wide
+    imatrix, theirs = imatrix_path(given.folder, given.weighting), tmp_path / "theirs.gguf"
+    full = convert(merged, tmp_path / "full", "f32") / "model-F32.gguf"
+
+    done = subprocess.run(
+        [str(TOOL), "--imatrix", imatrix, full, theirs, "Q4_K_M", "1"], capture_output=True, text=True, check=True
+    )
+
+    assert f"loaded {len(read_imatrix(imatrix))} importance matrix entries" in done.stdout + done.stderr
+    ours = quantize(merged, tmp_path / "ours", "Q4_K_M", importance=given) / "model-Q4_K_M.gguf"
+    expected, found = ({t.name: t for t in GGUFReader(path).tensors} for path in (ours, theirs))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(tensor.data, found[name].data, err_msg=name)
 
 
 @pytest.mark.parametrize("type_", ["IQ3_XXS", "IQ2_XS", "Q2_K_S"])

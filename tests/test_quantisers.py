@@ -140,7 +140,7 @@ def test_quantisers_side_by_side(
     found = compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], **given)
 
     by_family = {result.family: result for result in found.results}
-    assert list(by_family) == ["none", "text", "balanced", "plan"]
+    assert list(by_family) == ["none", "text", "balanced", "plan", "feedback"]
     none, plan = by_family["none"], by_family["plan"]
     assert all(0.99 <= result.bytes_ratio <= 1.01 for result in found.results)
     assert len(plan.types) > len(none.types) and plan.kld_to_none.ci_high < 0.8
@@ -161,7 +161,9 @@ def test_quantisers_side_by_side(
     assert (found.questions, found.tokens) == (len(asked), len(kld))
 
     costs = {step.name: step.cost for step in found.steps}
-    assert list(costs) == ["quantisation", "importance, text", "importance", "sensitivity", "allocation"]
+    assert list(costs) == [
+        "quantisation", "importance, text", "importance", "sensitivity", "allocation", "feedback"
+    ]  # fmt: skip
     assert costs["sensitivity"].seconds > costs["importance"].seconds > 0
     assert all(cost.peak_bytes >= cost.idle_bytes > 0 for cost in costs.values())
     written = json.loads((out / "quantisers-gguf.json").read_text())
@@ -192,13 +194,16 @@ def test_quantisers_side_by_side(
 def test_mlx_side_by_side(tiny: builders.Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
     command = [merged, "--to", "mlx", "--bases", "q4", "--data", data, "--out", out, "--sensitivity-rows", 8]
+    command += ["--calibration-rows", 16]
 
     assert main([str(word) for word in command]) == 0
 
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == str(out / "quantisers-mlx.json") and (out / "quantisers-mlx.png").stat().st_size > 10_000
-    none, plan = json.loads((out / "quantisers-mlx.json").read_text())["results"]
-    assert (none["family"], plan["family"]) == ("none", "plan") and 0.99 <= plan["bytes_ratio"] <= 1
+    none, plan, fed = json.loads((out / "quantisers-mlx.json").read_text())["results"]
+    assert [none["family"], plan["family"], fed["family"]] == ["none", "plan", "feedback"]
+    assert 0.99 <= plan["bytes_ratio"] <= 1 and fed["bytes"] == plan["bytes"]
+    assert fed["kld"]["value"] < 0.9 * plan["kld"]["value"]
     assert len(plan["types"]) > len(none["types"]) and plan["kld_to_none"]["ci_high"] < 0.9
     assert plan["kld_to_text"] is None
 

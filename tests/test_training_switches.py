@@ -1,4 +1,4 @@
-"""Every switch that makes training faster or leaner leaves its gradients alone: held against transformers' own model."""
+"""Switches that make training faster or leaner leave gradients alone: held against transformers' own model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.front import Front
 from ldrt_edge.train.collate import ROW_IDS, PackedRow
-from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
+from ldrt_edge.train.features import collator
 from ldrt_edge.train.lora import gather_material, prepare
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.order import RowOrder
@@ -120,4 +120,5 @@ def test_standardised_features_leave_the_function_and_loras_gradients(tiny: Tiny
     found_loss, found = ours(folder, data, ["cache_features=true", "standardise_features=true"])
     assert found_loss == pytest.approx(loss, rel=1e-5)
     for name in (name for name in expected if "lora" in name):
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].abs().max()))
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * scale)

@@ -81,10 +81,10 @@ class Example:
 def pack_rows(
     datasets: Sequence[tuple[Dataset, Sequence[Row]]], front: Front, questions_per_row: int, max_tokens: int, seed: int
 ) -> list[PackedRow]:
-    """Group rows by image into packed rows of at most `questions_per_row` questions and `max_tokens` tokens.
+    """Group rows by image into packed rows of at most `questions_per_row` questions and `max_tokens` tokens of text.
 
     Raises:
-        DataError: a single question with its image is longer than `max_tokens`.
+        DataError: a single question with its answer is longer than `max_tokens`; the row is named.
     """
     rng = random.Random(seed)
     packed: list[PackedRow] = []
@@ -177,7 +177,7 @@ def _chunks(questions: Sequence[Question], most: int, max_tokens: int) -> list[t
     for question in questions:
         length = len(question.prompt) + len(question.answer)
         if length > max_tokens:
-            raise DataError(f"a question with its answer takes {length} tokens, max_tokens is {max_tokens}: raise it")
+            raise DataError(f"row {question.row_id}: {length} tokens of text, max_tokens is {max_tokens}: raise it")
         if chunks[-1] and (len(chunks[-1]) == most or used + length > max_tokens):
             chunks.append([])
             used = 0

@@ -36,7 +36,7 @@ def accumulation(accumulate: int, meant_for: int | None) -> int:
     Raises:
         ConfigError: they cannot be shared out evenly.
     """
-    number = state().num_processes
+    number: int = state().num_processes
     total = accumulate * (meant_for or number)
     if total % number:
         raise ConfigError(

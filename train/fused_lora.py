@@ -26,7 +26,7 @@ def fuse(peft_model: nn.Module) -> int:
     fused = 0
     for module in peft_model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear and _plain(module):
-            module.forward = MethodType(_forward, module)
+            vars(module)["forward"] = MethodType(_forward, module)
             fused += 1
     return fused
 
@@ -38,7 +38,7 @@ def _plain(module: Any) -> bool:
 
 def _forward(module: Any, inputs: torch.Tensor) -> torch.Tensor:
     base, low, high = module.base_layer, module.lora_A["default"].weight, module.lora_B["default"].weight
-    product: torch.Tensor = _LoraProduct.apply(
+    product: torch.Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
         inputs.to(base.weight.dtype), base.weight, base.bias, low, high, module.scaling["default"]
     )
     return product

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import save_file
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,6 +25,7 @@ from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front
+from ldrt_edge.options import beside
 from ldrt_edge.runtimes.processor import free_cores
 from ldrt_edge.train import devices
 from ldrt_edge.train.base import Base
@@ -34,7 +34,8 @@ from ldrt_edge.train.data.split import check_leakage
 from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.recipe import Recipe
-from ldrt_edge.train.survive import BestKept, Preemption
+from ldrt_edge.train.survive import BestKept, Preemption, best_step
+from ldrt_edge.train.switches import check
 from ldrt_edge.train.trainer import TRAINED, PackedTrainer, arguments, load_trained, save_trained
 from ldrt_edge.train.watch import METRICS, SAMPLES, Progress, SampleAnswers, plot, read_metrics
 
@@ -62,13 +63,14 @@ def train(base: Base, data: Sequence[Path], out: Path, recipe: Recipe, resume: b
     inputs: list[artifact.Input | Path] = [base.identity, *data]
     with devices.shared_draft(out, {"recipe": asdict(recipe)}, inputs, recipe.seed, resume) as draft:
         if not draft.complete:
-            _run(base, datasets, recipe, draft)
+            _run(base, datasets, recipe, draft, beside(out, "logs"))
     return out
 
 
-def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifact.Draft) -> None:
+def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifact.Draft, logs: Path) -> None:
     set_seed(recipe.seed)
     device = devices.state().device
+    check(recipe, device)
     if device.type == "cpu":  # a thread that shares its core with another program holds up all
         torch.set_num_threads(min(torch.get_num_threads(), free_cores()))
     bf16 = uses_bf16(recipe)
@@ -83,9 +85,11 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     train_set, eval_set = prepare(model, material, recipe, bf16)
 
     started = time.monotonic()
+    kept: dict[str, int] = {}
     for stage in STAGES:
         if getattr(recipe, stage).epochs:
-            _stage(stage, model, train_set, eval_set, material, recipe, draft.path, bf16)
+            step = _stage(stage, model, train_set, eval_set, material, recipe, draft.path, logs, bf16)
+            kept |= {stage: step} if step is not None else {}
     draft.metrics.update(
         questions=questions,
         rows=len(material.rows),
@@ -93,6 +97,7 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
         precision="bf16" if bf16 else "fp32",
         device=devices.name(device),
         devices=devices.state().num_processes,
+        kept_steps=kept,
     )
     _save_adapter(model, draft.path, base.name)
     if devices.state().is_main_process:
@@ -131,7 +136,7 @@ def prepare(
         if recipe.standardise_features:
             model.standardise(*store.statistics(material.rows))
         model.drop_tower()
-    return tuple(PackedDataset(rows, model.front, store) for rows in (material.rows, material.held_out))
+    return PackedDataset(material.rows, model.front, store), PackedDataset(material.held_out, model.front, store)
 
 
 def uses_bf16(recipe: Recipe) -> bool:
@@ -175,9 +180,12 @@ def _stage(
     material: Material,
     recipe: Recipe,
     folder: Path,
+    logs: Path,
     bf16: bool,
-) -> None:
-    """One stage: from its last checkpoint if there is one, to its end.
+) -> int | None:
+    """One stage: from its last checkpoint if there is one, to its end; the step whose weights are kept, if chosen.
+
+    logs: where trackers keep their files, outside the artefact.
 
     Raises:
         SystemExit: SIGTERM came; a checkpoint is written.
@@ -185,7 +193,9 @@ def _stage(
     done = folder / stage / "done"
     if (done / TRAINED).is_file():
         load_trained(model, done)
-        return
+        return best_step(folder / stage / "best")
+    from peft.helpers import disable_input_dtype_casting
+
     preemption, evaluate = Preemption(), len(eval_set) > 0
     callbacks: list[TrainerCallback] = [Progress(stage, folder), preemption]
     best = BestKept(model, folder / stage / "best", recipe.early_stop) if evaluate and recipe.keep_best else None
@@ -201,7 +211,7 @@ def _stage(
         recipe,
         stage == "instruct",
         train_set,
-        args=arguments(stage, folder, recipe, bf16, evaluate),
+        args=arguments(stage, folder, logs, recipe, bf16, evaluate),
         eval_dataset=eval_set if evaluate else None,
         data_collator=collator(model.front, recipe.length_bucket),
         callbacks=callbacks,
@@ -219,6 +229,7 @@ def _stage(
     if step is not None:
         console.say(f"{stage}: kept the weights of step {step}, the best evaluation")
     save_trained(model, done)
+    return step
 
 
 def _last_checkpoint(folder: Path) -> str | None:

@@ -6,7 +6,6 @@ the front end's table, masks branches from each other, and computes logits only 
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,14 +184,23 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     Raises:
         RuntimeLoadError: the base does not load.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports; it tells of kernels nobody asked for
-    from peft import LoraConfig, get_peft_model
-
-    llava = load_model(base, "auto")  # and each part straight to its own: a 13B in float32 would take 52 GB on the way
+    # each part goes straight to its own precision: a 13B in float32 would take 52 GB on the way
+    llava = load_model(base, "auto", _packed_weights() if recipe.base_precision == "nf4" else None)
     for module in (llava.model.language_model, llava.lm_head):
         module.to(torch.bfloat16 if bf16 else torch.float32)
     for module in (llava.model.vision_tower, llava.model.multi_modal_projector):
         module.to(torch.float32)._apply(torch.clone)  # a view would keep the whole mapped file in memory
+    if recipe.kernels == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(llava.model.language_model)
+    return PackedLlava(adapted(llava, recipe), front, recipe).to(device)
+
+
+def adapted(llava: Any, recipe: Recipe) -> Any:
+    """A base with the recipe's LoRA on its language model, and its projector set to train."""
+    from peft import LoraConfig, get_peft_model
+
     names = "|".join(recipe.lora.target_modules)
     config = LoraConfig(
         r=recipe.lora.rank,
@@ -208,4 +216,14 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
         llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.fused_lora:
         fuse(peft_model)
-    return PackedLlava(peft_model, front, recipe).to(device)
+    return peft_model
+
+
+def _packed_weights() -> Any:
+    """The decoder's linears in four bits, the rest as it is. Source: QLoRA, Dettmers et al., arXiv 2305.14314."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )

@@ -64,6 +64,7 @@ class Recipe:
     """A training run.
 
     rows_per_step: packed rows (one image, up to `questions_per_row` questions) in one forward of one device.
+    max_tokens: of text in a packed row; its image's tokens come on top.
     accumulate: forwards per optimizer step, on each device.
     devices: how many `accumulate` is meant for; on fewer, each does more, so that a run that lost or gained devices
         takes the same steps. null: as many as there are.
@@ -82,6 +83,8 @@ class Recipe:
     fused_lora: one product a linear and its LoRA, where dropout is 0.
     max_steps: optimizer steps of each stage, instead of its epochs.
     optimizer: 8-bit and paged ones are bitsandbytes', for CUDA.
+    base_precision: of the language model's frozen linears; nf4 packs them in four bits (QLoRA), auto is `precision`.
+    kernels: liger swaps Triton's RMSNorm, SwiGLU and RoPE in, on CUDA.
     compile: the model through torch.compile.
     spike_factor: a batch whose loss is this many times the recent median, and above where the run began, stops it.
     early_stop: stop after this many evaluations without a better one.
@@ -120,6 +123,8 @@ class Recipe:
     fused_lora: bool = True
     max_steps: PositiveInt | None = None
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor"] = "adamw"
+    base_precision: Literal["auto", "nf4"] = "auto"
+    kernels: Literal["torch", "liger"] = "torch"
     compile: bool = False
     spike_factor: Annotated[float, Field(gt=1)] | None = 8.0
     early_stop: PositiveInt | None = None

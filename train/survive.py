@@ -58,7 +58,7 @@ class BestKept(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
         metrics: dict[str, float] | None = None, **_: Any,
     ) -> None:
-        losses = {step: loss for step, loss in self._losses().items() if step < state.global_step}
+        losses = {step: loss for step, loss in _losses(self._folder).items() if step < state.global_step}
         losses[state.global_step] = float((metrics or {})["eval_loss"])
         best = min(losses, key=lambda step: losses[step])
         if best == state.global_step:
@@ -72,12 +72,18 @@ class BestKept(TrainerCallback):
 
     def restore(self) -> int | None:
         """Put the best weights back; the step that they are of, None where nothing was evaluated."""
-        losses = self._losses()
-        if not losses:
-            return None
-        load_trained(self._model, self._folder)
-        return min(losses, key=lambda step: losses[step])
+        step = best_step(self._folder)
+        if step is not None:
+            load_trained(self._model, self._folder)
+        return step
 
-    def _losses(self) -> dict[int, float]:
-        path = self._folder / _EVALUATIONS
-        return {int(step): loss for step, loss in json.loads(path.read_text()).items()} if path.is_file() else {}
+
+def best_step(folder: Path) -> int | None:
+    """The step of the best evaluation noted in a folder, None where there is none."""
+    losses = _losses(folder)
+    return min(losses, key=lambda step: losses[step]) if losses else None
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    path = folder / _EVALUATIONS
+    return {int(step): loss for step, loss in json.loads(path.read_text()).items()} if path.is_file() else {}

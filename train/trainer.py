@@ -7,6 +7,7 @@ same weights, bit by bit on a CPU. How devices work together (DDP, FSDP2, DeepSp
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +39,9 @@ _OPTIMIZERS = {
 }
 
 
-def arguments(stage: str, folder: Path, recipe: Recipe, bf16: bool, evaluate: bool) -> TrainingArguments:
-    """What a stage of a recipe is in transformers' words."""
+def arguments(stage: str, folder: Path, logs: Path, recipe: Recipe, bf16: bool, evaluate: bool) -> TrainingArguments:
+    """What a stage of a recipe is in transformers' words. logs: where trackers keep their files."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(logs / stage)  # transformers' only door for it
     device = devices.state().device
     cuda = device.type == "cuda"
     settings = getattr(recipe, stage)
@@ -117,8 +119,8 @@ class PackedTrainer(Trainer):
         self._guard.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not math.isfinite(float(norm)):
             named = all_problems(self._rows_of_step, "rows of this step")
             raise DataError(f"{self._where()}: the gradient is {float(norm)}: lower the learning rate; {named}")
@@ -143,6 +145,7 @@ class PackedTrainer(Trainer):
         plugin = self.accelerator.state.fsdp_plugin
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
+            assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -193,5 +196,5 @@ def load_trained(model: PackedLlava, folder: Path) -> None:
     """Read what `save_trained` wrote, onto however many devices there are now."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    state = load_file(folder / TRAINED)
+    state: dict[str, Any] = dict(load_file(folder / TRAINED))
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))

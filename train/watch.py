@@ -43,6 +43,7 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.advance(1, self._loss)
+        control.should_log |= state.global_step == state.max_steps
 
     def on_log(
         self,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ _PORTABLE = (
     "-DGGML_NATIVE=OFF", "-DGGML_AVX=ON", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON", "-DGGML_BMI2=ON",
     "-DGGML_OPENMP=OFF",  # llama.cpp has threads of its own, and a clinic's laptop may have no libgomp
 )  # fmt: skip
-"""x86-64-v3, any laptop since about 2015; no build flag says AVX on Apple silicon, where only the first matters."""
+"""x86-64-v3, as any laptop since about 2015; on Apple silicon llama.cpp passes over those of AVX."""
 _SOURCES = ("ldrt_edge", "train", "convert", "bench", "pyproject.toml", "README.md", "LICENSE")
 _TAGS: dict[Platform, tuple[str, ...]] = {  # the most widely usable first: pip takes the first that it finds
     "linux-x86_64": ("manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor in range(18, 36))),
@@ -68,7 +69,7 @@ class Target:
     @property
     def is_here(self) -> bool:
         """Whether this machine is such a one, and can build for it."""
-        return self == Target(*_here())
+        return (self.platform, self.python) == _here()
 
     @property
     def markers(self) -> dict[str, str]:
@@ -96,19 +97,19 @@ class Wheel:
     requires: tuple[Requirement, ...]
 
 
-def target(platform: str, python: str | None) -> Target:
-    """The machine meant; `python` is its Python's version, None for the one that runs here.
+def target(name: str, python: str | None) -> Target:
+    """The machine meant, by its platform's name; `python` is its Python's version, None for the one that runs here.
 
     Raises:
         ConfigError: no such platform, or no such version.
     """
-    if platform not in get_args(Platform):
-        raise ConfigError(f"--platform {platform}: choose one of {', '.join(get_args(Platform))}")
+    if name not in get_args(Platform):
+        raise ConfigError(f"--platform {name}: choose one of {', '.join(get_args(Platform))}")
     chosen = python or _here()[1]
     major, _, minor = chosen.partition(".")
     if major != "3" or not minor.isdecimal() or int(minor) < 11:
         raise ConfigError(f"--python {chosen}: wants 3.11 or newer, as 3.11")
-    return Target(platform, chosen)  # type: ignore[arg-type] # it is one of them
+    return Target(name, chosen)  # type: ignore[arg-type] # it is one of them
 
 
 def collect(machine: Target, extras: Sequence[str], folder: Path, given: Path | None) -> tuple[list[Wheel], list[str]]:
@@ -143,9 +144,11 @@ def collect(machine: Target, extras: Sequence[str], folder: Path, given: Path | 
     return sorted(found, key=lambda wheel: wheel.name), sorted(missing.values())
 
 
-def _here() -> tuple[Platform, str]:
-    known: dict[str, Platform] = {"linux": "linux-x86_64", "darwin": "macos-arm64", "win32": "windows-x86_64"}
-    return known[sys.platform], f"{sys.version_info.major}.{sys.version_info.minor}"
+def _here() -> tuple[str, str]:
+    """This machine's system and processor in a platform's words, and its Python; kits need not exist for it."""
+    system = {"darwin": "macos", "win32": "windows"}.get(sys.platform, sys.platform)
+    machine = platform.machine().lower().replace("amd64", "x86_64")
+    return f"{system}-{machine}", f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _installed() -> Iterator[tuple[str, str]]:

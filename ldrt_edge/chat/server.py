@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, suppress
 from importlib import resources
 from pathlib import Path
@@ -78,7 +78,7 @@ def serve(
     """
     model = Model.of(folder)
     with ExitStack() as opened:
-        listener = opened.enter_context(_listen(port))
+        listener = opened.enter_context(listen(port))
         port = listener.getsockname()[1]
         runtime = load(folder, threads=threads)
         opened.callback(runtime.close)
@@ -86,23 +86,36 @@ def serve(
         desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log)
         opened.callback(desk.turns.close)
         token = secrets.token_urlsafe(32)
-        config = uvicorn.Config(
-            application(desk, token, port), access_log=False, log_level="warning", server_header=False, ws="none",
-            lifespan="off", timeout_graceful_shutdown=1,
+        api = {"base_url": f"http://{HOST}:{port}/v1", "api_key": token}
+        run(
+            application(desk, token, port), listener, token, browser, as_json, api, lambda config: _Server(config, desk)
         )
-        address = f"http://{HOST}:{port}/#token={token}"
-        told = {"page": address, "base_url": f"http://{HOST}:{port}/v1", "api_key": token}
-        print(json.dumps(told) if as_json else address, flush=True)
-        if browser:
-            threading.Timer(0.3, webbrowser.open, (address,)).start()
-        with suppress(KeyboardInterrupt):  # the way to end it
-            _Server(config, desk).run(sockets=[listener])
+
+
+def run(
+    app: ASGIApp, listener: socket.socket, token: str, browser: bool, as_json: bool = False,
+    api: Mapping[str, str] | None = None, server: Callable[[uvicorn.Config], uvicorn.Server] = uvicorn.Server,
+) -> None:
+    """Serve until Ctrl-C; prints one line with the address and the token, and opens a browser if wanted.
+
+    as_json: print the page's address and `api`, what a program connects with, as one JSON object instead.
+    """
+    config = uvicorn.Config(
+        app, access_log=False, log_level="warning", server_header=False, ws="none", lifespan="off",
+        timeout_graceful_shutdown=1,
+    )
+    address = f"http://{HOST}:{listener.getsockname()[1]}/#token={token}"
+    print(json.dumps({"page": address, **(api or {})}) if as_json else address, flush=True)
+    if browser:
+        threading.Timer(0.3, webbrowser.open, (address,)).start()
+    with suppress(KeyboardInterrupt):  # the way to end it
+        server(config).run(sockets=[listener])
 
 
 def application(desk: Desk, token: str, port: int) -> ASGIApp:
     """The ASGI application; `port` is the one that browsers name in Host and Origin."""
     inner = Starlette(
-        routes=[*_own_files(), *page.routes(desk), *completions.routes(desk)],
+        routes=[*own_files("ldrt_edge.chat"), *page.routes(desk), *completions.routes(desk)],
         max_body_size=_MOST_BODY_BYTES,
         exception_handlers={LdrtError: _refused, Busy: _busy, 404: _no_such, 405: _no_such, 413: _too_large},
     )
@@ -161,9 +174,10 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _own_files() -> list[Route]:
+def own_files(package: str) -> list[Route]:
+    """The files of a page, from the folder `web` of a package, read now."""
     routes = []
-    for file in resources.files("ldrt_edge.chat").joinpath("web").iterdir():
+    for file in resources.files(package).joinpath("web").iterdir():
         if media_type := _TYPES.get(Path(file.name).suffix):
             answer = _always(file.read_bytes(), media_type)
             routes.append(Route("/" if file.name == "index.html" else f"/{file.name}", answer))
@@ -191,7 +205,12 @@ def _too_large(_: Request, __: Exception) -> Response:
     return error_reply(413, f"too large: a picture file may have {MAX_BYTES >> 20} MiB")
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
+    """A listening socket on 127.0.0.1; port 0 takes any that is free.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -165,16 +165,17 @@ class Runtime(Protocol):
 def load(folder: Path, name: str | None = None, threads: int | None = None, branches: int = 0) -> Runtime:
     """Load the runtime that fits the artefact's kind: merged and base → hf, gguf → llamacpp, mlx → mlx.
 
-    branches: questions that shall run side by side, where the runtime can (llamacpp).
+    branches: questions that shall run side by side, where the runtime can (llamacpp). Every file is held against the
+    manifest before, by its sha256: what answers is what was proven.
 
     Raises:
-        ArtifactError: `folder` is no model artefact.
+        ArtifactError: `folder` is no model artefact, or a file is not what it was when it was made.
         MissingExtraError: the runtime's package is not installed.
         RuntimeLoadError: the runtime refuses the model.
     """
     from ldrt_edge import artifact
 
-    kind = artifact.verify(folder, "base", "merged", "gguf", "mlx", quick=True).kind
+    kind = artifact.verify(folder, "base", "merged", "gguf", "mlx").kind
     if kind == "gguf":
         return _load_llamacpp(folder, threads, branches)
     return _load_mlx(folder, threads) if kind == "mlx" else _load_hf(folder, threads)

@@ -112,8 +112,10 @@ class HfRuntime(CachedRuntime):
             return np.asarray(self.model.lm_head(hidden[0, -last:]).float().cpu().numpy())
 
 
-def load_model(folder: Path, dtype: str) -> Any:
+def load_model(folder: Path, dtype: str, quantization: Any = None) -> Any:
     """The transformers model of a LLaVA or LLaVA-NeXT folder, from safetensors only; dtype "auto" is the files' own.
+
+    quantization: transformers' settings for weights that are packed as they are loaded.
 
     Raises:
         RuntimeLoadError: transformers refuses the folder.
@@ -123,7 +125,8 @@ def load_model(folder: Path, dtype: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         return transformers.AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=getattr(torch, dtype, dtype), use_safetensors=True, local_files_only=True
+            folder, dtype=getattr(torch, dtype, dtype), use_safetensors=True, local_files_only=True,
+            quantization_config=quantization,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise RuntimeLoadError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from error

@@ -198,5 +198,7 @@ def gguf_pair(folder: Path) -> tuple[Path, Path]:
 
 def _default_context(folder: Path) -> int:
     front = folder / "front.json"
-    trained = read_json(front).get("context_length") if front.is_file() else None
-    return min(trained, CONTEXT) if isinstance(trained, int) and trained > 0 else CONTEXT
+    trained = read_json(front).get("context_length") if front.is_file() else CONTEXT
+    if not isinstance(trained, int) or trained < 1:
+        raise RuntimeLoadError(f"{front}: a context of {trained!r} tokens")
+    return min(trained, CONTEXT)

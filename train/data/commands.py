@@ -129,6 +129,19 @@ def stats(artefact: Path, plot: Path | None, as_json: bool) -> None:
     click.echo(json.dumps(counts, ensure_ascii=False) if as_json else stats_text(counts))
 
 
+@data.command()
+@click.argument("pairs", type=PATH)
+@click.option("--strikes", type=PATH, required=True, help="The file of decisions; made if need be, and gone on with.")
+@click.option("--port", default=0, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free one.")
+@click.option("--browser/--no-browser", default=True, help="Open the page.")
+@json_option
+def view(pairs: Path, strikes: Path, port: int, browser: bool, as_json: bool) -> None:
+    """A local page to leaf through pairs and strike bad ones, for `data curate --strikes` to leave out."""
+    from ldrt_edge.train.data.view import view as run
+
+    run(pairs, strikes, port, browser, as_json)
+
+
 def _listed(values: str) -> tuple[str, ...]:
     return tuple(value.strip() for value in values.split(",") if value.strip())
 

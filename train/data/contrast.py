@@ -61,7 +61,7 @@ _FINDINGS = ("presence", "abnormality", "size")
 _UNSAFE = r"no|not|without|free of|normal\w*|clear|midline|intact|removed|patent|open|adequate"
 """Words of questions whose yes may be said of a picture that does not show the structure at all."""
 
-_ASSERTION = re.compile(r"(is|was) (this|the (above )?(image|picture|film|scan))\b.*", re.IGNORECASE)
+_ASSERTION = re.compile(r"(is|was) (this|the (above )?(image|picture|film|scan))\b", re.IGNORECASE)
 
 
 def contrast(data: Path, out: Path, seed: int = 0) -> Path:

@@ -105,7 +105,7 @@ def _sources(articles: Sequence[Path]) -> tuple[str, int]:
     digest, count = hashlib.sha256(), 0
     for unit in find_units(articles):
         size = Path(unit.path).stat().st_size if isinstance(unit, Unit) else 0
-        digest.update(f"{unit.where}\0{size}\n".encode(errors="surrogateescape"))
+        digest.update(f"{unit.where}\0{size}\n".encode(errors="backslashreplace"))
         count += 1
     return digest.hexdigest(), count
 
@@ -157,7 +157,6 @@ def _assemble(
 ) -> tuple[Counter[str], Counter[str], Counter[str]]:
     """Parts in order to `pairs.jsonl` and `dropped.jsonl`; counts by step, by language, by licence."""
     counts, languages, licences, clusters = Counter[str](), Counter[str](), Counter[str](), Clusters()
-    names: set[str] = set()
     with Index(folder / _INDEX) as index:
         dropped = (folder / DROPPED).open("w", encoding="utf-8")
         with (folder / _ROWS).open("w", encoding="utf-8") as rows, dropped as drops:
@@ -179,13 +178,12 @@ def _assemble(
             for line in rows:
                 pair = parse_pair(line, _ROWS)
                 pair = replace(pair, cluster=clusters.of(pair.article))
-                names.add(hashlib.sha256(pair.cluster.encode()).hexdigest()[:16])
+                counts["clusters"] += index.is_new(f"cluster {pair.cluster}")
                 final.write(pair_line(pair))
         (folder / _ROWS).unlink()
         for path in (folder / IMAGES).iterdir():
             if not index.is_kept(f"{IMAGES}/{path.name}"):
                 path.unlink()
-    counts["clusters"] = len(names)
     return counts, languages, licences
 
 

@@ -78,16 +78,16 @@ class Pairs:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.manifest = artifact.verify(self.folder, "pairs", quick=True)
-        self._path = self.folder / PAIRS
-        if not self._path.is_file():
+        self.path = self.folder / PAIRS
+        if not self.path.is_file():
             raise DataError(f"{self.folder}: no {PAIRS}")
 
     def __iter__(self) -> Iterator[Pair]:
-        with self._path.open("rb") as stream:
+        with self.path.open("rb") as stream:
             number = 0
             while line := stream.readline(_LINE_LIMIT_BYTES):
                 number += 1
-                yield parse_pair(line, f"{self._path}: line {number}")
+                yield parse_pair(line, f"{self.path}: line {number}")
 
     def image_path(self, pair: Pair) -> Path:
         """Where the pair's picture lies.

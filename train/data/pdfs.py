@@ -116,12 +116,12 @@ def _read(document: Any, data: bytes) -> Paper:
 
 def _article(document: Any, said: str, data: bytes, figures: list[Figure]) -> Article:
     about = document.get_metadata_dict()
-    found = _DOI.search(said)
-    doi = found[0].lower() if found else ""
+    found = [one.lower() for one in _DOI.findall(said)]
+    doi = max((one for one in found if one.startswith(found[0])), key=len, default="")  # a line's end may cut one short
     title = " ".join(str(about.get("Title") or "").split())[:1000]
     day = re.match(r"D:(\d{4})(\d\d)?(\d\d)?", str(about.get("CreationDate") or ""))
     return Article(
-        id=f"doi:{doi}" if doi else f"sha256:{sha256(data).hexdigest()[:24]}", doi=doi, title=title,
+        id=f"sha256:{sha256(data).hexdigest()[:24]}", doi=doi, title=title,
         titles={"": title}, abstract=said[:8000], journal="", date="-".join(filter(None, day.groups())) if day else "",
         licence=spdx(said[max(0, at.start() - 60) : at.end() + 200] for at in _LICENCE.finditer(said)),
         keywords=tuple(filter(None, map(str.strip, re.split("[,;]", str(about.get("Keywords") or "")))))[:50],
@@ -140,14 +140,21 @@ def _lines(page: Any) -> list[_Line]:
             pieces.append(_Line(words, box))
     text.close()
     lines: list[_Line] = []
-    for piece in pieces:
-        last = lines[-1] if lines else None
-        height = piece.box[3] - piece.box[1]
-        if last and abs(last.box[1] - piece.box[1]) < 0.5 * height and -2 < piece.box[0] - last.box[2] < 2 * height:
-            lines[-1] = _Line(f"{last.text} {piece.text}", _union([last.box, piece.box]))
+    for piece in sorted(pieces, key=lambda piece: piece.box[0]):
+        for number, line in enumerate(lines):
+            if _goes_on(line.box, piece.box):
+                lines[number] = _Line(f"{line.text} {piece.text}", _union([line.box, piece.box]))
+                break
         else:
             lines.append(piece)
     return sorted(lines, key=lambda line: (-line.box[3], line.box[0]))
+
+
+def _goes_on(line: Box, piece: Box) -> bool:
+    """Whether a piece stands right after a line, at its height; another column is further away."""
+    lower, higher = sorted((line[3] - line[1], piece[3] - piece[1]))
+    overlap = min(line[3], piece[3]) - max(line[1], piece[1])
+    return lower > 0.4 * higher and overlap > 0.4 * lower and -3 < piece[0] - line[2] < 1.2 * higher
 
 
 def _pictures(page: Any) -> list[tuple[Box, int]]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import faulthandler
 import hashlib
 import json
+import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 
@@ -69,7 +72,8 @@ class Told:
     def line(self) -> str:
         """As JSON, without what is not there."""
         parts: dict[str, Json] = {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps(parts, ensure_ascii=False) + "\n"
+        told = json.dumps(parts, ensure_ascii=False) + "\n"
+        return told.encode("utf-8", "replace").decode()  # file names may be no text at all
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -83,19 +87,43 @@ def read_chunk(chunk: Chunk) -> int:
     part.parent.mkdir(parents=True, exist_ok=True)
     scratch = part.with_suffix(f".{os.getpid()}")
     documents = 0
-    with scratch.open("w", encoding="utf-8") as stream, Path(os.devnull).open("w") as nowhere:
+    with scratch.open("w", encoding="utf-8") as stream, _Watchdog() as watchdog:
         for unit in chunk.units:
-            for told in _read_unit(unit, chunk, nowhere.fileno()):
+            for told in _read_unit(unit, chunk, watchdog):
                 documents += told.article is not None or (told.dropped is not None and not told.dropped.figure)
                 stream.write(told.line())
-        faulthandler.cancel_dump_traceback_later()
         stream.flush()
         os.fsync(stream.fileno())
     scratch.replace(part)
     return documents
 
 
-def _read_unit(unit: Unit | Refused, chunk: Chunk, nowhere: int) -> Iterator[Told]:
+class _Watchdog:
+    """Ends the process when a document takes too long, also where a library holds the interpreter's lock.
+
+    Setting the alarm costs milliseconds, so it is set again only after a while.
+    """
+
+    def __enter__(self) -> _Watchdog:
+        self._nowhere = Path(os.devnull).open("w")  # for the traceback that comes with the alarm
+        self._set_at = -math.inf
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._nowhere.close()
+
+    def rearm(self) -> None:
+        """A new document begins."""
+        now = time.monotonic()
+        if now - self._set_at > DOCUMENT_SECONDS / 10:
+            faulthandler.dump_traceback_later(DOCUMENT_SECONDS, exit=True, file=self._nowhere)
+            self._set_at = now
+
+
+def _read_unit(unit: Unit | Refused, chunk: Chunk, watchdog: _Watchdog) -> Iterator[Told]:
     if isinstance(unit, Refused):
         yield _dropped(Drop("refused", unit.reason), unit.where)
         return
@@ -104,7 +132,7 @@ def _read_unit(unit: Unit | Refused, chunk: Chunk, nowhere: int) -> Iterator[Tol
         return
     documents = open_unit(unit)
     while True:
-        faulthandler.dump_traceback_later(DOCUMENT_SECONDS, exit=True, file=nowhere)
+        watchdog.rearm()
         try:
             found = next(documents, None)
         except Exception as error:  # a poison package ends here, its line says what it met

@@ -87,7 +87,7 @@ def draw(counts: Mapping[str, Mapping[str, int]], path: Path) -> None:
             shown.sort()
         axis.barh(range(len(shown)), [number for _, number in shown], color="#2a6f97")
         axis.set_yticks(range(len(shown)), [value[:32] for value, _ in shown], fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(max(len(shown), 5) - 0.4, -0.6)
         axis.set_title(name, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         spread = [number for _, number in shown]

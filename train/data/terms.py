@@ -45,7 +45,8 @@ class TermIndex:
         """The numbers of the concepts that a text names."""
         searched = plain(text)
         words = re.findall(r"\w+", searched)
-        found = {number for term, number in self._anywhere if term in searched}
+        unspaced = self._anywhere if _UNSPACED.search(searched) else ()
+        found = {number for term, number in unspaced if term in searched}
         for place, word in enumerate(words):
             for phrase, number in self._beginning(word):
                 if number not in found and _fits(phrase, words, place):

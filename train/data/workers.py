@@ -8,13 +8,16 @@ in flight repeated. Nothing distributed is written by hand: processes are `concu
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, TypeVar
 
-from ldrt_edge.errors import require
+from ldrt_edge.errors import RuntimeLoadError, require
+
+_OBJECT_STORE_BYTES = 100 << 20  # results are numbers: what was read goes to files
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,6 +33,9 @@ def run_all(
         function: at a module's top level.
         workers: how many processes, or with Ray how many tasks at once.
         ray_address: of a Ray cluster; "local" starts one here.
+
+    Raises:
+        RuntimeLoadError: no Ray cluster there.
     """
     if ray_address is not None:
         return _on_ray(tasks, function, workers, ray_address)
@@ -74,9 +80,13 @@ def _alone(task: T, function: Callable[[T], R]) -> R | None:
 def _on_ray(
     tasks: Iterable[T], function: Callable[[T], R], workers: int, address: str
 ) -> Iterator[tuple[T, R | None]]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
     ray: Any = require("ray", "ray")
-    options: dict[str, Any] = {"num_cpus": workers} if address == "local" else {}
-    ray.init(address=address, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True, **options)
+    here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here if address == "local" else {})
+    except Exception as error:  # Ray raises anything when it does not start, or does not answer
+        raise RuntimeLoadError(f"--ray {address}: no Ray cluster ({' '.join(str(error).split())[:160]})") from error
     try:
         remote = ray.remote(max_retries=0)(function)
         waiting = iter(tasks)

@@ -1,0 +1,177 @@
+"""Ablations: one file of variants, each trained over some seeds, all in one table with intervals.
+
+    python -m ldrt_edge.bench.sweep SWEEP.yaml --out OUT
+
+    base: starter
+    data: [DATASET]
+    recipe: starter
+    seeds: [0, 1, 2]
+    set: [instruct.epochs=1]            # for all variants
+    variants:
+      plain: []                         # the first is what the others are held against
+      rank 32: [lora.rank=32, lora.alpha=64]
+
+Every run is an adapter in OUT, which a second call finds again, so a sweep that was stopped goes on. Accuracy is that
+of whole answers on the datasets' test split, as greedy decoding would give them: the most likely token at every place
+of the right answer. Differences are paired by question and clustered by what a split must not divide (an article).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from ldrt_edge import artifact, console
+from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import ConfigError, DataError, LdrtError, all_problems
+from ldrt_edge.front import conversation
+from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.hf import HfRuntime
+from ldrt_edge.train.base import Base, resolve_base
+from ldrt_edge.train.lora import train
+from ldrt_edge.train.recipe import load_recipe
+
+RESULTS = "sweep.json"
+
+
+@checked(frozen=True, config=ConfigDict(extra="forbid"))
+class Sweep:
+    """A sweep file; see the module's text."""
+
+    base: str
+    data: tuple[Path, ...]
+    variants: dict[str, tuple[str, ...]]
+    recipe: str = "starter"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of the table. difference: to the first variant, None for itself. seconds: of one run."""
+
+    name: str
+    settings: tuple[str, ...]
+    accuracy: Rate
+    difference: Difference | None
+    losses: tuple[float, ...]
+    seconds: float
+
+
+def sweep(file: Path, out: Path) -> list[Variant]:
+    """Train and measure every variant; writes `sweep.json` into `out`.
+
+    Raises:
+        ConfigError: the file is no sweep. DataError: the datasets have no test split. And what `train` raises.
+    """
+    given = _read(file)
+    base, datasets = resolve_base(given.base), [Dataset(folder) for folder in given.data]
+    recipes = {
+        (name, seed): load_recipe(given.recipe, [*given.set, *settings, f"seed={seed}"])
+        for name, settings in given.variants.items() for seed in given.seeds
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    right: dict[str, list[float]] = {name: [] for name in given.variants}
+    metrics: dict[str, list[dict[str, Any]]] = {name: [] for name in given.variants}
+    clusters: list[str] = []
+    for seed in given.seeds:  # seed by seed: a sweep that is stopped has whole comparisons
+        for name in given.variants:
+            console.say(f"{name}, seed {seed}")
+            adapter = train(base, given.data, out / f"{_slug(name)}-seed{seed}", recipes[name, seed])
+            metrics[name].append(dict(artifact.read(adapter).metrics))
+            answers, groups = _answers(base, adapter, datasets)
+            right[name] += answers
+        clusters += groups
+    first = next(iter(given.variants))
+    found = [
+        Variant(
+            name, settings, rate(right[name], clusters),
+            None if name == first else paired_difference(right[name], right[first], clusters),
+            tuple(entry["loss"] for entry in metrics[name]),
+            sum(entry["seconds"] for entry in metrics[name]) / len(given.seeds),
+        )
+        for name, settings in given.variants.items()
+    ]  # fmt: skip
+    (out / RESULTS).write_text(json.dumps([asdict(variant) for variant in found], indent=1, default=str))
+    return found
+
+
+def table(found: Sequence[Variant]) -> list[str]:
+    """Markdown: accuracy with its 95% interval, the paired difference to the first variant, last losses, time."""
+    lines = ["| variant | right | against the first, points | last loss of each seed | seconds |", "|" + "---|" * 5]
+    for variant in found:
+        accuracy, against = variant.accuracy, variant.difference
+        points = "" if against is None else (
+            f"{100 * against.value:+.1f} ({100 * against.ci_low:+.1f} to {100 * against.ci_high:+.1f})"
+        )
+        losses = ", ".join(f"{loss:.3f}" for loss in variant.losses)
+        lines.append(
+            f"| {variant.name} | {accuracy.value:.1%} ({accuracy.ci_low:.1%}–{accuracy.ci_high:.1%}) | {points} | "
+            f"{losses} | {variant.seconds:.0f} |"
+        )
+    return lines
+
+
+def _read(file: Path) -> Sweep:
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such sweep file")
+    try:
+        return TypeAdapter(Sweep).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(all_problems(problems, str(file))) from error
+
+
+def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> tuple[list[float], list[str]]:
+    """1.0 for every question of the test split whose whole answer is the most likely one; and their groups."""
+    rows = [(dataset, row) for dataset in datasets for row in dataset.rows("test")]
+    if not rows:
+        raise DataError("the datasets have no rows in their test split, so there is nothing to compare variants on")
+    runtime = HfRuntime(base.folder, adapter=adapter)
+    right = []
+    try:
+        for dataset, row in console.track(rows, "test split"):
+            picture = runtime.front.image(read_image(dataset.image_path(row)).rgb)
+            messages = conversation(row.turns[:-1], picture)
+            answer = runtime.front.answer_ids(messages, row.answer)
+            likely = runtime.score(runtime.front.prompt(messages), answer).argmax(-1)
+            right.append(float(likely.tolist() == list(answer)))
+    finally:
+        runtime.close()
+    return right, [row.group for _, row in rows]
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m ldrt_edge.bench.sweep", description=__doc__.partition("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    try:
+        found = sweep(given.file, given.out)
+    except LdrtError as error:
+        print(f"ldrt-edge: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(table(found)))
+    print(given.out / RESULTS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""Errors of rounding fed back: the best other weights can do, stock files, and less lost on questions not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny as builders
+from click.testing import CliRunner
+
+from ldrt_edge import artifact
+from ldrt_edge.bench.held_out import ask
+from ldrt_edge.cli import cli
+from ldrt_edge.convert import feedback
+from ldrt_edge.convert.feedback import Compensated, Feedback, Rounding, compensated, gains, moments_path
+from ldrt_edge.convert.mlx import Mlx
+from ldrt_edge.convert.planned import Format, quantize_planned
+from ldrt_edge.convert.quantize import Gguf
+from ldrt_edge.convert.source import open_source
+from ldrt_edge.convert.type_plan import TypePlan
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import ConfigError
+from ldrt_edge.fidelity import compare_logits
+from ldrt_edge.front import Front
+from ldrt_edge.runtimes.base import load
+from ldrt_edge.runtimes.hf import HfRuntime
+from ldrt_edge.train.data.phantom import phantom
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantom(tmp_path_factory.mktemp("data") / "phantom", 8, 0, test_fraction=0.5, languages=("en",))
+
+
+def correlated(width: int) -> np.ndarray:
+    inputs = np.random.default_rng(0).normal(size=(400, 6)) @ np.random.default_rng(1).normal(size=(6, width))
+    return (inputs.T @ inputs / 400 + 0.05 * np.eye(width)).astype(np.float32)
+
+
+def test_the_weights_behind_do_the_best_they_can() -> None:
+    moments, values = correlated(12), np.random.default_rng(2).normal(size=(5, 12)).astype(np.float32)
+    nothing = Rounding(4, lambda columns, start: np.zeros_like(columns) if start == 0 else columns)
+
+    changed = compensated(values, gains(moments, 4), nothing)
+
+    damped = moments + 0.01 * np.trace(moments) / 12 * np.eye(12)
+    lost = values[:, :4]  # all of the first block, and nothing of the others
+    best = np.linalg.solve(damped[4:, 4:], damped[4:, :4]) @ lost.T
+    np.testing.assert_allclose(changed[:, 4:], values[:, 4:] + best.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(changed[:, :4], values[:, :4])
+
+
+@pytest.mark.parametrize(("to", "type_", "block"), [(Mlx(), "affine-4-g32", 32), (Gguf(), "Q4_0", 32)])
+def test_what_was_changed_rounds_to_what_does_less_damage(to: Format, type_: str, block: int) -> None:
+    moments, values = correlated(128), np.random.default_rng(2).normal(size=(64, 128)).astype(np.float32)
+    rounding = Rounding(block, lambda columns, start: to.rounded("any", columns, type_, start))
+
+    plain = to.rounded("any", values, type_) - values
+    fed = to.rounded("any", compensated(values, gains(moments, block), rounding), type_) - values
+
+    damage = [float(np.einsum("ri,ij,rj", error, moments, error)) for error in (plain, fed)]
+    assert damage[1] < 0.5 * damage[0]
+
+
+def test_moments_are_the_same_in_any_number_of_passes(
+    tiny: builders.Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(tiny("llava15", "smollm2"))
+    Feedback(data, 8).measure(source, tmp_path / "one")
+    monkeypatch.setattr(feedback, "_MEMORY_SHARE", 0)
+    Feedback(data, 8).measure(source, tmp_path / "many")
+
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert "language_model.embed_tokens.weight.npy" in files, "the tied table is the head too"
+    assert files == sorted(path.name for path in (tmp_path / "many").iterdir())
+    for name in files:
+        one, many = np.load(tmp_path / "one" / name), np.load(tmp_path / "many" / name)
+        np.testing.assert_allclose(one, many, rtol=1e-3, atol=1e-5 * one.max())
+        assert (np.diag(one) >= 0).all() and np.allclose(one, one.T, rtol=1e-3, atol=1e-5 * one.max())
+
+
+def test_rows_are_changed_alike_one_by_one(tiny: builders.Tiny, tmp_path: Path) -> None:
+    source, name = open_source(tiny("llava15", "llama")), "language_model.layers.0.mlp.down_proj.weight"
+    width = source.weights.entries[name].shape[1]
+    np.save(moments_path(tmp_path, name), correlated(width))
+    rounding = Rounding(32, lambda columns, start: Gguf().rounded(name, columns, "Q4_0", start))
+    weights = Compensated(source.weights, tmp_path, {name: rounding})
+
+    whole = weights.read(name)
+    np.testing.assert_allclose(weights.read(name, slice(3, 5)), whole[3:5], rtol=1e-5, atol=1e-7)
+    assert np.abs(whole - source.weights.read(name)).max() > 0
+    other = "language_model.layers.0.mlp.up_proj.weight"
+    np.testing.assert_array_equal(weights.read(other), source.weights.read(other))
+
+
+@pytest.mark.parametrize(("to", "type_"), [("mlx", "affine-4-g64"), ("gguf", "Q4_0")])
+def test_less_is_lost_on_questions_that_were_not_seen(
+    tiny: builders.Tiny, data: Path, tmp_path: Path, to: str, type_: str
+) -> None:
+    merged = tiny("llava15", "llama", hidden=256)
+    asked = ask(Front.load(merged), Dataset(data), None, 0, {})
+    vision = {"vision": {"*": "f16"}} if to == "mlx" else {"mmproj": {"*": "F16"}}
+    plan = TypePlan("mlx" if to == "mlx" else "gguf", {"model": {"*": type_}, **vision})
+    given = (None, Feedback(data, 16))
+    formats: list[Format] = [Mlx(fed) if to == "mlx" else Gguf(feedback=fed) for fed in given]
+    folders = [quantize_planned(merged, tmp_path / str(i), plan, one) for i, one in enumerate(formats)]
+
+    logits = []
+    for runtime in (HfRuntime(merged, threads=1), *(load(folder, threads=1) for folder in folders)):
+        logits.append(np.concatenate([runtime.score(question.prompt, question.answer) for question in asked]))
+        runtime.close()
+
+    plain, less = (float(compare_logits(logits[0], other).kld.mean()) for other in logits[1:])
+    assert less < 0.85 * plain
+    manifests = [artifact.verify(folder, to) for folder in folders]
+    assert manifests[0].metrics["quantized"] == manifests[1].metrics["quantized"], "the same types in as many bytes"
+    assert manifests[1].config["feedback"] == "16" and len(manifests[1].inputs) == len(manifests[0].inputs) + 1
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--q4", "--feedback", "--data", "d"], "goes with --plan or --max-loss"),
+        (["--plan", "p", "--feedback"], "--feedback wants --data"),
+        (["--plan", "p", "--data", "d"], "--data goes with --max-loss or --feedback"),
+    ],
+)
+def test_options_that_do_not_go_together(words: list[str], reason: str) -> None:
+    done = CliRunner().invoke(cli, ["quantize", "merged", *words])
+    assert isinstance(done.exception, ConfigError) and reason in str(done.exception)

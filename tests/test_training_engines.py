@@ -1,0 +1,65 @@
+"""Switches that need a library or a device: they train where they can run, and are refused in one line where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import FAST, colour_dataset
+
+from ldrt_edge.errors import ConfigError
+from ldrt_edge.train.base import resolve_base
+from ldrt_edge.train.lora import train
+from ldrt_edge.train.recipe import load_recipe
+from ldrt_edge.train.watch import METRICS, read_metrics
+
+Tiny = Callable[..., Path]
+SHORT = [
+    *FAST, "validation_images=0", "instruct.epochs=4", "log_steps=1", "cache_features=false", "group_by_length=false",
+    "standardise_features=false", "instruct.learning_rate=2e-3", "lora.dropout=0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_dataset(tmp_path_factory.mktemp("data") / "colours", images=16)
+
+
+def losses(base: Path, data: Path, out: Path, *settings: str) -> list[float]:
+    adapter = train(resolve_base(str(base)), [data], out, load_recipe("starter", [*SHORT, *settings]))
+    state = load_file(adapter / "adapter_model.safetensors")
+    assert state and all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    return [entry["loss"] for entry in read_metrics(adapter / METRICS) if "loss" in entry]
+
+
+def test_a_base_in_four_bits_trains_and_starts_out_near_the_whole_one(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = tiny("llava15", "llama", hidden=256)
+    whole = losses(base, data, tmp_path / "whole")
+    packed = losses(base, data, tmp_path / "packed", "base_precision=nf4")
+    assert packed[0] == pytest.approx(whole[0], rel=0.1) and packed[0] != whole[0]
+    assert packed[-1] < 0.9 * packed[0]
+
+
+def test_other_optimizers_train(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    found = losses(tiny("llava15", "smollm2"), data, tmp_path / "adafactor", "optimizer=adafactor")
+    assert found[-1] < found[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    base = tiny("llava15", "smollm2")
+    plain = losses(base, data, tmp_path / "plain")
+    assert losses(base, data, tmp_path / "compiled", "compile=true") == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="they can run here")
+def test_what_cannot_run_here_is_refused_at_once_and_together(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    settings = ["optimizer=paged_adamw_8bit", "kernels=liger"]
+    with pytest.raises(ConfigError, match=r"paged_adamw_8bit pages between .* cpu.*kernels=liger are Triton's") as told:
+        losses(tiny("llava15", "smollm2"), data, tmp_path / "x", *settings)
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,382 @@
+"""`ldrt-edge train --plan`: what a run needs, before it starts: memory by part, steps, time, cost, what makes it fit.
+
+Little of it is a rule of thumb. Parameters are counted on the model's own shape, without weights. What backward
+needs is found by running one and two decoder layers on tensors that have shapes only, and counting what autograd
+keeps of them; all layers keep as much. Time comes from a probe: half a minute of real steps on this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, TrainerCallback
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ldrt_edge import console
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.front import Front
+from ldrt_edge.machine import available_bytes
+from ldrt_edge.tiles import packing_layout
+from ldrt_edge.train import devices
+from ldrt_edge.train.base import Base
+from ldrt_edge.train.collate import sequences, visible
+from ldrt_edge.train.features import collator
+from ldrt_edge.train.lora import Material, gather_material, prepare, uses_bf16
+from ldrt_edge.train.model import adapted, build
+from ldrt_edge.train.order import RowOrder
+from ldrt_edge.train.recipe import Recipe
+from ldrt_edge.train.trainer import PackedTrainer, arguments
+
+PROBE_S = 30.0
+_OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "adafactor": 0.1}
+"""Of state for a trained parameter: two float32, two bytes with a scale for each 256, or sums of rows and columns."""
+_NF4_BYTES = 0.5 + 4 / 64
+"""A weight in four bits, with a float32 scale for each block of 64. Source: Dettmers et al., arXiv 2305.14314."""
+_PROGRAM_BYTES = {"cpu": 0.7e9, "cuda": 0.9e9, "mps": 0.9e9}
+"""Python, its libraries and the device's context."""
+_FRAGMENTATION = 1.25
+"""What allocators take for the same tensors: glibc's by the starter's runs on a CPU, where it was 1.2 to 1.35."""
+_SHAPES = "shapes_only"
+_LIGHTER: Sequence[tuple[str, Mapping[str, Any]]] = (
+    ("gradient_checkpointing=true", {"gradient_checkpointing": True}),
+    ("rows_per_step=1, accumulate raised as much", {"rows_per_step": 1}),
+    ("base_precision=nf4", {"base_precision": "nf4"}),
+    ("optimizer=adamw_8bit", {"optimizer": "adamw_8bit"}),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device at a step's peak, by what they are for."""
+
+    program: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.program + self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Real steps on this machine: seconds of one, how many were timed, the peak of memory, what features took."""
+
+    step_s: float
+    steps: int
+    peak_bytes: int
+    features_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    longest_row: tokens; batch_tokens: of the largest forward, padding included. remedies: switches that together make
+    it fit, the first that help most; empty where it fits, or where nothing does (`fits` tells which).
+    """
+
+    trainable: int
+    frozen: int
+    questions: int
+    rows: int
+    steps: int
+    longest_row: int
+    batch_tokens: int
+    memory: Memory
+    available_bytes: int
+    fits: bool
+    remedies: tuple[str, ...]
+    remedied_bytes: int | None
+    probe: Probe | None = None
+    seconds: float | None = None
+    cost: float | None = None
+    device: str = field(default="cpu")
+
+
+def plan(
+    base: Base, data: Sequence[Path], recipe: Recipe, probe_s: float = PROBE_S, memory_gb: float | None = None,
+    price_per_hour: float | None = None,
+) -> Plan:
+    """Find out what `train` with the same arguments would need here, or on a device with `memory_gb`.
+
+    probe_s: 0 leaves the probe out; so does a device that is not this one, or too little memory.
+
+    Raises:
+        DataError, ConfigError, RuntimeLoadError: as `train` would.
+    """
+    device, bf16 = devices.state().device, uses_bf16(recipe)
+    front = Front.load(base.folder).with_vision_tokens(recipe.vision_tokens)
+    material = gather_material([Dataset(folder) for folder in data], front, recipe)
+    shape = Shape.of(base.folder, front, material, recipe)
+    available = round(memory_gb * 1e9) if memory_gb is not None else _available(device)
+    memory = estimate(shape, recipe, bf16, device.type)
+    remedies, remedied = _remedies(shape, recipe, bf16, device.type, available)
+    per_step = recipe.rows_per_step * devices.accumulation(recipe.accumulate, recipe.devices)
+    stages = [getattr(recipe, stage).epochs for stage in ("align", "instruct")]
+    each = math.ceil(len(material.rows) / (per_step * devices.state().num_processes))
+    steps = sum(recipe.max_steps or math.ceil(each * epochs) for epochs in stages if epochs)
+    found = Plan(
+        shape.trainable, shape.frozen, sum(len(row.questions) for row in material.rows), len(material.rows), steps,
+        shape.longest_row, shape.batch_tokens, memory, available, memory.total <= available, remedies, remedied,
+        device=devices.name(device),
+    )  # fmt: skip
+    if probe_s and found.fits and memory_gb is None:
+        probe = _probe(base, front, material, recipe, bf16, probe_s)
+        evaluations = steps // recipe.eval_steps + 1 if material.held_out else 0
+        forwards = evaluations * math.ceil(len(material.held_out) / recipe.rows_per_step)
+        evaluating = forwards * probe.step_s / (3 * devices.accumulation(recipe.accumulate, recipe.devices))
+        seconds = steps * probe.step_s + evaluating + probe.features_s
+        cost = None if price_per_hour is None else price_per_hour * devices.state().num_processes * seconds / 3600
+        found = replace(found, probe=probe, seconds=seconds, cost=cost)
+    return found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on: the model's parameters by part, and the largest forward of the data.
+
+    linear: of the language model's decoder, which quantisation packs; answers: tokens that are predicted.
+    """
+
+    config: Any
+    language: int
+    linear: int
+    tower: int
+    projector: int
+    lora: int
+    longest_row: int
+    batch_tokens: int
+    rows: int
+    answers: int
+
+    @property
+    def trainable(self) -> int:
+        """LoRA and the projector."""
+        return self.lora + self.projector
+
+    @property
+    def frozen(self) -> int:
+        """The language model and the vision tower."""
+        return self.language + self.tower
+
+    @classmethod
+    def of(cls, folder: Path, front: Front, material: Material, recipe: Recipe) -> Shape:
+        """Count a checkpoint's parameters by its config, and the tokens of the longest rows that share a step."""
+        sizes = front.config.grid_pinpoints or ((front.config.image_size, front.config.image_size),)
+        most = max(len(packing_layout(front.config, size)) for size in sizes)
+        lengths = [len(sequences(row, front.config.image_token_id, most).ids) for row in material.rows]
+        answers = [sum(len(question.answer) for question in row.questions) for row in material.rows]
+        longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[: recipe.rows_per_step]
+        padded = math.ceil(lengths[longest[0]] / recipe.length_bucket) * recipe.length_bucket
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        counts = count(config, recipe)
+        return cls(
+            config, *counts, lengths[longest[0]], padded * len(longest), len(longest), sum(answers[i] for i in longest)
+        )
+
+
+def count(config: Any, recipe: Recipe) -> tuple[int, int, int, int, int]:
+    """Parameters: (language model, those of its decoder's linears, vision tower, projector, LoRA)."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    linears = {
+        name: module for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "language_model" in name
+    }  # fmt: skip
+    targets = [m for name, m in linears.items() if name.rpartition(".")[2] in recipe.lora.target_modules]
+    lora = sum(recipe.lora.rank * (module.in_features + module.out_features) for module in targets)
+    tower, projector = (_size(part) for part in (model.model.vision_tower, model.model.multi_modal_projector))
+    return _size(model) - tower - projector, sum(_size(m) for m in linears.values()), tower, projector, lora
+
+
+def estimate(shape: Shape, recipe: Recipe, bf16: bool, device: str) -> Memory:
+    """Memory of one device without sharding."""
+    compute = 2 if bf16 else 4
+    packed = shape.linear if recipe.base_precision == "nf4" else 0
+    weights = (shape.language - packed) * compute + packed * _NF4_BYTES
+    weights += 4 * (2 * shape.projector + shape.lora)  # PEFT keeps the untrained projector beside the trained one
+    weights += 0 if recipe.cache_features else 4 * shape.tower
+    return Memory(
+        round(_PROGRAM_BYTES[device]),
+        round(weights),
+        4 * shape.trainable,
+        round(_OPTIMIZER_BYTES[recipe.optimizer] * shape.trainable),
+        activation_bytes(shape, recipe, compute),
+    )
+
+
+def activation_bytes(shape: Shape, recipe: Recipe, compute_bytes: int) -> int:
+    """What forward keeps for backward, and backward's own work on one layer and on the logits."""
+    one, two = (_kept_bytes(shape, recipe, compute_bytes, layers) for layers in (1, 2))
+    layers = int(shape.config.text_config.num_hidden_layers)
+    vocabulary = int(shape.config.text_config.vocab_size)
+    predicted = min(shape.answers, recipe.loss_chunk) if recipe.answer_only_logits else shape.batch_tokens
+    logits = predicted * vocabulary * (compute_bytes + 4 + 4)  # as computed, in float32, and their gradient
+    layer = two - one
+    hidden = shape.batch_tokens * int(shape.config.text_config.hidden_size) * compute_bytes
+    kept = one + (layers - 1) * layer
+    if recipe.gradient_checkpointing:  # each layer's input, and one layer at a time in full
+        kept = layers * hidden + one
+    return round(_FRAGMENTATION * (kept + max(logits, layer)))
+
+
+def render(found: Plan) -> str:
+    """The plan for a person."""
+    gb = {name: getattr(found.memory, name) / 1e9 for name in Memory.__dataclass_fields__}
+    lines = [
+        f"trains        {found.trainable / 1e6:.1f} M parameters of {(found.trainable + found.frozen) / 1e6:.1f} M",
+        f"data          {found.questions} questions in {found.rows} rows, the longest of {found.longest_row} tokens",
+        f"steps         {found.steps}, up to {found.batch_tokens} tokens in a forward",
+        f"memory        {found.memory.total / 1e9:.2f} GB on {found.device}: "
+        + ", ".join(f"{name} {size:.2f}" for name, size in gb.items()),
+        f"available     {found.available_bytes / 1e9:.2f} GB: it {'fits' if found.fits else 'does not fit'}",
+    ]
+    if not found.fits and found.remedied_bytes is not None:
+        lines.append(f"              --set {'; --set '.join(found.remedies)}: {found.remedied_bytes / 1e9:.2f} GB")
+    elif not found.fits:
+        lines.append("              no switch makes it fit: a larger device, or several with FSDP2 (docs/scaling.md)")
+    if found.probe is not None and found.seconds is not None:
+        lines.append(
+            f"time          {console.duration(found.seconds)}: {found.probe.step_s:.2f} s a step over "
+            f"{found.probe.steps} steps tried here, at a peak of {found.probe.peak_bytes / 1e9:.2f} GB"
+        )
+    if found.cost is not None:
+        lines.append(f"cost          {found.cost:.2f}")
+    return "\n".join(lines)
+
+
+def _kept_bytes(shape: Shape, recipe: Recipe, compute_bytes: int, layers: int) -> int:
+    """Bytes that autograd keeps of a forward through so many decoder layers, found on tensors without data."""
+    config = type(shape.config)(**shape.config.to_dict())
+    config.text_config.num_hidden_layers = layers
+    dtype = torch.bfloat16 if compute_bytes == 2 else torch.float32
+    kept: dict[int, torch.UntypedStorage] = {}
+    ALL_ATTENTION_FUNCTIONS.register(_SHAPES, _attention)
+    with torch.device("meta"):
+        llava = AutoModelForImageTextToText.from_config(config, attn_implementation=_SHAPES)
+        model = adapted(llava, replace(recipe, gradient_checkpointing=False)).to(dtype)
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        length = shape.batch_tokens // shape.rows
+        inputs = torch.empty(shape.rows, length, config.text_config.hidden_size, dtype=dtype, requires_grad=True)
+        segments = torch.zeros(shape.rows, length, dtype=torch.long)
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            llava.model.language_model(
+                inputs_embeds=inputs * 1, attention_mask=visible(segments), position_ids=segments, use_cache=False
+            )
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention in shape only, which keeps what a fused kernel keeps."""
+    groups = query.shape[1] // key.shape[1]
+    repeated = (repeat_kv(key, groups), repeat_kv(value, groups))
+    attended: torch.Tensor = _Attention.apply(query, *repeated)  # type: ignore[no-untyped-call]
+    return attended.transpose(1, 2).contiguous(), None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        attended = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, attended)
+        return attended
+
+
+def _remedies(
+    shape: Shape, recipe: Recipe, bf16: bool, device: str, available: int
+) -> tuple[tuple[str, ...], int | None]:
+    """Switches that make the run fit, added in turn; and what it then takes, None where that is not enough."""
+    taken: list[str] = []
+    for name, settings in _LIGHTER:
+        if estimate(shape, recipe, bf16, device).total <= available:
+            break
+        if all(getattr(recipe, key) == value for key, value in settings.items()):
+            continue
+        if name.startswith("base_precision") and device != "cuda":
+            continue
+        lighter = replace(recipe, **settings)
+        if "rows_per_step" in settings:
+            shape = replace(
+                shape, rows=1, batch_tokens=shape.batch_tokens // shape.rows, answers=shape.answers // shape.rows
+            )
+        recipe = lighter
+        taken.append(name)
+    total = estimate(shape, recipe, bf16, device).total
+    return (tuple(taken), total) if taken and total <= available else ((), None)
+
+
+def _probe(base: Base, front: Front, material: Material, recipe: Recipe, bf16: bool, probe_s: float) -> Probe:
+    """Real steps of the last stage for about `probe_s` seconds, and what features of all pictures will take."""
+    device = devices.state().device
+    model = build(base.folder, front, recipe, device, bf16)
+    order = RowOrder([1] * len(material.rows), recipe.seed, None)
+    some = [material.rows[i] for i in order][: 64 * recipe.rows_per_step]
+    started = time.monotonic()
+    train_set, _ = prepare(model, Material(some, []), recipe, bf16)
+    pictures = [len({row.image_sha256 for row in rows}) for rows in (some, material.rows)]
+    features_s = (time.monotonic() - started) * pictures[1] / pictures[0] if recipe.cache_features else 0.0
+    watch = _Stopwatch(probe_s)
+    with tempfile.TemporaryDirectory() as folder:
+        options = arguments("instruct", Path(folder), Path(folder), replace(recipe, report_to=()), bf16, False)
+        options.num_train_epochs, options.max_steps, options.save_strategy = 1000, -1, "no"
+        trainer = PackedTrainer(
+            model, recipe, True, train_set, args=options, data_collator=collator(front, recipe.length_bucket),
+            callbacks=[watch],
+        )
+        trainer.train()
+    step_s = (watch.ended[-1] - watch.ended[0]) / (len(watch.ended) - 1)
+    return Probe(step_s, len(watch.ended) - 1, _peak_bytes(device), features_s)
+
+
+class _Stopwatch(TrainerCallback):
+    """Notes when each step ended, and stops after a while; the first warms up, two more are timed at least."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self.ended: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ended.append(time.monotonic())
+        if len(self.ended) > 2 and self.ended[-1] - self.ended[0] > self._limit_s:
+            control.should_training_stop = True
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return available_bytes()
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_reserved(device))
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
