@@ -225,7 +225,7 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
         lists = {name: tuple(data.pop(name, ())) for name in _LISTS}
-        row = Row(turns=turns, **lists, **data)
+        row = Row(turns=turns, present=lists["present"], absent=lists["absent"], **data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: line {number} is not a dataset row ({str(error)[:200]})") from error
     texts = [*(getattr(row, name) for name in _TEXTS), *(text for turn in turns for text in (turn.role, turn.text))]
