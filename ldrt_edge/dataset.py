@@ -224,12 +224,12 @@ def _parse(line: bytes, path: Path, number: int) -> Row:
     try:
         data = json.loads(line)
         turns = tuple(Turn(role=t["role"], text=t["text"]) for t in data.pop("turns"))
-        lists = {name: tuple(data.pop(name, ())) for name in _LISTS}
-        row = Row(turns=turns, present=lists["present"], absent=lists["absent"], **data)
+        present, absent = (tuple(data.pop(name, ())) for name in _LISTS)
+        row = Row(turns=turns, present=present, absent=absent, **data)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: line {number} is not a dataset row ({str(error)[:200]})") from error
     texts = [*(getattr(row, name) for name in _TEXTS), *(text for turn in turns for text in (turn.role, turn.text))]
-    texts += [name for names in lists.values() for name in names]
+    texts += [*present, *absent]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"{path}: line {number} is not a dataset row (a value that is no text)")
     if not row.image.isprintable() or len(row.image) > _NAME_LIMIT:
