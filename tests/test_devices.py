@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from itertools import pairwise
@@ -102,32 +100,14 @@ def test_two_processes_train_what_one_trains(tiny: Tiny, data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_what_one_process_trains_and_goes_on_with_more_processes(
-    tiny: Tiny, data: Path, tmp_path: Path
-) -> None:
-    """Sharded over two processes; ended by SIGTERM after a checkpoint; gone on with, sharded over four."""
-    base = tiny("llava15", "llama")
-    settings = ["devices=4", "rows_per_step=1", "instruct.epochs=8", "save_steps=3"]
-    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", settings)])
-    sharded = tmp_path / "sharded"
-    program = [*FSDP_ON_CPU, *command(base, data, sharded, settings)]
-    first = subprocess.Popen(
-        [*TORCHRUN, "--nproc-per-node", "2", *program], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **launch_environment("fsdp2", 2)},
-    )  # fmt: skip
-    checkpoints = tmp_path / ".sharded.partial" / "instruct"
-    deadline = time.monotonic() + 300
-    while not list(checkpoints.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    told = first.communicate(timeout=120)[1]
-    assert "checkpoint written at step" in told and not sharded.exists()
-    (last,) = checkpoints.glob("checkpoint-*")
-    assert list(last.glob("optimizer*")) and not list(last.glob("pytorch_model*")), "not the frozen base"
-    run([*TORCHRUN, "--nproc-per-node", "4", *program], **launch_environment("fsdp2", 4))
-    assert losses(sharded) == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
-    same_adapter(tmp_path / "one", sharded)
+def test_fsdp2_trains_what_one_process_trains(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    """Weights, gradients and optimizer sharded over two processes; the adapter gathered whole."""
+    base = tiny("llava15", "smollm2")
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", ["devices=2"])])
+    program = [*FSDP_ON_CPU, *command(base, data, tmp_path / "sharded", ["devices=2"])]
+    run([*TORCHRUN, "--nproc-per-node", "2", *program], **launch_environment("fsdp2", 2))
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    same_adapter(tmp_path / "one", tmp_path / "sharded")
 
 
 @pytest.mark.slow
