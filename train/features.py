@@ -129,7 +129,7 @@ class FeatureStore:
         kept = {self._path(digest) for digest in wanted}
         for path in kept:
             with suppress(FileNotFoundError):
-                path.touch()
+                os.utime(path)  # never makes the file: another device may be about to
         vision, config = self._model.config.vision_config, self._front.config
         tiles = 1 + max((h * w // config.image_size**2 for h, w in config.grid_pinpoints or ()), default=0)
         of_one = tiles * (config.image_size // config.patch_size) ** 2 * vision.hidden_size * self._dtype.itemsize
