@@ -97,8 +97,10 @@ def _on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
     ray: Any = require("ray", "ray")
     here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    inner = bool(ray.is_initialized())  # a chunk is read again while the others wait
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here if address == "local" else {})
+        if not inner:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here if address == "local" else {})
     except Exception as error:  # Ray raises anything when it does not start, or does not answer
         raise RuntimeLoadError(f"--ray {address}: no Ray cluster ({' '.join(str(error).split())[:160]})") from error
     try:
@@ -118,4 +120,5 @@ def _on_ray(
                 except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
                     yield task, None
     finally:
-        ray.shutdown()
+        if not inner:
+            ray.shutdown()
