@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -48,7 +49,7 @@ def _in_processes(tasks: Iterable[T], function: Callable[[T], R], workers: int) 
     suspects: list[T] = []
     more = True
     while more:
-        pool = ProcessPoolExecutor(workers, mp_context=context)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent)
         running: dict[Future[R], T] = {}
         try:
             while True:
@@ -70,11 +71,24 @@ def _in_processes(tasks: Iterable[T], function: Callable[[T], R], workers: int) 
 
 
 def _alone(task: T, function: Callable[[T], R]) -> R | None:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_leave_with_parent) as pool:
         try:
             return pool.submit(function, task).result()
         except BrokenProcessPool:
             return None
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the run is killed: it would wait for ever for the next task."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only workers come here
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _on_ray(
@@ -83,8 +97,10 @@ def _on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would tell its makers
     ray: Any = require("ray", "ray")
     here: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+    inner = bool(ray.is_initialized())  # a chunk is read again while the others wait
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here if address == "local" else {})
+        if not inner:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **here if address == "local" else {})
     except Exception as error:  # Ray raises anything when it does not start, or does not answer
         raise RuntimeLoadError(f"--ray {address}: no Ray cluster ({' '.join(str(error).split())[:160]})") from error
     try:
@@ -104,4 +120,5 @@ def _on_ray(
                 except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
                     yield task, None
     finally:
-        ray.shutdown()
+        if not inner:
+            ray.shutdown()
