@@ -15,11 +15,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
 
 from ldrt_edge.errors import DataError, all_problems
 from ldrt_edge.train import devices
@@ -136,17 +134,6 @@ class PackedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what is trained, whole, whatever the devices hold of it."""
         save_trained(self.packed, Path(str(output_dir or self.args.output_dir)))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # transformers would write the frozen base with every checkpoint
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            assert self.lr_scheduler is not None
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.packed, Path(resume_from_checkpoint))
