@@ -161,6 +161,55 @@ def test_dragging_changes_the_window_and_the_next_question_shows_it_anew(page: A
     expect(page.locator("article").nth(2).locator(".question img")).to_have_count(0)
 
 
+def test_dose_and_contours_lie_over_their_slice_for_the_eye_and_for_the_model(
+    page: Any, edge: Path, tmp_path: Path
+) -> None:
+    from test_overlay import FRAME, ct, dose, structures
+
+    from ldrt_edge.overlay import lay_over, read_overlay
+
+    rows, columns = np.mgrid[:9, :8]
+    grid = np.exp(-((rows - 4) ** 2 + (columns - 3.5) ** 2) / 9) * np.ones((3, 1, 1))
+    files = {"slice": ct(), "dose": dose(grid), "plan": structures()}
+    paths = {name: tmp_path / f"{SECRET}-{name}.dcm" for name in files}
+    for name, data in files.items():
+        paths[name].write_bytes(data)
+    front = Front.load(edge)
+    plain = read_image(paths["slice"])
+    covered = lay_over(plain, files["slice"], [read_overlay(files["dose"]), read_overlay(files["plan"])])
+
+    page.set_input_files("#file", paths["dose"])  # first a picture of its own, then over its slice
+    expect(page.locator("#reading")).to_contain_text("RTDOSE")
+    page.set_input_files("#file", [paths["slice"], paths["plan"]])
+    expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(covered.rgb).sha256)
+    expect(page.locator("#legend")).to_contain_text("EXTERNAL 1")
+    expect(page.locator("#legend")).to_contain_text("95%")
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
+    if shots := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{shots}/overlay.png")
+    page.locator("#stage").focus()
+    page.keyboard.press("d")
+    expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(plain.rgb).sha256)
+    expect(page.locator("#cover")).to_have_attribute("aria-pressed", "false")
+    page.click("#cover")
+    expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(covered.rgb).sha256)
+    answer(page, "How much dose does it get?")
+    with page.expect_download() as download:
+        page.click("#export-json")
+    download.value.save_as(tmp_path / "saved.json")
+    saved = (tmp_path / "saved.json").read_text()
+    (told,) = json.loads(saved)["turns"][0]["images"]
+    assert [overlay["modality"] for overlay in told["overlays"]] == ["RTDOSE", "RTSTRUCT"]
+    assert SECRET not in saved and FRAME not in saved
+
+    page.click("#new")
+    stray = tmp_path / "stray.dcm"
+    stray.write_bytes(structures(frame="1.2.3"))
+    page.set_input_files("#file", [paths["slice"], stray])
+    expect(page.locator("#status")).to_contain_text("frame of reference")
+    expect(page.locator("#cover")).to_be_hidden()
+
+
 def test_zoom_and_inversion_are_of_the_view_alone(page: Any, ct: Path) -> None:
     drop(page, ct)
     before = seen(page)
