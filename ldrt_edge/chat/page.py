@@ -60,6 +60,7 @@ class Page:
         return json_reply({
             **asdict(desk.model), "runtime": desk.runtime.name, "context": desk.runtime.context_length,
             "sampling": asdict(desk.sampling), "version": __version__, "notice": NOTICE,
+            "history": desk.history is not None,
         })
 
     async def add_picture(self, request: Request) -> Response:
@@ -105,11 +106,8 @@ class Page:
         return json_reply(self._conversation(request).session.transcript())
 
     async def delete_conversation(self, request: Request) -> Response:
-        """Forget one, and stop what is being written in it."""
-        conversation = self._conversation(request)
-        if conversation.turn:
-            conversation.turn.stop()
-        del self._desk.conversations[request.path_params["name"]]
+        """Forget one."""
+        await aside(self._desk.forget, self._conversation(request))
         return json_reply({})
 
     async def ask(self, request: Request) -> Response:
@@ -204,7 +202,14 @@ class Page:
 
     def _stream(self, conversation: Conversation, session: Session, work: Callable[[], Events]) -> Response:
         before = len(session.exchanges)
-        turn = conversation.turn = self._desk.turns.take(work)
+
+        def kept_work() -> Events:
+            try:
+                yield from work()
+            finally:
+                self._desk.keep(conversation)
+
+        turn = conversation.turn = self._desk.turns.take(kept_work)
 
         async def lines() -> AsyncIterator[str]:
             try:

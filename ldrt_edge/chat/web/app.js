@@ -235,6 +235,8 @@ function showModel() {
   if (!model) return;
   document.title = `${model.name} · ldrt-edge`;
   $("model-name").textContent = model.name;
+  $("written").dataset.t = model.history ? "writtenEncrypted" : "nothingWritten";
+  $("written").textContent = t($("written").dataset.t);
   $("model-facts").textContent = [model.type, model.runtime, model.fidelity && fidelity()].filter(Boolean).join(" · ");
 }
 

@@ -26,6 +26,13 @@ const STRINGS = {
     "Tout ceci n’est qu’en mémoire et disparaît à la fin du programme.",
     "所有内容只在内存中，程序结束后即消失。",
   ],
+  writtenEncrypted: [
+    "Conversations are kept, encrypted with your passphrase. “Forget” deletes one for good.",
+    "Gespräche werden aufbewahrt, verschlüsselt mit Ihrer Passphrase. „Vergessen“ löscht eines endgültig.",
+    "Las conversaciones se guardan cifradas con su contraseña. «Olvidar» borra una para siempre.",
+    "Les conversations sont conservées, chiffrées avec votre phrase secrète. « Oublier » en efface une pour de bon.",
+    "对话以您的口令加密保存。“删除”会将其永久删除。",
+  ],
   question: ["Question", "Frage", "Pregunta", "Question", "问题"],
   placeholder: [
     "Ask about the picture. Enter sends, Shift+Enter starts a line, Esc stops.",
