@@ -82,6 +82,12 @@ def slice_position(data: bytes) -> float | None:
         return None if number is None else float(number)
 
 
+def declares_text(data: bytes) -> bool:
+    """Whether a file says that what names the patient is burned into its pixels (PS3.3 C.7.6.1.1)."""
+    with decoding("a damaged DICOM file"):
+        return str(read_header(data).get("BurnedInAnnotation") or "").strip().upper() == "YES"
+
+
 def read_header(data: bytes) -> Dataset:
     """Parse a DICOM file, with a transfer syntax even where an early file has none."""
     from pydicom import dcmread, uid

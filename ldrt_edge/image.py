@@ -56,7 +56,8 @@ class Origin:
 
     modality: DICOM's code ("CT", "RTDOSE"), None for other formats. window: (center, width) if one was applied, in
     the picture's own values (HU for CT). frame counts from 0, of `frames`. mapping: how values became 8 bits.
-    sha256: of the file's bytes. overlays: what `ldrt_edge.overlay` drew over it.
+    sha256: of the file's bytes. overlays: what `ldrt_edge.overlay` drew over it. blacked_out:
+    lines of burned-in text under black boxes.
     """
 
     format: str
@@ -67,6 +68,7 @@ class Origin:
     mapping: Mapping
     sha256: str
     overlays: tuple[Overlay, ...] = ()
+    blacked_out: int = 0
 
 
 @dataclass(frozen=True, eq=False)

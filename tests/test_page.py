@@ -210,6 +210,34 @@ def test_dose_and_contours_lie_over_their_slice_for_the_eye_and_for_the_model(
     expect(page.locator("#cover")).to_be_hidden()
 
 
+def test_burned_in_text_is_asked_about_before_the_model_sees_it(page: Any, edge: Path, tmp_path: Path) -> None:
+    from ldrt_edge.burned_in import black_out, text_lines
+
+    path = tmp_path / f"{SECRET}.dcm"
+    shutil.copyfile(str(get_testdata_file("examples_rgb_color.dcm")), path)
+    front, plain = Front.load(edge), read_image(path).rgb
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for choice, rgb in (("Leave out", None), ("Show as it is", plain), ("Black", black_out(plain, text_lines(plain)))):
+        page.set_input_files("#file", path)
+        expect(page.locator("#worded")).to_contain_text("burned into 1 picture")
+        assert not any("/seen" in url or "/read" in url for url in asked), "nothing is shown before the answer"
+        if rgb is not None and choice == "Black" and (shots := os.environ.get("SCREENSHOTS")):
+            page.screenshot(path=f"{shots}/worded.png")
+        page.get_by_role("button", name=choice).click()
+        if rgb is None:
+            expect(page.locator("#hint")).to_contain_text("No picture")
+            continue
+        expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(rgb).sha256)
+        page.click("#new")
+        page.wait_for_timeout(300)
+        asked.clear()
+    page.set_input_files("#file", path)
+    expect(page.locator("#worded")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#hint")).to_contain_text("No picture")
+
+
 def test_zoom_and_inversion_are_of_the_view_alone(page: Any, ct: Path) -> None:
     drop(page, ct)
     before = seen(page)

@@ -240,17 +240,21 @@ def _shots(body: dict[str, object]) -> list[Shot] | None:
         return None
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise DataError("pictures: wants a list of {name, frame, window}")
-    return [_shot(one.get("name"), one.get("frame"), one.get("window"), one.get("over")) for one in listed]
+    return [
+        _shot(one.get("name"), one.get("frame"), one.get("window"), one.get("over"), one.get("black_out") is True)
+        for one in listed
+    ]
 
 
 def _asked_shot(request: Request) -> Shot:
-    """Out of the address: /NAME?frame=0&center=40&width=400&over=NAME&over=NAME."""
+    """Out of the address: /NAME?frame=0&center=40&width=400&over=NAME&over=NAME&black_out=1."""
     query = request.query_params
     window = [query["center"], query["width"]] if "center" in query and "width" in query else None
-    return _shot(request.path_params["name"], query.get("frame"), window, query.getlist("over"))
+    name, over, black_out = request.path_params["name"], query.getlist("over"), query.get("black_out") == "1"
+    return _shot(name, query.get("frame"), window, over, black_out)
 
 
-def _shot(name: object, frame: object, window: object, over: object) -> Shot:
+def _shot(name: object, frame: object, window: object, over: object, black_out: bool) -> Shot:
     try:
         level = None
         if window is not None:
@@ -259,9 +263,9 @@ def _shot(name: object, frame: object, window: object, over: object) -> Shot:
         laid = tuple(dict.fromkeys(str(one) for one in cast("Iterable[object]", over or ())))
         if len(laid) > _MOST_OVERLAYS:
             raise DataError(f"at most {_MOST_OVERLAYS} files lie over a picture")
-        return Shot(str(name), level, int(str(frame or 0)), laid)
+        return Shot(str(name), level, int(str(frame or 0)), laid, black_out)
     except (TypeError, ValueError, OverflowError):
-        raise DataError("a picture is {name, frame, window, over}, its window [center, width]") from None
+        raise DataError("a picture is {name, frame, window, over, black_out}, its window [center, width]") from None
 
 
 def _sampling(body: dict[str, object], default: Sampling) -> Sampling:

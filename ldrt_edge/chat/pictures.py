@@ -12,13 +12,14 @@ import io
 import secrets
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldrt_edge.dicom import slice_position
+from ldrt_edge.burned_in import black_out, text_lines
+from ldrt_edge.dicom import declares_text, slice_position
 from ldrt_edge.errors import DataError
 from ldrt_edge.image import Picture, Window, read_image_bytes
 from ldrt_edge.overlay import Dose, Structures, lay_over, plane, read_overlay, read_structures
@@ -32,12 +33,16 @@ _OVERLAYS_KEPT = 4  # read; their files are kept longer
 
 @dataclass(frozen=True)
 class Shot:
-    """One frame of a picture file through a window, and the files that lie over it, by their names here."""
+    """One frame of a picture file through a window, and the files that lie over it, by their names here.
+
+    black_out: text that is burned into it goes under black boxes.
+    """
 
     name: str
     window: Window | None
     frame: int
     over: tuple[str, ...] = ()
+    black_out: bool = False
 
 
 class Pictures:
@@ -55,6 +60,7 @@ class Pictures:
         """Keep a picture file that can be read; its name, and what there is to know of its first frame.
 
         Files with the same word in `frames_of_reference` may lie over each other; `overlay`: it does so only.
+        `burned_in`: text is in its pixels, or its header says so: there may be a name.
 
         Raises:
             DataError: it cannot be read, or is larger than what is kept of all.
@@ -63,12 +69,16 @@ class Pictures:
             raise DataError(f"the picture: {len(data) >> 20} MiB, and {self._most_bytes >> 20} are kept")
         told: dict[str, object]
         if regions := read_structures(data):
-            told = {"format": "DICOM", "modality": "RTSTRUCT", "overlay": True}
+            told = {"format": "DICOM", "modality": "RTSTRUCT", "overlay": True, "burned_in": False}
             lies_in = regions.frames_of_reference
         else:
             picture = read_image_bytes(data)
             of_dicom = picture.origin.format == "DICOM"
-            told = {"position": slice_position(data) if of_dicom else None, "overlay": False, **describe(picture)}
+            burned_in = bool(text_lines(picture.rgb)) or (of_dicom and declares_text(data))
+            told = {
+                "position": slice_position(data) if of_dicom else None, "overlay": False, "burned_in": burned_in,
+                **describe(picture),
+            }
             lies = plane(data) if of_dicom else None
             lies_in = frozenset({lies.frame_of_reference} if lies else ())
         name = secrets.token_urlsafe(12)
@@ -88,8 +98,12 @@ class Pictures:
         with self._lock:
             known = self._views.get(shot)
         if known is None:
-            overlays = [self._overlay(name) for name in shot.over]
-            known = lay_over(read_image_bytes(data, shot.window, shot.frame), data, overlays)
+            known = read_image_bytes(data, shot.window, shot.frame)
+            if shot.black_out:  # found through the file's own window: through a narrow one it cannot be read
+                lines = text_lines(read_image_bytes(data, None, shot.frame).rgb)
+                origin = replace(known.origin, blacked_out=len(lines))
+                known = replace(known, rgb=black_out(known.rgb, lines), origin=origin)
+            known = lay_over(known, data, [self._overlay(name) for name in shot.over])
             with self._lock:
                 self._views[shot] = known
                 if len(self._views) > _VIEWS_KEPT:

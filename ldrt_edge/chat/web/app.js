@@ -6,7 +6,7 @@ import { LANGUAGES, choose, number, preferred, t } from "./strings.js";
 import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
-const viewer = new Viewer(showHint, () => readAhead().catch(fail), fail);
+const viewer = new Viewer(showHint, () => readAhead().catch(fail), fail, askAboutText);
 let model = null;
 let conversation = null; // its name
 let transcript = null;
@@ -36,6 +36,15 @@ async function start() {
 function askForToken() {
   $("door").showModal();
   return new Promise((entered) => $("door").addEventListener("close", () => entered($("token").value), { once: true }));
+}
+
+function askAboutText(count) {
+  $("text-found").textContent = t("textFound", count);
+  $("worded").returnValue = "";
+  $("worded").showModal();
+  return new Promise((chosen) => {
+    $("worded").addEventListener("close", () => chosen($("worded").returnValue), { once: true });
+  });
 }
 
 async function open(name) {

@@ -19,8 +19,10 @@ export class Viewer {
   current = null;
   overlays = []; // dose and structures, for the pictures of their frame of reference
 
-  // changed: what goes with the next question may have; settled: it will likely stay so.
-  constructor(changed, settled, failed) {
+  // changed: what goes with the next question may have; settled: it will likely stay so. worded: asks a person what to
+  // do with pictures that text is burned into ("show", "blackOut", or nothing: leave them out).
+  constructor(changed, settled, failed, worded) {
+    this.worded = worded;
     this.changed = changed;
     this.settled = settled;
     this.failed = failed;
@@ -38,6 +40,9 @@ export class Viewer {
         this.failed(error);
       }
     }
+    const burned = taken.filter((one) => one.burned_in);
+    const choice = burned.length ? await this.worded(burned.length) : "show";
+    if (choice !== "show" && choice !== "blackOut") taken = taken.filter((one) => !one.burned_in);
     this.overlays.push(...taken.filter((one) => one.overlay));
     taken = taken.filter((one) => !one.overlay);
     if (!taken.length) return this.settleOverlays();
@@ -48,7 +53,7 @@ export class Viewer {
     const groups = series ? [taken] : taken.map((one) => [one]);
     const added = groups.map((group) => ({
       files: group, frame: group.length >> 1, window: null, about: group[0], zoom: 1, x: 0, y: 0, invert: false, sent: "",
-      over: [], covered: true,
+      over: [], covered: true, blackOut: choice === "blackOut" && group.some((one) => one.burned_in),
     }));
     this.slots.push(...added);
     this.settleOverlays();
@@ -318,7 +323,7 @@ function shot(slot) {
   const stacked = slot.files.length > 1;
   return {
     name: slot.files[stacked ? slot.frame : 0].name, frame: stacked ? 0 : slot.frame, window: slot.window,
-    over: slot.covered ? slot.over.map((one) => one.name) : [],
+    over: slot.covered ? slot.over.map((one) => one.name) : [], black_out: slot.blackOut,
   };
 }
 
@@ -331,9 +336,10 @@ function key(slot) {
 }
 
 function address(slot, rest = "") {
-  const { name, frame, window, over } = shot(slot);
+  const { name, frame, window, over, black_out } = shot(slot);
   const query = new URLSearchParams({ frame, ...(window && { center: window[0], width: window[1] }) });
   for (const one of over) query.append("over", one);
+  if (black_out) query.set("black_out", 1);
   return `/api/pictures/${name}${rest}?${query}`;
 }
 
