@@ -18,8 +18,12 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from serving import Server, tiny_edge
 
+from ldrt_edge import artifact
+from ldrt_edge.chat.history import History
+from ldrt_edge.chat.session import Exchange, Session
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.base import Sampling, Timings, load
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -68,6 +72,20 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     assert not faults and all(url.startswith((origin, f"blob:{origin}")) for url in asked)
     assert not any(SECRET in url for url in asked)
     context.close()
+
+
+@pytest.fixture
+def remembered(edge: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server with a history of one conversation, in which the model could not tell."""
+    runtime = load(edge, threads=1)
+    session = Session(runtime, Front.load(edge), model=artifact.identity(edge))
+    told = "That cannot be told from this image."
+    session.exchanges.append(Exchange("Which knee?", (), told, "end", 9, Sampling(), Timings()))
+    History(tmp_path / "history", "correct horse").keep("remembered", session)
+    runtime.close()
+    opened = Server(edge, "--history", str(tmp_path / "history"), prefix=("env", "LDRT_EDGE_PASSPHRASE=correct horse"))
+    yield opened
+    assert opened.close() == ""
 
 
 @pytest.fixture
@@ -220,9 +238,11 @@ def test_burned_in_text_is_asked_about_before_the_model_sees_it(page: Any, edge:
     page.on("request", lambda request: asked.append(request.url))
     for choice, rgb in (("Leave out", None), ("Show as it is", plain), ("Black", black_out(plain, text_lines(plain)))):
         page.set_input_files("#file", path)
+        expect(page.locator("#worded")).to_be_visible()
         expect(page.locator("#worded")).to_contain_text("burned into 1 picture")
+        page.wait_for_timeout(500)
         assert not any("/seen" in url or "/read" in url for url in asked), "nothing is shown before the answer"
-        if rgb is not None and choice == "Black" and (shots := os.environ.get("SCREENSHOTS")):
+        if choice == "Black" and (shots := os.environ.get("SCREENSHOTS")):
             page.screenshot(path=f"{shots}/worded.png")
         page.get_by_role("button", name=choice).click()
         if rgb is None:
@@ -236,6 +256,24 @@ def test_burned_in_text_is_asked_about_before_the_model_sees_it(page: Any, edge:
     expect(page.locator("#worded")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#hint")).to_contain_text("No picture")
+
+
+def test_what_cannot_be_told_is_shown_as_such_and_a_history_comes_back(
+    browser: Any, remembered: Server, tmp_path: Path
+) -> None:
+    page = browser.new_page(locale="en-GB")
+    page.goto(remembered.address)
+    expect(page.locator(".question p")).to_have_text("Which knee?")
+    expect(page.locator(".unknown")).to_contain_text("this picture does not tell")
+    expect(page.locator("#written")).to_contain_text("encrypted with your passphrase")
+    if shots := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{shots}/remembered.png")
+    answer(page, "And the other one?")
+    expect(page.locator(".unknown")).to_have_count(1)
+    page.click("#forget")
+    expect(page.locator("article")).to_have_count(0)
+    assert not list((tmp_path / "history").glob("*.talk"))
+    page.close()
 
 
 def test_zoom_and_inversion_are_of_the_view_alone(page: Any, ct: Path) -> None:

@@ -145,7 +145,7 @@ function showTalk() {
     const pictures = element("span", ...turn.images.map((_, k) => seen(i, k)));
     const body = element("div", render(turn.answer));
     body.className = "answer";
-    return element("article", asked(turn.question, pictures), body, facts(turn), buttons(turn, i, turns.length));
+    return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn), buttons(turn, i, turns.length));
   }));
   toEnd();
   for (const id of ["export-json", "export-pdf", "forget"]) $(id).disabled = !turns.length;
@@ -172,6 +172,13 @@ function seen(exchange, k) {
   const path = `/api/conversations/${conversation}/seen/${exchange}/${k}`;
   picture(path).then(({ url }) => (image.src = url), fail);
   return image;
+}
+
+function unknown(turn) {
+  if (!turn.cannot_be_told) return [];
+  const made = element("p", t("cannotBeTold"));
+  made.className = "unknown";
+  return [made];
 }
 
 // What an answer rests on.

@@ -136,6 +136,13 @@ const STRINGS = {
   noAnswer: ["The model gave no answer.", "Das Modell gab keine Antwort.", "El modelo no dio respuesta.", "Le modèle n’a pas répondu.", "模型没有给出回答。"],
   finishStopped: ["stopped by you", "von Ihnen angehalten", "detenido por usted", "arrêté par vous", "由您停止"],
   finishLength: ["cut off by length", "wegen Länge abgeschnitten", "cortado por longitud", "coupé par la longueur", "因长度截断"],
+  cannotBeTold: [
+    "Open: the model says that this picture does not tell.",
+    "Offen: Das Modell sagt, dass dieses Bild es nicht zeigt.",
+    "Abierto: el modelo dice que esta imagen no lo muestra.",
+    "Ouvert : le modèle dit que cette image ne le montre pas.",
+    "未定：模型表示此图像无法说明。",
+  ],
   copy: ["Copy", "Kopieren", "Copiar", "Copier", "复制"],
   copied: ["Copied", "Kopiert", "Copiado", "Copié", "已复制"],
   again: ["Another answer", "Andere Antwort", "Otra respuesta", "Autre réponse", "换个回答"],

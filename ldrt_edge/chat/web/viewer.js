@@ -114,6 +114,7 @@ export class Viewer {
       this.draw();
     } else {
       for (const id of ["view", "seen-view"]) replace($(id), "");
+      $("reading").textContent = "";
     }
     this.changed();
   }
