@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 _LETTERS = 4  # side by side, before they count as text
 _LOWEST, _HIGHEST = 5, 64  # pixels of a letter's height
 _SHARES = (0.35, 0.55, 0.8)  # of the full range: letters are brighter
+_MOST_SHAPES = 3000  # of a letter's size: more are grain, and would take long
 _MARGIN = 3  # pixels of a box around its letters
 _CONTRAST = 60  # grey levels between letters and their surroundings
 
@@ -55,11 +56,16 @@ def _lines(tones: NDArray[np.uint8], above: float) -> list[Line]:
     from scipy import ndimage
 
     labels, _ = ndimage.label(tones > above, np.ones((3, 3)))
+    shapes = [
+        (label, down, across)
+        for label, (down, across) in enumerate(ndimage.find_objects(labels), 1)
+        if _LOWEST <= (height := down.stop - down.start) <= _HIGHEST and across.stop - across.start <= 1.6 * height
+    ]
+    if len(shapes) > _MOST_SHAPES:
+        return []
     letters: list[tuple[int, int, int, int]] = []
-    for label, (down, across) in enumerate(ndimage.find_objects(labels), 1):
+    for label, down, across in shapes:
         height, width = down.stop - down.start, across.stop - across.start
-        if not (_LOWEST <= height <= _HIGHEST and width <= 1.6 * height):
-            continue
         shape = labels[down, across] == label
         around = (slice(max(down.start - 2, 0), down.stop + 2), slice(max(across.start - 2, 0), across.stop + 2))
         beside = tones[around][labels[around] != label]

@@ -10,6 +10,7 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 
+from ldrt_edge.chat.pictures import Pictures
 from ldrt_edge.errors import DataError
 from ldrt_edge.image import read_image_bytes
 from ldrt_edge.overlay import ISODOSES, Dose, Structures, lay_over, plane, read_overlay
@@ -186,3 +187,9 @@ def test_only_a_slice_with_directions_has_a_plane() -> None:
     with pytest.raises(DataError, match="geometry"):
         plane(ct(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]))
     assert isinstance(read_overlay(structures()), Structures)
+
+
+def test_a_picture_with_a_damaged_geometry_is_still_a_picture() -> None:
+    told = Pictures().add(ct(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]))
+    assert told["width"] == 128 and told["frames_of_reference"] == []
+    assert FRAME not in str(Pictures().add(ct()))

@@ -12,6 +12,7 @@ import io
 import secrets
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -68,6 +69,7 @@ class Pictures:
         if len(data) > self._most_bytes:
             raise DataError(f"the picture: {len(data) >> 20} MiB, and {self._most_bytes >> 20} are kept")
         told: dict[str, object]
+        lies_in: frozenset[str]
         if regions := read_structures(data):
             told = {"format": "DICOM", "modality": "RTSTRUCT", "overlay": True, "burned_in": False}
             lies_in = regions.frames_of_reference
@@ -79,8 +81,10 @@ class Pictures:
                 "position": slice_position(data) if of_dicom else None, "overlay": False, "burned_in": burned_in,
                 **describe(picture),
             }
-            lies = plane(data) if of_dicom else None
-            lies_in = frozenset({lies.frame_of_reference} if lies else ())
+            lies_in = frozenset()
+            with suppress(DataError):  # with a damaged geometry it is still a picture, for nothing to lie over
+                if of_dicom and (lies := plane(data)):
+                    lies_in = frozenset({lies.frame_of_reference})
         name = secrets.token_urlsafe(12)
         with self._lock:
             self._files[name] = data
