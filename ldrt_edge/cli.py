@@ -150,6 +150,7 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
 @click.option("--image", type=PATH, help="PNG, JPEG, TIFF or DICOM.")
 @click.option("--ask", help="One question; without it, a conversation.")
 @click.option("--web", is_flag=True, help="A conversation in the browser, on this machine only.")
+@click.option("--history", type=PATH, metavar="FOLDER", help="With --web: keep conversations there, encrypted.")
 @click.option("--window", metavar="C,W", help="DICOM window centre and width, instead of the header's.")
 @click.option("--frame", default=0, show_default=True, type=click.IntRange(min=0), help="Of a multi-frame picture.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
@@ -158,8 +159,8 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
 @click.option("--threads", type=click.IntRange(min=1))
 @json_option
 def chat(
-    edge: Path, image: Path | None, ask: str | None, web: bool, window: str | None, frame: int, max_tokens: int,
-    temperature: float, seed: int, threads: int | None, as_json: bool,
+    edge: Path, image: Path | None, ask: str | None, web: bool, history: Path | None, window: str | None, frame: int,
+    max_tokens: int, temperature: float, seed: int, threads: int | None, as_json: bool,
 ) -> None:
     """Ask about a picture, offline. Research use, not for diagnosis."""
     from dataclasses import asdict
@@ -174,8 +175,11 @@ def chat(
             raise ConfigError("--web opens a page: leave out --ask, --image and --json")
         from ldrt_edge.chat.server import serve as run
 
-        run(edge, 0, sampling, threads, browser=True)
+        passphrase = _passphrase(history) if history else ""
+        run(edge, 0, sampling, threads, browser=True, history=history, passphrase=passphrase)
         return
+    if history:
+        raise ConfigError("--history keeps what is asked on the page: add --web")
     if ask is None:
         if as_json:
             raise ConfigError("--json answers one question: add --ask TEXT")
@@ -189,11 +193,13 @@ def chat(
 @_model_argument
 @click.option("--port", default=8420, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free one.")
 @click.option("--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`.")
+@click.option("--history", type=PATH, metavar="FOLDER", help="Keep conversations there, encrypted with a passphrase.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
 @click.option("--threads", type=click.IntRange(min=1))
 @json_option
 def serve(
-    edge: Path, port: int, audit: Path | None, max_tokens: int, threads: int | None, as_json: bool
+    edge: Path, port: int, audit: Path | None, history: Path | None, max_tokens: int, threads: int | None,
+    as_json: bool,
 ) -> None:
     """The page and OpenAI's chat API on 127.0.0.1, behind a token. Prints one line: the address with the token.
 
@@ -202,7 +208,21 @@ def serve(
     from ldrt_edge.chat.server import serve as run
     from ldrt_edge.runtimes.base import Sampling
 
-    run(edge, port, Sampling(max_tokens=max_tokens), threads, audit, as_json=as_json)
+    passphrase = _passphrase(history) if history else ""
+    run(
+        edge, port, Sampling(max_tokens=max_tokens), threads, audit, as_json=as_json, history=history,
+        passphrase=passphrase,
+    )
+
+
+def _passphrase(history: Path) -> str:
+    """From LDRT_EDGE_PASSPHRASE, else typed; twice for a new history."""
+    if given := os.environ.pop("LDRT_EDGE_PASSPHRASE", ""):  # not for processes that this one starts
+        return given
+    if not sys.stdin.isatty():
+        raise ConfigError("--history wants a passphrase: type it on a terminal, or set LDRT_EDGE_PASSPHRASE")
+    new = not history.exists()
+    return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=new, err=True))
 
 
 @cli.group()

@@ -29,6 +29,17 @@ _NAME_LIMIT = 255
 
 Split = Literal["train", "test"]
 AnswerType = Literal["closed", "open"]
+PhantomLanguage = Literal["en", "de", "es", "fr", "pt", "zh"]
+
+CANNOT_BE_TOLD: dict[PhantomLanguage, str] = {
+    "en": "cannot be told from this image",
+    "de": "aus diesem Bild nicht zu erkennen",
+    "es": "no se puede saber por esta imagen",
+    "fr": "impossible à dire d'après cette image",
+    "pt": "não é possível saber por esta imagem",
+    "zh": "从这张图像无法判断",
+}
+"""What models are taught to answer where a picture does not show what is asked, in the words of the phantom's data."""
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
     Raises:
         DataError: damaged, without a picture, too large, or in a syntax that no installed decoder reads.
     """
-    header = _read_header(data)
+    header = read_header(data)
     with decoding("a damaged DICOM file"):
-        modality = _modality(header)
+        modality = modality_of(header)
     named = f"a DICOM {modality} object" if modality else "a DICOM object"
     if not any(element in header for element in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise DataError(f"{named} without a picture: choose a file that holds an image or a dose grid")
@@ -50,7 +50,7 @@ def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
     image.check_size(columns, rows)
     image.check_frame(frame, frames)
     with decoding(f"{named} whose pixels cannot be decoded ({syntax}): damaged, truncated or not supported"):
-        stored = _decode(data, header, frame)
+        stored = decode(data, header, frame)
         display = _display_settings(header, frame)
         if photometric == "PALETTE COLOR":
             stored = _through_palette(stored, header)
@@ -74,7 +74,7 @@ def slice_position(data: bytes) -> float | None:
     Source: DICOM PS3.3 C.7.6.2.1.1 (the normal is the cross product of row and column direction).
     """
     with decoding("a damaged DICOM file"):
-        header = _read_header(data)
+        header = read_header(data)
         if "ImagePositionPatient" in header and "ImageOrientationPatient" in header:
             across = [float(value) for value in header.ImageOrientationPatient]
             return float(np.cross(across[:3], across[3:]) @ [float(value) for value in header.ImagePositionPatient])
@@ -82,7 +82,13 @@ def slice_position(data: bytes) -> float | None:
         return None if number is None else float(number)
 
 
-def _read_header(data: bytes) -> Dataset:
+def declares_text(data: bytes) -> bool:
+    """Whether a file says that what names the patient is burned into its pixels (PS3.3 C.7.6.1.1)."""
+    with decoding("a damaged DICOM file"):
+        return str(read_header(data).get("BurnedInAnnotation") or "").strip().upper() == "YES"
+
+
+def read_header(data: bytes) -> Dataset:
     """Parse a DICOM file, with a transfer syntax even where an early file has none."""
     from pydicom import dcmread, uid
 
@@ -113,7 +119,7 @@ def _refuse_inflating(data: bytes) -> None:
                 raise DataError(f"inflates to more than the limit of {limit >> 20} MiB")
 
 
-def _decode(data: bytes, header: Dataset, frame: int) -> Values:
+def decode(data: bytes, header: Dataset, frame: int) -> Values:
     """One frame as stored, colours as RGB. GDCM comes last and in a process of its own: see `dicom_frame`."""
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.pixels.utils import pixel_array
@@ -222,7 +228,7 @@ def _syntax_name(header: Dataset) -> str:
     return found.name if found.is_valid and found.name != str(found) else "an unknown syntax"
 
 
-def _modality(header: Dataset) -> str | None:
+def modality_of(header: Dataset) -> str | None:
     """The modality, if it is a code of DICOM's: a header's free text is not passed on."""
     value = str(header.get("Modality") or "")
     return value if re.fullmatch(_MODALITIES, value) else None

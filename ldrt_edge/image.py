@@ -44,12 +44,22 @@ Values = NDArray[Any]  # of any numeric dtype: a file decides
 
 
 @dataclass(frozen=True)
+class Overlay:
+    """What was drawn over a picture: "RTDOSE" or "RTSTRUCT", its file's sha256, its colours as (label, "#rrggbb")."""
+
+    modality: str
+    sha256: str
+    legend: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where pixels came from and what was done to them; no patient data.
 
     modality: DICOM's code ("CT", "RTDOSE"), None for other formats. window: (center, width) if one was applied, in
     the picture's own values (HU for CT). frame counts from 0, of `frames`. mapping: how values became 8 bits.
-    sha256: of the file's bytes.
+    sha256: of the file's bytes. overlays: what `ldrt_edge.overlay` drew over it. blacked_out:
+    lines of burned-in text under black boxes.
     """
 
     format: str
@@ -59,6 +69,8 @@ class Origin:
     frames: int
     mapping: Mapping
     sha256: str
+    overlays: tuple[Overlay, ...] = ()
+    blacked_out: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +114,7 @@ def read_image_bytes(
             raise DataError(f"frame {frame}: frames count from 0")
         if window is not None and not (math.isfinite(window[0]) and math.isfinite(window[1]) and window[1] > 0):
             raise DataError("a window is CENTER,WIDTH with a width above 0")
-        if _looks_like_dicom(data):
+        if looks_like_dicom(data):
             from ldrt_edge.dicom import read_dicom
 
             return read_dicom(data, window, frame)
@@ -111,7 +123,7 @@ def read_image_bytes(
         raise DataError(f"{name}: {error}") from error.__cause__
 
 
-def _looks_like_dicom(data: bytes) -> bool:
+def looks_like_dicom(data: bytes) -> bool:
     """The DICM mark, or an early file without one: an element of group 2 or 8, in either byte order."""
     if data[128:132] == b"DICM":
         return True

@@ -26,7 +26,7 @@ from pydicom.data import get_testdata_file
 
 from ldrt_edge import artifact
 from ldrt_edge.chat.desk import Model
-from ldrt_edge.chat.session import NOTICE, Session, TextStream
+from ldrt_edge.chat.session import NOTICE, Session, TextStream, cannot_be_told
 from ldrt_edge.chat.terminal import ask_once, run_chat
 from ldrt_edge.convert.gguf import convert
 from ldrt_edge.errors import ArtifactError, DataError
@@ -232,6 +232,21 @@ def test_a_transcript_has_no_file_names_and_is_never_overwritten(session: Sessio
 
 
 # --- one question ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("Cannot be told from this  image.", True),
+        ("Das ist aus diesem Bild nicht zu erkennen.", True),
+        ("C'est impossible à dire d’après cette image", True),
+        ("从这张图像无法判断。", True),
+        ("Two beams.", False),
+        ("Yes: the image can be told from this one", False),
+    ],
+)
+def test_an_answer_that_says_it_cannot_tell_is_known_as_such(answer: str, expected: bool) -> None:
+    assert cannot_be_told(answer) is expected
 
 
 def test_one_question_gets_the_same_answer_from_both_runtimes(merged: Path, edge: Path, film: Path) -> None:

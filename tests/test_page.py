@@ -18,8 +18,12 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from serving import Server, tiny_edge
 
+from ldrt_edge import artifact
+from ldrt_edge.chat.history import History
+from ldrt_edge.chat.session import Exchange, Session
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.base import Sampling, Timings, load
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -68,6 +72,20 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     assert not faults and all(url.startswith((origin, f"blob:{origin}")) for url in asked)
     assert not any(SECRET in url for url in asked)
     context.close()
+
+
+@pytest.fixture
+def remembered(edge: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server with a history of one conversation, in which the model could not tell."""
+    runtime = load(edge, threads=1)
+    session = Session(runtime, Front.load(edge), model=artifact.identity(edge))
+    told = "That cannot be told from this image."
+    session.exchanges.append(Exchange("Which knee?", (), told, "end", 9, Sampling(), Timings()))
+    History(tmp_path / "history", "correct horse").keep("remembered", session)
+    runtime.close()
+    opened = Server(edge, "--history", str(tmp_path / "history"), prefix=("env", "LDRT_EDGE_PASSPHRASE=correct horse"))
+    yield opened
+    assert opened.close() == ""
 
 
 @pytest.fixture
@@ -159,6 +177,103 @@ def test_dragging_changes_the_window_and_the_next_question_shows_it_anew(page: A
     expect(page.locator("article").nth(1).locator(".question img")).to_have_count(1)
     answer(page, "And in words?")
     expect(page.locator("article").nth(2).locator(".question img")).to_have_count(0)
+
+
+def test_dose_and_contours_lie_over_their_slice_for_the_eye_and_for_the_model(
+    page: Any, edge: Path, tmp_path: Path
+) -> None:
+    from test_overlay import FRAME, ct, dose, structures
+
+    from ldrt_edge.overlay import lay_over, read_overlay
+
+    rows, columns = np.mgrid[:9, :8]
+    grid = np.exp(-((rows - 4) ** 2 + (columns - 3.5) ** 2) / 9) * np.ones((3, 1, 1))
+    files = {"slice": ct(), "dose": dose(grid), "plan": structures()}
+    paths = {name: tmp_path / f"{SECRET}-{name}.dcm" for name in files}
+    for name, data in files.items():
+        paths[name].write_bytes(data)
+    front = Front.load(edge)
+    plain = read_image(paths["slice"])
+    covered = lay_over(plain, files["slice"], [read_overlay(files["dose"]), read_overlay(files["plan"])])
+
+    page.set_input_files("#file", paths["dose"])  # first a picture of its own, then over its slice
+    expect(page.locator("#reading")).to_contain_text("RTDOSE")
+    page.set_input_files("#file", [paths["slice"], paths["plan"]])
+    expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(covered.rgb).sha256)
+    expect(page.locator("#legend")).to_contain_text("EXTERNAL 1")
+    expect(page.locator("#legend")).to_contain_text("95%")
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
+    if shots := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{shots}/overlay.png")
+    page.locator("#stage").focus()
+    page.keyboard.press("d")
+    expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(plain.rgb).sha256)
+    expect(page.locator("#cover")).to_have_attribute("aria-pressed", "false")
+    page.click("#cover")
+    expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(covered.rgb).sha256)
+    answer(page, "How much dose does it get?")
+    with page.expect_download() as download:
+        page.click("#export-json")
+    download.value.save_as(tmp_path / "saved.json")
+    saved = (tmp_path / "saved.json").read_text()
+    (told,) = json.loads(saved)["turns"][0]["images"]
+    assert [overlay["modality"] for overlay in told["overlays"]] == ["RTDOSE", "RTSTRUCT"]
+    assert SECRET not in saved and FRAME not in saved
+
+    page.click("#new")
+    stray = tmp_path / "stray.dcm"
+    stray.write_bytes(structures(frame="1.2.3"))
+    page.set_input_files("#file", [paths["slice"], stray])
+    expect(page.locator("#status")).to_contain_text("frame of reference")
+    expect(page.locator("#cover")).to_be_hidden()
+
+
+def test_burned_in_text_is_asked_about_before_the_model_sees_it(page: Any, edge: Path, tmp_path: Path) -> None:
+    from ldrt_edge.burned_in import black_out, text_lines
+
+    path = tmp_path / f"{SECRET}.dcm"
+    shutil.copyfile(str(get_testdata_file("examples_rgb_color.dcm")), path)
+    front, plain = Front.load(edge), read_image(path).rgb
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    for choice, rgb in (("Leave out", None), ("Show as it is", plain), ("Black", black_out(plain, text_lines(plain)))):
+        page.set_input_files("#file", path)
+        expect(page.locator("#worded")).to_be_visible()
+        expect(page.locator("#worded")).to_contain_text("burned into 1 picture")
+        page.wait_for_timeout(500)
+        assert not any("/seen" in url or "/read" in url for url in asked), "nothing is shown before the answer"
+        if choice == "Black" and (shots := os.environ.get("SCREENSHOTS")):
+            page.screenshot(path=f"{shots}/worded.png")
+        page.get_by_role("button", name=choice).click()
+        if rgb is None:
+            expect(page.locator("#hint")).to_contain_text("No picture")
+            continue
+        expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(rgb).sha256)
+        page.click("#new")
+        page.wait_for_timeout(300)
+        asked.clear()
+    page.set_input_files("#file", path)
+    expect(page.locator("#worded")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#hint")).to_contain_text("No picture")
+
+
+def test_what_cannot_be_told_is_shown_as_such_and_a_history_comes_back(
+    browser: Any, remembered: Server, tmp_path: Path
+) -> None:
+    page = browser.new_page(locale="en-GB")
+    page.goto(remembered.address)
+    expect(page.locator(".question p")).to_have_text("Which knee?")
+    expect(page.locator(".unknown")).to_contain_text("this picture does not tell")
+    expect(page.locator("#written")).to_contain_text("encrypted with your passphrase")
+    if shots := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=f"{shots}/remembered.png")
+    answer(page, "And the other one?")
+    expect(page.locator(".unknown")).to_have_count(1)
+    page.click("#forget")
+    expect(page.locator("article")).to_have_count(0)
+    assert not list((tmp_path / "history").glob("*.talk"))
+    page.close()
 
 
 def test_zoom_and_inversion_are_of_the_view_alone(page: Any, ct: Path) -> None:

@@ -26,6 +26,7 @@ from serving import Server, tiny_edge
 
 from ldrt_edge import artifact
 from ldrt_edge.chat.audit import verify
+from ldrt_edge.chat.pictures import Shot
 from ldrt_edge.chat.session import Session
 from ldrt_edge.front import Front, Message
 from ldrt_edge.image import read_image_bytes
@@ -181,8 +182,8 @@ def test_oldest_pictures_go_when_memory_runs_short(ct: bytes) -> None:
     kept = Pictures(most_bytes=int(2.5 * len(ct)))
     names = [str(kept.add(ct)["name"]) for _ in range(3)]
     with pytest.raises(DataError, match="not there any more"):
-        kept.view(names[0], None, 0)
-    assert kept.view(names[2], None, 0).rgb.shape == (128, 128, 3)
+        kept.view(Shot(names[0], None, 0))
+    assert kept.view(Shot(names[2], None, 0)).rgb.shape == (128, 128, 3)
 
 
 def test_slices_of_a_series_know_their_place() -> None:

@@ -1,8 +1,9 @@
-"""What is open before one model: its queue, the pictures, the conversations; all of it in memory."""
+"""What is open before one model: its queue, the pictures, the conversations; in memory, but for an opt-in history."""
 
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from ldrt_edge import artifact
 from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.chat.audit import AuditLog
+from ldrt_edge.chat.history import History
 from ldrt_edge.chat.pictures import Pictures
 from ldrt_edge.chat.session import Session
 from ldrt_edge.chat.turns import Turn, Turns
@@ -55,6 +57,7 @@ class Model:
 class Conversation:
     """A session, the answer that is being written in it, and the pictures that are read for its next question."""
 
+    name: str
     session: Session
     turn: Turn[dict[str, object]] | None = None
     reading: Turn[None] | None = None
@@ -66,15 +69,24 @@ class Conversation:
 
 
 class Desk:
-    """One model, and what is open before it."""
+    """One model, and what is open before it.
+
+    Raises:
+        DataError: the history cannot be read.
+    """
 
     def __init__(
-        self, runtime: Runtime, front: Front, model: Model, sampling: Sampling, audit: AuditLog | None = None
+        self, runtime: Runtime, front: Front, model: Model, sampling: Sampling, audit: AuditLog | None = None,
+        history: History | None = None,
     ) -> None:
         self.runtime, self.front, self.model, self.sampling, self.audit = runtime, front, model, sampling, audit
         self.turns = Turns(runtime)
         self.pictures = Pictures()
         self.conversations: dict[str, Conversation] = {}
+        self.history, self._keeping = history, threading.Lock()
+        for name, exchanges in history.read(model.identity, _MOST_CONVERSATIONS) if history else ():
+            self.conversations[name] = Conversation(name, self._session())
+            self.conversations[name].session.exchanges = exchanges
 
     def read_ahead(self, conversation: Conversation, pictures: Callable[[], Sequence[Picture]]) -> None:
         """Let the model read pictures while their question is thought of, if it has nothing else to do."""
@@ -103,13 +115,33 @@ class Desk:
         if len(self.conversations) >= _MOST_CONVERSATIONS:
             raise DataError(f"{_MOST_CONVERSATIONS} conversations are open: delete some")
         name = secrets.token_urlsafe(12)
-        session = session or Session(
-            self.runtime, self.front, self.sampling, self.model.identity, self.model.unreleased
-        )
-        self.conversations[name] = Conversation(session)
+        self.conversations[name] = Conversation(name, session or self._session())
         return name
+
+    def keep(self, conversation: Conversation) -> None:
+        """Write a conversation into the history, if there is one and it was not forgotten since.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        with self._keeping:
+            open_still = self.conversations.get(conversation.name) is conversation
+            if self.history and open_still and conversation.session.exchanges:
+                self.history.keep(conversation.name, conversation.session)
+
+    def forget(self, conversation: Conversation) -> None:
+        """Forget a conversation, in the history too, and stop what is being written in it."""
+        if conversation.turn:
+            conversation.turn.stop()
+        with self._keeping:
+            if self.history:
+                self.history.forget(conversation.name)
+            self.conversations.pop(conversation.name, None)
 
     def record(self, images: Sequence[str], question: str, answer: str) -> None:
         """Note an answer in the audit log, if there is one."""
         if self.audit:
             self.audit.record(self.model.identity.manifest_sha256, images, question, answer)
+
+    def _session(self) -> Session:
+        return Session(self.runtime, self.front, self.sampling, self.model.identity, self.model.unreleased)

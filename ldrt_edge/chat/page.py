@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import cast
 
 from starlette.requests import Request
@@ -13,15 +13,16 @@ from starlette.routing import Route
 
 from ldrt_edge import __version__
 from ldrt_edge.chat.desk import Conversation, Desk
-from ldrt_edge.chat.pictures import describe, png, tiles_png
+from ldrt_edge.chat.pictures import Shot, describe, png, tiles_png
 from ldrt_edge.chat.replies import aside, follow, json_line, json_reply, png_reply, read_object, text_of
 from ldrt_edge.chat.session import NOTICE, Session
 from ldrt_edge.errors import DataError, LdrtError
-from ldrt_edge.image import MAX_BYTES, Picture, Window
+from ldrt_edge.image import MAX_BYTES, Picture
 from ldrt_edge.runtimes.base import Sampling
 
 Events = Generator[dict[str, object], None, None]
 _OTHER_ANSWER_TEMPERATURE = 0.7
+_MOST_OVERLAYS = 8
 
 
 def routes(desk: Desk) -> list[Route]:
@@ -59,6 +60,7 @@ class Page:
         return json_reply({
             **asdict(desk.model), "runtime": desk.runtime.name, "context": desk.runtime.context_length,
             "sampling": asdict(desk.sampling), "version": __version__, "notice": NOTICE,
+            "history": desk.history is not None,
         })
 
     async def add_picture(self, request: Request) -> Response:
@@ -70,7 +72,7 @@ class Page:
         shot = _asked_shot(request)
 
         def draw() -> tuple[bytes, dict[str, object]]:
-            picture = self._desk.pictures.view(shot.name, shot.window, shot.frame)
+            picture = self._desk.pictures.view(shot)
             return png(picture.rgb), describe(picture)
 
         return png_reply(*await aside(draw))
@@ -80,7 +82,7 @@ class Page:
         shot = _asked_shot(request)
 
         def draw() -> tuple[bytes, dict[str, object]]:
-            image = self._desk.front.image(self._desk.pictures.view(shot.name, shot.window, shot.frame).rgb)
+            image = self._desk.front.image(self._desk.pictures.view(shot).rgb)
             seen = {"seen_sha256": image.sha256, "tokens": image.token_count, "tiles": len(image.tiles)}
             return tiles_png(image), seen
 
@@ -104,11 +106,8 @@ class Page:
         return json_reply(self._conversation(request).session.transcript())
 
     async def delete_conversation(self, request: Request) -> Response:
-        """Forget one, and stop what is being written in it."""
-        conversation = self._conversation(request)
-        if conversation.turn:
-            conversation.turn.stop()
-        del self._desk.conversations[request.path_params["name"]]
+        """Forget one."""
+        await aside(self._desk.forget, self._conversation(request))
         return json_reply({})
 
     async def ask(self, request: Request) -> Response:
@@ -189,7 +188,7 @@ class Page:
         return png_reply(await aside(lambda: tiles_png(image)), {"seen_sha256": image.sha256})
 
     def _pictures(self, shots: Sequence[Shot]) -> list[Picture]:
-        return [self._desk.pictures.view(shot.name, shot.window, shot.frame) for shot in shots]
+        return [self._desk.pictures.view(shot) for shot in shots]
 
     def _answer(self, session: Session, question: str) -> Events:
         before = len(session.exchanges)
@@ -203,7 +202,14 @@ class Page:
 
     def _stream(self, conversation: Conversation, session: Session, work: Callable[[], Events]) -> Response:
         before = len(session.exchanges)
-        turn = conversation.turn = self._desk.turns.take(work)
+
+        def kept_work() -> Events:
+            try:
+                yield from work()
+            finally:
+                self._desk.keep(conversation)
+
+        turn = conversation.turn = self._desk.turns.take(kept_work)
 
         async def lines() -> AsyncIterator[str]:
             try:
@@ -228,39 +234,38 @@ class Page:
         return found
 
 
-@dataclass(frozen=True)
-class Shot:
-    """A picture of a request: one frame of a file, through a window."""
-
-    name: str
-    window: Window | None
-    frame: int
-
-
 def _shots(body: dict[str, object]) -> list[Shot] | None:
     listed = body.get("pictures")
     if listed is None:
         return None
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise DataError("pictures: wants a list of {name, frame, window}")
-    return [_shot(one.get("name"), one.get("frame"), one.get("window")) for one in listed]
+    return [
+        _shot(one.get("name"), one.get("frame"), one.get("window"), one.get("over"), one.get("black_out") is True)
+        for one in listed
+    ]
 
 
 def _asked_shot(request: Request) -> Shot:
-    """Out of the address: /NAME?frame=0&center=40&width=400."""
+    """Out of the address: /NAME?frame=0&center=40&width=400&over=NAME&over=NAME&black_out=1."""
     query = request.query_params
     window = [query["center"], query["width"]] if "center" in query and "width" in query else None
-    return _shot(request.path_params["name"], query.get("frame"), window)
+    name, over, black_out = request.path_params["name"], query.getlist("over"), query.get("black_out") == "1"
+    return _shot(name, query.get("frame"), window, over, black_out)
 
 
-def _shot(name: object, frame: object, window: object) -> Shot:
+def _shot(name: object, frame: object, window: object, over: object, black_out: bool) -> Shot:
     try:
-        if window is None:
-            return Shot(str(name), None, int(str(frame or 0)))
-        center, width = (float(str(value)) for value in cast("Iterable[object]", window))
-        return Shot(str(name), (center, width), int(str(frame or 0)))
+        level = None
+        if window is not None:
+            center, width = (float(str(value)) for value in cast("Iterable[object]", window))
+            level = (center, width)
+        laid = tuple(dict.fromkeys(str(one) for one in cast("Iterable[object]", over or ())))
+        if len(laid) > _MOST_OVERLAYS:
+            raise DataError(f"at most {_MOST_OVERLAYS} files lie over a picture")
+        return Shot(str(name), level, int(str(frame or 0)), laid, black_out)
     except (TypeError, ValueError, OverflowError):
-        raise DataError("a picture is {name, frame, window}, its window [center, width]") from None
+        raise DataError("a picture is {name, frame, window, over, black_out}, its window [center, width]") from None
 
 
 def _sampling(body: dict[str, object], default: Sampling) -> Sampling:

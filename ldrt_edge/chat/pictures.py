@@ -1,29 +1,49 @@
 """Pictures that a browser brought: their bytes in memory, and views of them as PNG.
 
 A view is drawn by the same code that prepares the picture for the model, so that the window on the page is the window
-of the model. File names never come here; the oldest pictures go when memory runs short.
+of the model, and dose and contours that lie over a picture there lie over it for the model. File names never come
+here, and identifiers do not go out; the oldest pictures go when memory runs short.
 """
 
 from __future__ import annotations
 
+import hmac
 import io
 import secrets
 import threading
 from collections import OrderedDict
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldrt_edge.dicom import slice_position
+from ldrt_edge.burned_in import black_out, text_lines
+from ldrt_edge.dicom import declares_text, slice_position
 from ldrt_edge.errors import DataError
 from ldrt_edge.image import Picture, Window, read_image_bytes
+from ldrt_edge.overlay import Dose, Structures, lay_over, plane, read_overlay, read_structures
 from ldrt_edge.runtimes.base import FrontImage
 
 MOST_BYTES = 1 << 30
 _GAP = 4  # pixels between tiles
 _VIEWS_KEPT = 8
+_OVERLAYS_KEPT = 4  # read; their files are kept longer
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One frame of a picture file through a window, and the files that lie over it, by their names here.
+
+    black_out: text that is burned into it goes under black boxes.
+    """
+
+    name: str
+    window: Window | None
+    frame: int
+    over: tuple[str, ...] = ()
+    black_out: bool = False
 
 
 class Pictures:
@@ -32,46 +52,91 @@ class Pictures:
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
         self._files: OrderedDict[str, bytes] = OrderedDict()
-        self._views: OrderedDict[tuple[str, Window | None, int], Picture] = OrderedDict()
+        self._views: OrderedDict[Shot, Picture] = OrderedDict()
+        self._overlays: OrderedDict[str, Dose | Structures] = OrderedDict()
         self._lock = threading.Lock()
+        self._salt = secrets.token_bytes(32)
 
     def add(self, data: bytes) -> dict[str, object]:
         """Keep a picture file that can be read; its name, and what there is to know of its first frame.
+
+        Files with the same word in `frames_of_reference` may lie over each other; `overlay`: it does so only.
+        `burned_in`: text is in its pixels, or its header says so: there may be a name.
 
         Raises:
             DataError: it cannot be read, or is larger than what is kept of all.
         """
         if len(data) > self._most_bytes:
             raise DataError(f"the picture: {len(data) >> 20} MiB, and {self._most_bytes >> 20} are kept")
-        picture = read_image_bytes(data)
+        told: dict[str, object]
+        lies_in: frozenset[str]
+        if regions := read_structures(data):
+            told = {"format": "DICOM", "modality": "RTSTRUCT", "overlay": True, "burned_in": False}
+            lies_in = regions.frames_of_reference
+        else:
+            picture = read_image_bytes(data)
+            of_dicom = picture.origin.format == "DICOM"
+            burned_in = bool(text_lines(picture.rgb)) or (of_dicom and declares_text(data))
+            told = {
+                "position": slice_position(data) if of_dicom else None, "overlay": False, "burned_in": burned_in,
+                **describe(picture),
+            }
+            lies_in = frozenset()
+            with suppress(DataError):  # with a damaged geometry it is still a picture, for nothing to lie over
+                if of_dicom and (lies := plane(data)):
+                    lies_in = frozenset({lies.frame_of_reference})
         name = secrets.token_urlsafe(12)
         with self._lock:
             self._files[name] = data
             while sum(map(len, self._files.values())) > self._most_bytes:
                 self._files.popitem(last=False)
-        position = slice_position(data) if picture.origin.format == "DICOM" else None
-        return {"name": name, "position": position, **describe(picture)}
+        return {"name": name, "frames_of_reference": sorted(map(self._word, lies_in)), **told}
 
-    def view(self, name: str, window: Window | None, frame: int) -> Picture:
-        """One frame of a picture through a window.
+    def view(self, shot: Shot) -> Picture:
+        """A picture as it is looked at.
 
         Raises:
             DataError: there is no such picture any more, or it cannot be shown so.
         """
-        key = (name, window, frame)
+        data = self._file(shot.name)
+        with self._lock:
+            known = self._views.get(shot)
+        if known is None:
+            known = read_image_bytes(data, shot.window, shot.frame)
+            if shot.black_out:  # found through the file's own window: through a narrow one it cannot be read
+                lines = text_lines(read_image_bytes(data, None, shot.frame).rgb)
+                origin = replace(known.origin, blacked_out=len(lines))
+                known = replace(known, rgb=black_out(known.rgb, lines), origin=origin)
+            known = lay_over(known, data, [self._overlay(name) for name in shot.over])
+            with self._lock:
+                self._views[shot] = known
+                if len(self._views) > _VIEWS_KEPT:
+                    self._views.popitem(last=False)
+        return known
+
+    def _overlay(self, name: str) -> Dose | Structures:
+        data = self._file(name)
+        with self._lock:
+            known = self._overlays.get(name)
+        if known is None:
+            known = read_overlay(data)
+            with self._lock:
+                self._overlays[name] = known
+                if len(self._overlays) > _OVERLAYS_KEPT:
+                    self._overlays.popitem(last=False)
+        return known
+
+    def _file(self, name: str) -> bytes:
         with self._lock:
             data = self._files.get(name)
             if data is None:
                 raise DataError("the picture is not there any more: add it again")
             self._files.move_to_end(name)
-            known = self._views.get(key)
-        if known is None:
-            known = read_image_bytes(data, window, frame)
-            with self._lock:
-                self._views[key] = known
-                if len(self._views) > _VIEWS_KEPT:
-                    self._views.popitem(last=False)
-        return known
+        return data
+
+    def _word(self, identifier: str) -> str:
+        """For an identifier, which can lead to a patient: means nothing elsewhere, or after this start."""
+        return hmac.digest(self._salt, identifier.encode(), "sha256").hex()[:16]
 
 
 def describe(picture: Picture) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
@@ -53,7 +54,12 @@ def follow(turn: Turn[Any], lines: AsyncIterator[str], media_type: str) -> Respo
             finally:
                 turn.stop()
 
-    return Following(lines, media_type=media_type)
+    async def one_by_one() -> AsyncIterator[str]:
+        async for line in lines:
+            yield line
+            await asyncio.sleep(0)  # lets the server hear that the client left, before it writes to nobody
+
+    return Following(one_by_one(), media_type=media_type)
 
 
 async def read_object(request: Request) -> dict[str, Any]:

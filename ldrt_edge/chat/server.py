@@ -1,8 +1,9 @@
 """`ldrt-edge serve`, `chat --web`: one model on the loopback interface, with a page for people and an API for programs.
 
-Nothing leaves this machine and nothing is written to disk, unless an audit log is asked for. Every request but those
-for the page's own files needs the token of this start; the Host and Origin headers must be ours, so that no web page
-elsewhere reaches it through the browser. Nothing in a request becomes a path: the page's files are read at the start.
+Nothing leaves this machine and nothing is written to disk, unless an audit log or a history is asked for. Every
+request but those for the page's own files needs the token of this start; the Host and Origin headers must be ours, so
+that no web page elsewhere reaches it through the browser. Nothing in a request becomes a path: the page's files are
+read at the start, and a conversation's file is found by the name that the server gave it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ldrt_edge.chat import completions, page
 from ldrt_edge.chat.audit import AuditLog
 from ldrt_edge.chat.desk import Desk, Model
+from ldrt_edge.chat.history import History
 from ldrt_edge.chat.replies import error_reply
 from ldrt_edge.chat.turns import Busy
 from ldrt_edge.errors import ConfigError, DataError, LdrtError
@@ -61,6 +63,8 @@ def serve(
     audit: Path | None = None,
     browser: bool = False,
     as_json: bool = False,
+    history: Path | None = None,
+    passphrase: str = "",
 ) -> None:
     """Serve a model artefact on 127.0.0.1 until Ctrl-C; prints one line with the address and the token.
 
@@ -72,18 +76,20 @@ def serve(
         audit: write an audit log there.
         browser: open the page.
         as_json: print page, base_url and api_key as one JSON object instead.
+        history: keep conversations there, encrypted with `passphrase`.
 
     Raises:
-        LdrtError: the model does not load, the port is taken, or the audit log cannot be written.
+        LdrtError: the model does not load, the port is taken, or the audit log or the history cannot be used.
     """
     model = Model.of(folder)
     with ExitStack() as opened:
+        past = History(history, passphrase) if history else None
         listener = opened.enter_context(listen(port))
         port = listener.getsockname()[1]
         runtime = load(folder, threads=threads)
         opened.callback(runtime.close)
         log = opened.enter_context(closing(AuditLog(audit))) if audit else None
-        desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log)
+        desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log, past)
         opened.callback(desk.turns.close)
         token = secrets.token_urlsafe(32)
         api = {"base_url": f"http://{HOST}:{port}/v1", "api_key": token}

@@ -20,6 +20,7 @@ from typing import Literal
 
 from ldrt_edge import __version__
 from ldrt_edge.artifact import Input
+from ldrt_edge.dataset import CANNOT_BE_TOLD
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front, Message
 from ldrt_edge.image import Origin, Picture
@@ -145,6 +146,7 @@ class Session:
                     "question": exchange.question,
                     "images": [_describe(shown) for shown in exchange.shown],
                     "answer": exchange.answer,
+                    "cannot_be_told": cannot_be_told(exchange.answer),
                     "finish": exchange.finish,
                     "tokens": exchange.tokens,
                     "sampling": asdict(exchange.sampling),
@@ -188,6 +190,12 @@ class Session:
         except DataError:
             return False
         return True
+
+
+def cannot_be_told(answer: str) -> bool:
+    """Whether an answer says, in the words that models were taught, that the picture does not show what was asked."""
+    said = " ".join(answer.replace("’", "'").casefold().split())
+    return any(words.casefold() in said for words in CANNOT_BE_TOLD.values())
 
 
 class TextStream:

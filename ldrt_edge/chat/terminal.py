@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Self
 from ldrt_edge import artifact
 from ldrt_edge.artifact import Input
 from ldrt_edge.bundle.open import unreleased
+from ldrt_edge.burned_in import text_lines
 from ldrt_edge.chat.session import NOTICE, Finish, Session
 from ldrt_edge.console import say, stderr
 from ldrt_edge.errors import DataError, LdrtError
@@ -163,6 +164,8 @@ class Conversation:
         with self._interrupts.raised(), _busy("reading the picture"):
             (image,) = self._session.attach(picture, read=True)
         say(f"picture: {_describe(picture)}, {image.token_count} tokens")
+        if text_lines(picture.rgb):
+            say("text seems to be burned into it: should it name a patient, /reset forgets the picture")
         if any(exchange.shown for exchange in self._session.exchanges):
             say("earlier pictures stay in the conversation; /reset forgets them")
 

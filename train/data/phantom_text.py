@@ -6,19 +6,15 @@ digits. `{a}` and `{b}` are terms that the question names, `{A}` and `{B}` the s
 
 from __future__ import annotations
 
-from typing import Literal
+from ldrt_edge.dataset import CANNOT_BE_TOLD, PhantomLanguage
 
-Language = Literal["en", "de", "es", "fr", "pt", "zh"]
+Language = PhantomLanguage
 LANGUAGES: tuple[Language, ...] = ("en", "de", "es", "fr", "pt", "zh")
 
 TERMS: dict[str, dict[Language, str]] = {
     "yes": {"en": "yes", "de": "ja", "es": "sí", "fr": "oui", "pt": "sim", "zh": "是"},
     "no": {"en": "no", "de": "nein", "es": "no", "fr": "non", "pt": "não", "zh": "否"},
-    "unknown": {
-        "en": "cannot be told from this image", "de": "aus diesem Bild nicht zu erkennen",
-        "es": "no se puede saber por esta imagen", "fr": "impossible à dire d'après cette image",
-        "pt": "não é possível saber por esta imagem", "zh": "从这张图像无法判断",
-    },
+    "unknown": CANNOT_BE_TOLD,
     "left": {"en": "left", "de": "links", "es": "izquierda", "fr": "gauche", "pt": "esquerda", "zh": "左侧"},
     "right": {"en": "right", "de": "rechts", "es": "derecha", "fr": "droite", "pt": "direita", "zh": "右侧"},
     "centre": {"en": "centre", "de": "Mitte", "es": "centro", "fr": "centre", "pt": "centro", "zh": "中间"},

@@ -6,7 +6,7 @@ import { LANGUAGES, choose, number, preferred, t } from "./strings.js";
 import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
-const viewer = new Viewer(showHint, () => readAhead().catch(fail), fail);
+const viewer = new Viewer(showHint, () => readAhead().catch(fail), fail, askAboutText);
 let model = null;
 let conversation = null; // its name
 let transcript = null;
@@ -36,6 +36,15 @@ async function start() {
 function askForToken() {
   $("door").showModal();
   return new Promise((entered) => $("door").addEventListener("close", () => entered($("token").value), { once: true }));
+}
+
+function askAboutText(count) {
+  $("text-found").textContent = t("textFound", count);
+  $("worded").returnValue = "";
+  $("worded").showModal();
+  return new Promise((chosen) => {
+    $("worded").addEventListener("close", () => chosen($("worded").returnValue), { once: true });
+  });
 }
 
 async function open(name) {
@@ -136,7 +145,7 @@ function showTalk() {
     const pictures = element("span", ...turn.images.map((_, k) => seen(i, k)));
     const body = element("div", render(turn.answer));
     body.className = "answer";
-    return element("article", asked(turn.question, pictures), body, facts(turn), buttons(turn, i, turns.length));
+    return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn), buttons(turn, i, turns.length));
   }));
   toEnd();
   for (const id of ["export-json", "export-pdf", "forget"]) $(id).disabled = !turns.length;
@@ -163,6 +172,13 @@ function seen(exchange, k) {
   const path = `/api/conversations/${conversation}/seen/${exchange}/${k}`;
   picture(path).then(({ url }) => (image.src = url), fail);
   return image;
+}
+
+function unknown(turn) {
+  if (!turn.cannot_be_told) return [];
+  const made = element("p", t("cannotBeTold"));
+  made.className = "unknown";
+  return [made];
 }
 
 // What an answer rests on.
@@ -245,6 +261,8 @@ function showModel() {
   if (!model) return;
   document.title = `${model.name} · ldrt-edge`;
   $("model-name").textContent = model.name;
+  $("written").dataset.t = model.history ? "writtenEncrypted" : "nothingWritten";
+  $("written").textContent = t($("written").dataset.t);
   $("model-facts").textContent = [model.type, model.runtime, ...evidence()].filter(Boolean).join(" · ");
   $("unreleased").textContent = model.unreleased ? t("unreleased", model.unreleased) : "";
 }

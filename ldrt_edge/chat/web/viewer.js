@@ -10,15 +10,19 @@ import { number, t } from "./strings.js";
 // Center and width in HU, as CT consoles commonly have them.
 const PRESETS = { lung: [-600, 1500], bone: [400, 1800], soft: [40, 400], brain: [40, 80] };
 const SETTLED_MS = 250;
+const MOST_OVERLAYS = 8;
 const $ = (id) => document.getElementById(id);
 
 export class Viewer {
   // A slot is one picture, or a series of single-frame files of one size, which is scrolled like one.
   slots = [];
   current = null;
+  overlays = []; // dose and structures, for the pictures of their frame of reference
 
-  // changed: what goes with the next question may have; settled: it will likely stay so.
-  constructor(changed, settled, failed) {
+  // changed: what goes with the next question may have; settled: it will likely stay so. worded: asks a person what to
+  // do with pictures that text is burned into ("show", "blackOut", or nothing: leave them out).
+  constructor(changed, settled, failed, worded) {
+    this.worded = worded;
     this.changed = changed;
     this.settled = settled;
     this.failed = failed;
@@ -27,7 +31,7 @@ export class Viewer {
 
   async add(files, progress) {
     const sorted = [...files].sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
-    const taken = [];
+    let taken = [];
     for (const [i, file] of sorted.entries()) {
       progress(i + 1, sorted.length);
       try {
@@ -36,7 +40,12 @@ export class Viewer {
         this.failed(error);
       }
     }
-    if (!taken.length) return;
+    const burned = taken.filter((one) => one.burned_in);
+    const choice = burned.length ? await this.worded(burned.length) : "show";
+    if (choice !== "show" && choice !== "blackOut") taken = taken.filter((one) => !one.burned_in);
+    this.overlays.push(...taken.filter((one) => one.overlay));
+    taken = taken.filter((one) => !one.overlay);
+    if (!taken.length) return this.settleOverlays();
     const [first] = taken;
     const series = taken.length > 1 && taken.every((one) => first.format === "DICOM" && one.frames === 1 &&
       one.modality === first.modality && one.width === first.width && one.height === first.height);
@@ -44,9 +53,30 @@ export class Viewer {
     const groups = series ? [taken] : taken.map((one) => [one]);
     const added = groups.map((group) => ({
       files: group, frame: group.length >> 1, window: null, about: group[0], zoom: 1, x: 0, y: 0, invert: false, sent: "",
+      over: [], covered: true, blackOut: choice === "blackOut" && group.some((one) => one.burned_in),
     }));
     this.slots.push(...added);
-    this.show(added[0]);
+    this.settleOverlays();
+    this.show(added.find((slot) => this.slots.includes(slot)) ?? this.slots.find((slot) => slot.over.length));
+  }
+
+  // Lay dose and structures over the pictures that they belong to; a dose without one stays a picture of its own.
+  settleOverlays() {
+    const places = this.slots.filter((slot) => slot.files[0].modality !== "RTDOSE");
+    const belongs = (one) => places.filter((slot) => meet(slot.files[0], one));
+    for (const slot of this.slots.filter((slot) => slot.files[0].modality === "RTDOSE")) {
+      if (slot.files.length > 1 || !belongs(slot.files[0]).length) continue;
+      this.overlays.push(slot.files[0]);
+      this.slots = this.slots.filter((other) => other !== slot);
+    }
+    for (const slot of places) slot.over = this.overlays.filter((one) => meet(slot.files[0], one)).slice(-MOST_OVERLAYS);
+    if (this.overlays.some((one) => !belongs(one).length)) this.failed(new Error(t("noPlace")));
+    if (this.slots.includes(this.current)) this.show(this.current);
+  }
+
+  cover() {
+    this.current.covered = !this.current.covered;
+    this.draw();
   }
 
   // What the server wants to hear of the pictures that the model has not seen so.
@@ -61,13 +91,14 @@ export class Viewer {
 
   clear() {
     this.slots = [];
+    this.overlays = [];
     this.show(null);
   }
 
   show(slot) {
     this.current = slot;
     $("viewer").classList.toggle("empty", !slot);
-    for (const id of ["window-tools", "invert", "fit", "remove", "frames", "seen"]) $(id).hidden = !slot;
+    for (const id of ["window-tools", "invert", "fit", "remove", "frames", "seen", "cover", "legend"]) $(id).hidden = !slot;
     $("strip").replaceChildren(...this.slots.map((one, i) => {
       const tab = element("button", `${i + 1}`);
       tab.setAttribute("role", "tab");
@@ -83,6 +114,7 @@ export class Viewer {
       this.draw();
     } else {
       for (const id of ["view", "seen-view"]) replace($(id), "");
+      $("reading").textContent = "";
     }
     this.changed();
   }
@@ -136,6 +168,14 @@ export class Viewer {
     view.style.transform = `translate(${slot.x}px, ${slot.y}px) scale(${slot.zoom})`;
     view.classList.toggle("inverted", slot.invert);
     $("invert").setAttribute("aria-pressed", slot.invert);
+    $("cover").hidden = !slot.over.length;
+    $("cover").setAttribute("aria-pressed", slot.covered);
+    $("legend").replaceChildren(...(about.overlays ?? []).flatMap(({ legend }) => legend.map(([label, colour]) => {
+      const swatch = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+      swatch.setAttribute("aria-hidden", "true");
+      swatch.style.backgroundColor = colour;
+      return element("li", swatch, label);
+    })));
     const grey = about.levels !== null;
     $("window-tools").hidden = !grey;
     if (grey) {
@@ -246,6 +286,7 @@ export class Viewer {
     }
     $("frame").addEventListener("input", (event) => this.setFrame(event.target.valueAsNumber));
     $("invert").addEventListener("click", () => this.invert());
+    $("cover").addEventListener("click", () => this.cover());
     $("fit").addEventListener("click", () => this.zoom(0));
     $("remove").addEventListener("click", () => {
       this.slots = this.slots.filter((slot) => slot !== this.current);
@@ -267,6 +308,7 @@ export class Viewer {
       "-": () => this.zoom(0.8),
       "0": () => this.zoom(0),
       i: () => this.invert(),
+      d: () => this.current.over.length && this.cover(),
     }[event.key];
     if (!does) return;
     event.preventDefault();
@@ -280,7 +322,14 @@ function frames(slot) {
 
 function shot(slot) {
   const stacked = slot.files.length > 1;
-  return { name: slot.files[stacked ? slot.frame : 0].name, frame: stacked ? 0 : slot.frame, window: slot.window };
+  return {
+    name: slot.files[stacked ? slot.frame : 0].name, frame: stacked ? 0 : slot.frame, window: slot.window,
+    over: slot.covered ? slot.over.map((one) => one.name) : [], black_out: slot.blackOut,
+  };
+}
+
+function meet(one, other) {
+  return one.frames_of_reference.some((word) => other.frames_of_reference.includes(word));
 }
 
 function key(slot) {
@@ -288,8 +337,10 @@ function key(slot) {
 }
 
 function address(slot, rest = "") {
-  const { name, frame, window } = shot(slot);
+  const { name, frame, window, over, black_out } = shot(slot);
   const query = new URLSearchParams({ frame, ...(window && { center: window[0], width: window[1] }) });
+  for (const one of over) query.append("over", one);
+  if (black_out) query.set("black_out", 1);
   return `/api/pictures/${name}${rest}?${query}`;
 }
 

@@ -1,0 +1,306 @@
+"""A dose grid as isodose wash, and structures as contours, over the slice that they were planned on.
+
+Everything is placed by patient coordinates, in mm: nothing but a common frame of reference tells that two files
+describe the same patient in the same position, so files that do not share one are refused. Percentages are of the
+grid's highest dose. Names of structures are free text and may hold anything: they stay in the file, and a structure is
+called by its type ("PTV 1", "ORGAN 2").
+
+    picture = lay_over(read_image_bytes(ct), ct, [read_overlay(dose), read_overlay(structures)])
+
+Source: DICOM PS3.3 C.7.6.2.1.1 (pixel to patient), C.8.8.3 (dose), C.8.8.5, C.8.8.6 and C.8.8.8 (structures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ldrt_edge import dicom, image
+from ldrt_edge.errors import DataError
+from ldrt_edge.image import Overlay, Picture, decoding
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+Colour = tuple[int, int, int]
+FloatArray = NDArray[np.float64]
+
+ISODOSES: tuple[tuple[float, Colour], ...] = (
+    (0.30, (60, 90, 255)), (0.50, (0, 200, 255)), (0.70, (0, 210, 90)), (0.80, (240, 230, 0)), (0.90, (255, 140, 0)),
+    (0.95, (255, 30, 30)),
+)
+"""Shares of the highest dose, and the colour from there to the next."""
+_WASH = 0.3
+_TYPES = {  # PS3.3 C.8.8.8.1; another word is free text
+    "EXTERNAL", "PTV", "CTV", "GTV", "ITV", "TREATED_VOLUME", "IRRAD_VOLUME", "BOLUS", "AVOIDANCE", "ORGAN", "MARKER",
+    "REGISTRATION", "ISOCENTER", "CONTRAST_AGENT", "CAVITY", "BRACHY_CHANNEL", "BRACHY_ACCESSORY", "SUPPORT",
+    "FIXATION", "DOSE_REGION", "CONTROL", "DOSE_MEASUREMENT",
+}
+_COLOURS: tuple[Colour, ...] = ((255, 80, 200), (120, 255, 120), (255, 255, 255), (150, 190, 255), (255, 200, 120))
+_THINNEST_MM = 1.0  # of a slice that does not say how thick it is
+_ROUNDING = 1e-6  # coordinates come as decimal text
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Where a grid's pixels lie: pixel (row, column) is at `corner` + column · `across` + row · `down`, in mm.
+
+    normal: unit vector. thickness_mm: of the slice.
+    """
+
+    frame_of_reference: str
+    corner: FloatArray
+    across: FloatArray
+    down: FloatArray
+    normal: FloatArray
+    thickness_mm: float
+
+    def pixel(self, points: FloatArray) -> FloatArray:
+        """(..., 3) patient coordinates to (..., 3): row and column as fractions, and mm along the normal."""
+        away = points - self.corner
+        row = away @ self.down / (self.down @ self.down)
+        column = away @ self.across / (self.across @ self.across)
+        return np.stack([row, column, away @ self.normal], axis=-1)
+
+    def points(self, rows: int, columns: int) -> FloatArray:
+        """(rows, columns, 3): where the pixels' centres lie."""
+        row, column = np.mgrid[:rows, :columns].astype(np.float64)
+        return np.asarray(self.corner + column[..., None] * self.across + row[..., None] * self.down)
+
+
+@dataclass(frozen=True, eq=False)
+class Dose:
+    """values: (planes, rows, columns) in Gy, or relative. offsets_mm: rising, of the planes along the normal."""
+
+    plane: Plane
+    values: NDArray[np.float32]
+    offsets_mm: FloatArray
+    in_gray: bool
+    sha256: str
+
+    @property
+    def frames_of_reference(self) -> frozenset[str]:
+        """The one that it lies in."""
+        return frozenset({self.plane.frame_of_reference})
+
+    def draw(self, rgb: NDArray[np.uint8], on: Plane) -> tuple[NDArray[np.uint8], Overlay]:
+        """Wash a slice with it: (height, width, 3) uint8 to the same, with lines where a level begins."""
+        level = np.digitize(self.at(on.points(*rgb.shape[:2])) / self.highest, [share for share, _ in ISODOSES])
+        colours = np.array([(0, 0, 0), *(colour for _, colour in ISODOSES)], np.float64)
+        covered = (level > 0)[..., None]
+        washed = np.where(covered, (1 - _WASH) * rgb + _WASH * colours[level], rgb)
+        beside = np.pad(level, ((0, 1), (0, 1)), mode="edge")
+        highest = np.maximum(level, np.maximum(beside[1:, :-1], beside[:-1, 1:]))
+        border = (level != beside[1:, :-1]) | (level != beside[:-1, 1:])
+        return image.as_uint8(np.where(border[..., None], colours[highest], washed)), self._overlay()
+
+    def at(self, points: FloatArray) -> FloatArray:
+        """Dose at (..., 3) patient coordinates, linear between the grid's points; 0 outside of it."""
+        from scipy.ndimage import map_coordinates
+
+        row, column, along = np.moveaxis(np.round(self.plane.pixel(points) / _ROUNDING) * _ROUNDING, -1, 0)
+        if len(self.offsets_mm) > 1:
+            place = np.interp(along, self.offsets_mm, np.arange(len(self.offsets_mm)), left=-1, right=-1)
+        else:
+            place = np.where(np.abs(along) <= self.plane.thickness_mm / 2, 0.0, -1.0)
+        found = map_coordinates(self.values, [place, row, column], np.float64, order=1, mode="constant", cval=0.0)
+        return np.asarray(found)
+
+    @cached_property
+    def highest(self) -> float:
+        """The grid's highest value, above 0."""
+        return float(self.values.max())
+
+    def _overlay(self) -> Overlay:
+        def label(share: float) -> str:
+            return f"{share:.0%}" + (f" · {share * self.highest:.2f} Gy" if self.in_gray else "")
+
+        return Overlay("RTDOSE", self.sha256, tuple((label(share), _hex(colour)) for share, colour in ISODOSES))
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """One region of interest: its label, colour and contours, each (points, 3) in mm and whether it is closed."""
+
+    label: str
+    colour: Colour
+    frame_of_reference: str
+    contours: tuple[tuple[FloatArray, bool], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Structures:
+    """The regions of a structure set."""
+
+    regions: tuple[Structure, ...]
+    sha256: str
+
+    @property
+    def frames_of_reference(self) -> frozenset[str]:
+        """Those that its regions lie in."""
+        return frozenset(region.frame_of_reference for region in self.regions)
+
+    def draw(self, rgb: NDArray[np.uint8], on: Plane) -> tuple[NDArray[np.uint8], Overlay]:
+        """Draw the contours that lie in a slice; the legend has those that do."""
+        canvas = Image.fromarray(rgb)
+        pen = ImageDraw.Draw(canvas)
+        legend = []
+        for region in self.regions:
+            if region.frame_of_reference != on.frame_of_reference:
+                continue
+            drawn = False
+            for contour, closed in region.contours:
+                places = on.pixel(contour)
+                if np.abs(places[:, 2]).max() > on.thickness_mm / 2 + _ROUNDING:
+                    continue
+                drawn = True
+                corners = [(float(column), float(row)) for row, column, _ in np.clip(places, -1e5, 1e5)]
+                if len(corners) == 1:
+                    ((x, y),) = corners
+                    pen.line([(x - 3, y), (x + 3, y)], region.colour)
+                    pen.line([(x, y - 3), (x, y + 3)], region.colour)
+                else:
+                    pen.line([*corners, corners[0]] if closed else corners, region.colour)
+            if drawn:
+                legend.append((region.label, _hex(region.colour)))
+        return np.asarray(canvas), Overlay("RTSTRUCT", self.sha256, tuple(legend))
+
+
+def read_overlay(data: bytes) -> Dose | Structures:
+    """Read a DICOM file's dose grid or structures.
+
+    Raises:
+        DataError: it is neither, damaged, too large, or does not say where it lies.
+    """
+    if structures := read_structures(data):
+        return structures
+    header = dicom.read_header(data)
+    with decoding("a damaged DICOM file"):
+        modality = dicom.modality_of(header)
+    if modality == "RTDOSE":
+        return _dose(data, header)
+    raise DataError("neither a dose grid (RTDOSE) nor structures (RTSTRUCT): nothing to lay over a picture")
+
+
+def read_structures(data: bytes) -> Structures | None:
+    """Read a file's structures, if it is a DICOM file of them.
+
+    Raises:
+        DataError: it is, and damaged.
+    """
+    if not image.looks_like_dicom(data):
+        return None
+    header = dicom.read_header(data)
+    with decoding("a damaged DICOM file"):
+        if dicom.modality_of(header) != "RTSTRUCT":
+            return None
+    with decoding("a DICOM RTSTRUCT object whose contours are damaged"):
+        return _structures(data, header)
+
+
+def lay_over(picture: Picture, data: bytes, overlays: Sequence[Dose | Structures]) -> Picture:
+    """Draw over a picture that was read from the DICOM file `data`, the dose first.
+
+    Raises:
+        DataError: the picture does not say where it lies, or an overlay lies in another frame of reference.
+    """
+    if not overlays:
+        return picture
+    on = plane(data)
+    if on is None:
+        raise DataError("the picture does not say where in the patient it lies: nothing can be laid over it")
+    rgb, drawn = picture.rgb, []
+    for overlay in sorted(overlays, key=lambda one: isinstance(one, Structures)):
+        if on.frame_of_reference not in overlay.frames_of_reference:
+            kind = "structures belong" if isinstance(overlay, Structures) else "dose belongs"
+            raise DataError(f"the {kind} to another frame of reference than the picture: not laid over it")
+        rgb, note = overlay.draw(rgb, on)
+        drawn.append(note)
+    return replace(picture, rgb=np.ascontiguousarray(rgb), origin=replace(picture.origin, overlays=tuple(drawn)))
+
+
+def plane(data: bytes) -> Plane | None:
+    """Where a DICOM slice lies, if it is one and says so."""
+    header = dicom.read_header(data)
+    with decoding("a DICOM file whose geometry is damaged"):
+        return _plane(header)
+
+
+def _plane(header: Dataset) -> Plane | None:
+    names = ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+    if any(header.get(name) in (None, "") for name in names):
+        return None
+    corner = np.array([float(value) for value in header.ImagePositionPatient])
+    directions = np.array([float(value) for value in header.ImageOrientationPatient]).reshape(2, 3)
+    row_spacing, column_spacing = (float(value) for value in header.PixelSpacing)
+    normal = np.cross(*directions)
+    length = float(np.linalg.norm(normal))
+    if not (min(row_spacing, column_spacing) > 0 and abs(length - 1) < 1e-2 and np.isfinite(corner).all()):
+        raise DataError("a DICOM file whose geometry is damaged: directions or spacings are none")
+    thickness = float(header.get("SliceThickness") or _THINNEST_MM)
+    return Plane(
+        str(header.FrameOfReferenceUID), corner, directions[0] * column_spacing, directions[1] * row_spacing,
+        normal / length, max(thickness, _ROUNDING),
+    )
+
+
+def _dose(data: bytes, header: Dataset) -> Dose:
+    with decoding("a DICOM RTDOSE object whose header is damaged"):
+        lies = _plane(header)
+        frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
+        scaling, in_gray = float(header.DoseGridScaling), str(header.get("DoseUnits")) == "GY"
+        given = [float(value) for value in header.get("GridFrameOffsetVector") or [0.0]]
+    if lies is None:
+        raise DataError("a dose grid that does not say where it lies")
+    if frames * rows * columns > image.MAX_PIXELS:
+        raise DataError(f"a dose grid of more than {image.MAX_PIXELS // 10**6} million points: too large")
+    offsets = np.array(given)
+    if len(offsets) != frames or len(set(given)) != frames or not np.isfinite(offsets).all():
+        raise DataError("a dose grid whose planes are not where its header says")
+    if offsets[0] != 0:  # positions along the patient's z instead of distances: C.8.8.3.2
+        offsets = (offsets - lies.corner[2]) * np.sign(lies.normal[2])
+    with decoding("a DICOM RTDOSE object whose pixels cannot be decoded: damaged, truncated or not supported"):
+        stored = np.stack([dicom.decode(data, header, frame) for frame in range(frames)])
+        values = (stored * scaling).astype(np.float32)
+    order = np.argsort(offsets)
+    if not (np.isfinite(values).all() and values.max() > 0):
+        raise DataError("a dose grid without dose")
+    return Dose(lies, values[order], offsets[order], in_gray, image.sha256(data))
+
+
+def _structures(data: bytes, header: Dataset) -> Structures:
+    frames = {
+        int(region.ROINumber): str(region.get("ReferencedFrameOfReferenceUID") or "")
+        for region in header.get("StructureSetROISequence") or []
+    }
+    types = {
+        int(seen.ReferencedROINumber): str(seen.get("RTROIInterpretedType") or "")
+        for seen in header.get("RTROIObservationsSequence") or []
+    }
+    regions = []
+    for place, region in enumerate(header.get("ROIContourSequence") or []):
+        number = int(region.ReferencedROINumber)
+        kind = types.get(number, "")
+        contours = tuple(
+            (points, str(contour.ContourGeometricType).startswith("CLOSED"))
+            for contour in region.get("ContourSequence") or []
+            if len(points := np.array([float(n) for n in contour.ContourData]).reshape(-1, 3))
+            and np.isfinite(points).all()
+        )
+        colour = [int(value) & 255 for value in region.get("ROIDisplayColor") or _COLOURS[place % len(_COLOURS)]]
+        label = f"{kind if kind in _TYPES else 'ROI'} {number}"
+        if frames.get(number):
+            regions.append(Structure(label, (colour[0], colour[1], colour[2]), frames[number], contours))
+    if not any(region.contours for region in regions):
+        raise DataError("a DICOM RTSTRUCT object without contours that say where they lie")
+    return Structures(tuple(regions), image.sha256(data))
+
+
+def _hex(colour: Colour) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)
