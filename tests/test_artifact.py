@@ -150,7 +150,12 @@ def _by_torch(path: Path) -> None:
     torch.save(torch.zeros(1 << 20, dtype=torch.uint8), path)
 
 
-@pytest.mark.parametrize("fill", [_plainly, _by_safetensors, _by_torch])
+def _by_mlx(path: Path) -> None:
+    mx = pytest.importorskip("mlx.core")
+    mx.save_safetensors(f"{path}.safetensors", {"weight": mx.zeros(1 << 20, mx.uint8)})
+
+
+@pytest.mark.parametrize("fill", [_plainly, _by_safetensors, _by_torch, _by_mlx])
 def test_a_full_disk_is_one_line_and_leaves_nothing(disk: Path, fill: Callable[[Path], None]) -> None:
     with pytest.raises(ArtifactError, match="disk full"), artifact.create(disk / "out", "report", {}) as draft:
         fill(draft.path / "big")

@@ -131,7 +131,8 @@ def test_a_fair_judge_and_a_biased_one(report: Path, tmp_path: Path) -> None:
     assert "SECRET" not in told and "image_url" not in told, "no judge knows whose answer it sees, or sees a picture"
     assert len(asked) == 2 * 12 * 4 and all(body["response_format"]["type"] == "json_schema" for body in asked)
     found = read(out)
-    assert found["questions"] == 12 and found["calls"] == len(asked)
+    assert found["questions"] == 12
+    assert len(asked) <= found["calls"] <= len(asked) + 4, "one that finds its connection closed is sent again"
     assert set(found["rubrics"]) == {"absolute", "pairwise"} and found["names"]["subject"] == "SECRET-SUBJECT"
 
     honest, biased = found["judges"]

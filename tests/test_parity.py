@@ -387,7 +387,7 @@ def test_a_changed_export_does_not_say_what_it_said(tiny: builders.Tiny, tmp_pat
     for text in ("{}\n", "[]\n", "", json.dumps(lines[0] | {"image": ".."})):
         records.write_text(text)
         with pytest.raises(ArtifactError, match=r"records\.jsonl"):
-            golden._read(edge)
+            golden.read_records(edge)
 
 
 def no_check(_merged: Path, _folder: Path) -> Fidelity:
