@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from ldrt_edge.bundle.commands import trust_once_option
 from ldrt_edge.errors import ConfigError
 from ldrt_edge.options import PATH, beside, json_option, show_artifact
+
+if TYPE_CHECKING:
+    from ldrt_edge.dataset import Split
 
 _MEASURE = "measure"
 
@@ -153,6 +156,38 @@ def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **opt
             f"{name.replace('_', ' '):13} {getattr(found, f'{name}_per_min'):7.1f} a minute, {same} answers as alone"
         )
     click.echo(f"side by side: {found.gain:.1f} times as many as alone")
+
+
+@bench.command("learnable")
+@click.argument("base")
+@click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
+@click.option("--split", type=click.Choice(["test", "train"]), default="train", show_default=True)
+@click.option("--limit", default=4000, show_default=True, type=click.IntRange(min=100), help="About so many questions.")
+@click.option("--seed", default=0, show_default=True, help="Of folds, wrong pictures and intervals.")
+@json_option
+def learnable_(base: str, dataset: Path, split: Split, limit: int, seed: int, as_json: bool) -> None:
+    """Before training: does the tower of BASE see anything that answers these questions, beyond how they are worded?
+
+    A small learner is trained on four fifths of the pictures and asked about the rest, by turns, in seconds.
+    """
+    from ldrt_edge.errors import require
+
+    require("torch", "train")
+    require("sklearn", "bench")
+    from ldrt_edge.bench.learnable import learnable
+    from ldrt_edge.train.base import resolve_base
+
+    found = learnable(resolve_base(base).folder, dataset, split, limit, seed)
+    if as_json:
+        click.echo(json.dumps({name: asdict(part) for name, part in found.items()}, ensure_ascii=False))
+        return
+    click.echo("questions       n  words alone  right picture  wrong, same kind  wrong, any  worth of the picture")
+    for name, part in found.items():
+        click.echo(
+            f"{name[:13]:13} {part.worth.n:>4} {part.words.value:>12.1%} {part.right.value:>14.1%} "
+            f"{part.wrong.value:>17.1%} {part.any.value:>11.1%}  {100 * part.worth.value:+.1f} points "
+            f"({100 * part.worth.ci_low:+.1f} to {100 * part.worth.ci_high:+.1f})"
+        )
 
 
 @bench.command("export")
