@@ -11,6 +11,8 @@ For every base preset the language model is quantised in these ways; the vision 
 - plan: a type for every matrix (`ldrt-edge plan`), in the bytes that the preset's matrices take.
 - feedback: the same types, and what rounding takes is given back by other weights (`ldrt-edge quantize --feedback`).
 
+`--other NAME=GGUF` adds the same language model as another tool quantised it, with a plan and feedback in its bytes.
+
 MLX knows no importance, so there it is none, plan and feedback. Each answers the same held-out questions about pictures
 and is held against the merged model in transformers: divergence (KLD, nats an answer token), same top token, and exact
 match. All intervals are 95%, clustered by picture; ratios of KLD are paired. Calibration sees training rows only, and a
@@ -30,6 +32,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -41,7 +44,7 @@ from ldrt_edge.bench.held_out import TORCH, HeldOut, ask
 from ldrt_edge.bench.quantisers_view import draw, label, table
 from ldrt_edge.bench.statistics import Difference, Rate, Ratio, paired_difference, paired_ratio, rate
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
-from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects, Subjects, planned
+from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects, Subject, Subjects, planned
 from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.feedback import Feedback
 from ldrt_edge.convert.gguf import check_choice, identity
@@ -85,7 +88,7 @@ class Step:
 class Result:
     """One quantised language model against the merged model.
 
-    family: none, text, a weighting, plan, or feedback. calibration: the name of the set; "" for none.
+    family: none, other, text, a weighting, plan, or feedback. calibration: the name of the set; "" for none.
     bytes: of the GGUF file, or of MLX's tensors. bytes_ratio: to the preset's. fallbacks: matrices that could not have
         the preset's type.
     kld: nats an answer token. loss: of exact matches, merged minus this one. flips: questions that one of the two has
@@ -130,19 +133,20 @@ class Comparison:
 def compare(
     merged: Path, data: Path, out: Path, to: FormatName = "gguf", bases: Sequence[str] | None = None,
     weightings: Sequence[str] = WEIGHTINGS, calibrations: Mapping[str, Path] | None = None,
-    questions: int | None = None, calibration_rows: int = 128, sensitivity_rows: int = 16, seed: int = 0,
-    threads: int | None = None,
+    others: Mapping[str, Path] | None = None, questions: int | None = None, calibration_rows: int = 128,
+    sensitivity_rows: int = 16, seed: int = 0, threads: int | None = None,
 ) -> Comparison:
     """Measure what is not measured yet in `out`, and write `quantisers-TO.json` and its picture there.
 
     data: its test rows are asked. bases: None for the format's usual ones. calibrations: datasets by name, whose
-    training rows are watched; None takes `data`. questions, calibration_rows, sensitivity_rows: about how many rows, as
-    whole pictures; None for all.
+    training rows are watched; None takes `data`. others: other tools' files, by what to call them. questions,
+    calibration_rows, sensitivity_rows: about how many rows, as whole pictures; None for all.
 
     Raises:
         ConfigError: an unknown base or weighting.
         DataError: no test rows, or a calibration set holds a picture that is asked about.
         ArtifactError: a folder is of another kind, or a quantiser failed.
+        RuntimeLoadError: an other's file is no whole GGUF.
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", "bench")  # before hours are spent
@@ -153,13 +157,19 @@ def compare(
         check_choice("--bases", base, subjects.types)
     for weighting in weightings:
         check_choice("--weightings", weighting, WEIGHTINGS)
+    others = others or {}
+    for name, path in others.items():
+        if not path.is_file() or to != "gguf":
+            raise ConfigError(f"--other {name}={path}: wants a GGUF file of the language model, and --to gguf")
     calibrations = calibrations or {data.resolve().name: data}
     run = _Run(subjects, merged, data, out, calibrations, questions, calibration_rows, sensitivity_rows, seed, threads)
     total = len(bases) * (1 + len(calibrations) * (3 + len(weightings) if to == "gguf" else 2))
+    total += len(others) * (1 + 2 * len(calibrations))
     results: list[Result] = []
     started = time.monotonic()
-    for base in bases:
-        for result in run.family(base, weightings):
+    families = (run.family(base, weightings) for base in bases), (run.beside(*other) for other in others.items())
+    for family in chain(*families):
+        for result in family:
             results.append(result)
             left_s = (time.monotonic() - started) / max(run.measured, 1) * (total - len(results))
             told = f"{result.bytes / 1e6:.1f} MB, KLD {result.kld.value:.4g}"
@@ -214,11 +224,32 @@ class _Run:
                     imatrix = imatrix_path(self._importance(name), weighting)
                     ours = self._measure(base, f"{weighting} {name}", Wanted(base, imatrix=imatrix))
                     yield self._result(base, weighting, name, ours, none, text)
-            wanted = self._planned(base, name, none["matrix_bytes"])
-            plan = self._measure(base, f"plan {name}", wanted, self._format(name))
-            yield self._result(base, "plan", name, plan, none, text)
-            fed = self._measure(base, f"feedback {name}", wanted, self._format(name, feedback=True))
-            yield self._result(base, "feedback", name, fed, none, text)
+            yield from self._ours(base, name, none, text)
+
+    def beside(self, other: str, path: Path) -> Iterator[Result]:
+        """Another tool's file, and ours in its bytes."""
+        key = {
+            "step": "other", **self._model, "to": self._subjects.name, "test": self._test, "file": _sha256(path)
+        }  # fmt: skip
+
+        def make() -> Json:
+            self.measured += 1
+            assert isinstance(self._subjects, GgufSubjects)  # see `compare`
+            with self._subjects.given(path) as subject:
+                return self._answers(subject)
+
+        theirs = self._journal.once(key, make)
+        yield self._result(other, "other", "", theirs, theirs, None)
+        for name in self._calibrations:
+            yield from self._ours(other, name, theirs, None)
+
+    def _ours(self, base: str, name: str, none: Json, text: Json | None) -> Iterator[Result]:
+        """A plan in the bytes of `none`'s matrices, and the same with feedback."""
+        wanted = self._planned(base, name, none["matrix_bytes"])
+        plan = self._measure(base, f"plan {name}", wanted, self._format(name))
+        yield self._result(base, "plan", name, plan, none, text)
+        fed = self._measure(base, f"feedback {name}", wanted, self._format(name, feedback=True))
+        yield self._result(base, "feedback", name, fed, none, text)
 
     def finish(self, results: Sequence[Result]) -> Comparison:
         """Put everything together, and remove the full-precision files."""
@@ -311,17 +342,20 @@ class _Run:
                 else self._subjects.quantised(wanted)
             )  # fmt: skip
             with subject_of as subject:
-                answers = self._asked.against(self._subjects.load(subject.folder, self._threads))
-            stored = subject.stored
-            return {
-                "bytes": stored.bytes, "bits_per_weight": stored.bits_per_weight, "types": dict(stored.types),
-                "fallbacks": len(stored.fallbacks), "matrix_bytes": subject.matrix_bytes, **asdict(subject.cost),
-                **answers,
-            }  # fmt: skip
+                return self._answers(subject)
 
         gave = self._journal.once(key, make)
         self._spent("feedback" if to and to.feedback else "quantisation", f"{base} {what}", gave)
         return gave
+
+    def _answers(self, subject: Subject) -> Json:
+        """What a quantised model holds, took and answers."""
+        stored = subject.stored
+        return {
+            "bytes": stored.bytes, "bits_per_weight": stored.bits_per_weight, "types": dict(stored.types),
+            "fallbacks": len(stored.fallbacks), "matrix_bytes": subject.matrix_bytes, **asdict(subject.cost),
+            **self._asked.against(self._subjects.load(subject.folder, self._threads)),
+        }  # fmt: skip
 
     def _result(self, base: str, family: str, calibration: str, given: Json, none: Json, text: Json | None) -> Result:
         tokens, groups, seed = self._asked.token_groups, self._asked.groups, self._seed
@@ -367,6 +401,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--calibration", action="append", default=[], metavar="NAME=DATASET",
         help="training rows to calibrate on, instead of --data's; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--other", action="append", default=[], metavar="NAME=GGUF",
+        help="the language model as another tool quantised it; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--questions", type=int, help="about how many, as whole pictures; all if not given")
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--sensitivity-rows", type=int, default=16)
@@ -379,8 +417,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = compare(
             given.merged, given.data, given.out, given.to, given.bases.split(",") if given.bases else None,
-            given.weightings.split(","), _named(given.calibration), given.questions, given.calibration_rows,
-            given.sensitivity_rows, given.seed, given.threads,
+            given.weightings.split(","), _named(given.calibration, "--calibration NAME=DATASET"),
+            _named(given.other, "--other NAME=GGUF"), given.questions, given.calibration_rows, given.sensitivity_rows,
+            given.seed, given.threads,
         )  # fmt: skip
     except LdrtError as error:
         print(error, file=sys.stderr)
@@ -390,14 +429,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _named(given: Sequence[str]) -> dict[str, Path] | None:
+def _named(given: Sequence[str], option: str) -> dict[str, Path] | None:
     pairs = [text.partition("=") for text in given]
-    for name, equals, folder in pairs:
-        if not (name and equals and folder):
-            raise ConfigError(f"--calibration {name}{equals}{folder}: wants NAME=DATASET")
+    if not all(name and equals and path for name, equals, path in pairs):
+        raise ConfigError(f"{option}: not {' '.join(given)}")
     if len({name for name, _, _ in pairs}) < len(pairs):
-        raise ConfigError("--calibration: every data set wants a NAME of its own")
-    return {name: Path(folder) for name, _, folder in pairs} or None
+        raise ConfigError(f"{option}: every one wants a NAME of its own")
+    return {name: Path(path) for name, _, path in pairs} or None
 
 
 if __name__ == "__main__":

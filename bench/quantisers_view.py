@@ -19,13 +19,15 @@ EQUAL_BYTES = 0.01
 """By how much models may differ and still count as equally large."""
 
 _NAMES = {
-    "none": "preset", "text": "preset, text importance", "pooled": "preset, image+text importance, pooled",
+    "none": "preset", "other": "another tool", "text": "preset, text importance",
+    "pooled": "preset, image+text importance, pooled",
     "balanced": "preset, image+text importance, balanced", "answer": "preset, image+text importance, answer",
     "plan": "our plan", "feedback": "our plan with feedback",
 }  # fmt: skip
 _FORMATS = {"gguf": "GGUF", "mlx": "MLX"}
 _STYLES = {
-    "none": ("s", "#000000"), "text": ("^", "#0072b2"), "pooled": ("v", "#56b4e9"), "balanced": ("D", "#e69f00"),
+    "none": ("s", "#000000"), "other": ("X", "#009e73"), "text": ("^", "#0072b2"),
+    "pooled": ("v", "#56b4e9"), "balanced": ("D", "#e69f00"),
     "answer": ("P", "#999999"), "plan": ("o", "#d55e00"),
     "feedback": ("*", "#cc79a7"),
 }  # fmt: skip
@@ -103,7 +105,7 @@ def draw(found: Comparison, path: Path) -> None:
         )  # fmt: skip
     edges = [(result.bytes / 1e6, end) for result in found.results for end in (result.kld.ci_low, result.kld.ci_high)]
     axes.update_datalim(edges)  # matplotlib leaves what is moved aside out
-    bases = {result.bytes: result.base for result in found.results if result.family == "none"}
+    bases = {result.bytes: result.base for result in found.results if result.family in ("none", "other")}
     for size, base in bases.items():
         axes.annotate(
             base, (size / 1e6, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",

@@ -28,6 +28,7 @@ from ldrt_edge.convert.type_plan import FormatName, TypePlan
 from ldrt_edge.convert.weights import canonical
 from ldrt_edge.errors import require
 from ldrt_edge.runtimes.base import Runtime
+from ldrt_edge.runtimes.gguf_file import check_gguf
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
 from ldrt_edge.runtimes.mlx import MlxRuntime, on_gpu
@@ -74,9 +75,22 @@ class GgufSubjects:
         full, pair, weights = self._files
         model = pair / "model-SUBJECT.gguf"
         _, cost = apart((), run_quantizer, full, model, wanted, weights)
-        stored = read_back(model, wanted.type)
-        matrix_bytes = sum(int(tensor.n_bytes) for tensor in GGUFReader(model).tensors if len(tensor.shape) == 2)
-        yield Subject(pair, stored, cost, matrix_bytes)
+        yield Subject(pair, read_back(model, wanted.type), cost, _matrix_bytes(model))
+        model.unlink()
+
+    @contextmanager
+    def given(self, path: Path) -> Iterator[Subject]:
+        """The same language model as another tool quantised it into this GGUF; its cost is not known.
+
+        Raises:
+            RuntimeLoadError: the file is not whole.
+            ArtifactError: it has no tensors that can be read.
+        """
+        check_gguf(path)
+        _, pair, _ = self._files
+        model = pair / "model-SUBJECT.gguf"
+        model.symlink_to(path.resolve())
+        yield Subject(pair, read_back(model), Cost(0, 0, 0), _matrix_bytes(model))
         model.unlink()
 
     def load(self, folder: Path, threads: int | None) -> Runtime:
@@ -133,6 +147,10 @@ def unpacked(merged: Path, folder: Path, threads: int | None) -> HfRuntime:
         if "weight" in module and name in parameters:  # a tied head has none of its own
             parameters[name].data.copy_(torch.from_numpy(unpack(module)))
     return runtime
+
+
+def _matrix_bytes(model: Path) -> int:
+    return sum(int(tensor.n_bytes) for tensor in GGUFReader(model).tensors if len(tensor.shape) == 2)
 
 
 @contextmanager

@@ -106,13 +106,17 @@ def test_pictures_that_are_asked_about_are_not_calibrated_on(
     [
         (["--bases", "Q4_K_M,IQ2_XXS"], "--bases 'IQ2_XXS': choose one of"),  # needs an importance matrix
         (["--weightings", "all"], "--weightings 'all': choose one of pooled, balanced, answer"),
-        (["--calibration", "phantom"], "--calibration phantom: wants NAME=DATASET"),
+        (["--calibration", "phantom"], "--calibration NAME=DATASET: not phantom"),
+        (["--other", "theirs=gone.gguf"], "--other theirs=gone.gguf: wants a GGUF file"),
+        (["--to", "mlx", "--other", f"theirs={__file__}"], "and --to gguf"),
     ],
 )
 def test_wrong_options_are_one_line(
     tiny: builders.Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str], told: str
 ) -> None:
-    assert main([str(tiny("llava15", "llama")), "--data", str(data), "--out", str(tmp_path / "out"), *option]) == 1
+    merged = tiny("llava15", "llama")
+    capsys.readouterr()  # what its making said
+    assert main([str(merged), "--data", str(data), "--out", str(tmp_path / "out"), *option]) == 1
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and told in said[0]
 
@@ -172,6 +176,15 @@ def test_quantisers_side_by_side(
     with Image.open(out / "quantisers-gguf.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50
     assert not list(out.rglob("*.gguf.part")) and not (out / "work").exists(), "subjects are deleted"
+
+    theirs = edge / "model-Q4_K_M.gguf"
+    beside = compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], others={"theirs": theirs}, **given)
+    assert beside.results[: len(found.results)] == found.results
+    other, *ours = beside.results[len(found.results) :]
+    assert (other.base, other.family, other.bytes) == ("theirs", "other", none.bytes)
+    assert other.kld == none.kld and other.kld_to_none.value == 1
+    assert [(one.base, one.family) for one in ours] == [("theirs", "plan"), ("theirs", "feedback")]
+    assert [one.kld for one in ours] == [plan.kld, by_family["feedback"].kld], "as large, so the same plan"
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
