@@ -80,7 +80,7 @@ def measure(
 @click.option("--seed", default=0, show_default=True, help="Of the choice of questions and the intervals.")
 @json_option
 def judge(report: Path, out: Path | None, judges: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Have a report's answers judged: 0 to 10, and in pairs in both orders. Writes judgement.html.
+    """Have a report's answers judged: 0 to 10, and in pairs in both orders. Writes them into report.html.
 
     Question, key and answers go to the endpoints that you name; no picture does, and no model's name.
     """

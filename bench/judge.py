@@ -1,6 +1,6 @@
 """Judges on the answers of a report: a score from 0 to 10 for each, and which of two is better, in both orders.
 
-    report/ + judges  →  report/ (judgement.json, judgement.html, judgements.jsonl)
+    report/ + judges  →  report/ (judgement.json, judgements.jsonl, report.html with what they say)
 
 Only words go out: question, key and answers; no picture, no name of a model. Each reply is kept in a journal by all
 that it depends on (judge, words, schema, attempt), so that nothing is asked, or paid for, twice: a run that was killed,
@@ -28,13 +28,14 @@ from ldrt_edge.bench.judgement import SCHEMA, Better, Compared, Graded, Judgemen
 from ldrt_edge.bench.judges import Budget, BudgetSpent, Judge, check_names, open_judge
 from ldrt_edge.bench.metrics import normalise, words
 from ldrt_edge.bench.opened import Opened, open_report
-from ldrt_edge.bench.page import template
+from ldrt_edge.bench.page import JUDGES, template
+from ldrt_edge.bench.report import PAGE
 from ldrt_edge.bench.rubric import Preference, Rubric, Score, parse, read_rubric
 from ldrt_edge.bench.steps import Journal
 from ldrt_edge.bench.vqa import Sample, answers, cluster_labels
-from ldrt_edge.errors import ConfigError, DataError, LdrtError
+from ldrt_edge.errors import ArtifactError, ConfigError, DataError, LdrtError
 
-JUDGEMENT, JUDGEMENTS, PAGE = "judgement.json", "judgements.jsonl", "judgement.html"
+JUDGEMENT, JUDGEMENTS = "judgement.json", "judgements.jsonl"
 ATTEMPTS = 3
 
 Asked = Literal["open", "closed", "all"]
@@ -75,7 +76,7 @@ def judge(
 
     Raises:
         ConfigError: no judge, two of one name, a number out of range.
-        ArtifactError: `report` is no report of `bench`.
+        ArtifactError: `report` is no report of `bench`, or an earlier version's.
         DataError: nothing to judge, or the budget ended before the first question.
         Unreachable: an endpoint does not answer.
     """
@@ -83,7 +84,7 @@ def judge(
         raise ConfigError("who judges? --judge MODEL@URL, or --judge FOLDER; twice for two families")
     if min(parallel, timeout_s, *(n for n in (limit, max_calls) if n is not None)) <= 0 or retries < 0:
         raise ConfigError("judge wants --limit, --max-calls, --parallel and --timeout above 0, --retries of at least 0")
-    opened = open_report(report)
+    opened, page = open_report(report), _page(report)
     samples = _choose(opened, answer_type, limit, seed)
     rubrics = read_rubric("absolute"), read_rubric("pairwise")
     panel: list[Judge] = []
@@ -102,7 +103,7 @@ def judge(
             bench = _Bench(panel, rubrics, journal, Budget(max_calls))
             graded, compared = bench.sit(samples, parallel)
             found = _sum_up(opened, panel, rubrics, samples, graded, compared, bench, answer_type, seed)
-            _write(draft.path, found, graded, compared)
+            _write(draft.path, found, graded, compared, page)
             draft.metrics.update(
                 questions=found.questions, calls=found.calls,
                 scores={j.name: {g.contender: g.score.value * 10 for g in j.grades} for j in found.judges},
@@ -224,13 +225,23 @@ def _sum_up(
     )  # fmt: skip
 
 
-def _write(folder: Path, found: Judgement, graded: Sequence[Graded], compared: Sequence[Compared]) -> None:
+def _page(report: Path) -> str:
+    """The report's page, which has a place for what judges say."""
+    page = (report / PAGE).read_text(encoding="utf-8")
+    if JUDGES not in page:
+        raise ArtifactError(f"{report}: its {PAGE} was made by an earlier version: bench the model again")
+    return page
+
+
+def _write(
+    folder: Path, found: Judgement, graded: Sequence[Graded], compared: Sequence[Compared], page: str
+) -> None:
     text = json.dumps(asdict(found), indent=1, ensure_ascii=False, allow_nan=False)
     (folder / JUDGEMENT).write_text(text + "\n", encoding="utf-8")
     with (folder / JUDGEMENTS).open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(graded, compared))
-    page = template("judgement.html.jinja").render(found=found)
-    (folder / PAGE).write_text(page, encoding="utf-8")
+    section = template("judgement.html.jinja").render(found=found)
+    (folder / PAGE).write_text(page.replace(JUDGES, section, 1), encoding="utf-8")
 
 
 def _lines(graded: Sequence[Graded], compared: Sequence[Compared]) -> Iterator[dict[str, object]]:

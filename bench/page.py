@@ -39,6 +39,8 @@ from ldrt_edge.image import read_image
 
 _SHOWN = {"worse": 24, "better": 16, "other": 12, "wrong": 24, "right": 12}
 """How many samples of each state the page holds; all are in samples.jsonl."""
+JUDGES = "<!-- judges -->"
+"""Where `bench judge` writes what judges say into the page."""
 _THUMBNAIL_PIXELS, _THUMBNAIL_QUALITY = 144, 70
 
 

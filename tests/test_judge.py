@@ -21,6 +21,7 @@ from ldrt_edge import artifact
 from ldrt_edge.bench.agreement import cohen
 from ldrt_edge.bench.judge import judge
 from ldrt_edge.bench.judges import Unreachable
+from ldrt_edge.bench.page import JUDGES
 from ldrt_edge.bench.rubric import Preference, Score, parse, read_rubric
 from ldrt_edge.bench.vqa import Answer, Sample
 from ldrt_edge.cli import cli
@@ -44,6 +45,7 @@ def write_report(out: Path, questions: int = 12) -> Path:
             "dataset": {"name": "phantom", "manifest_sha256": "1" * 64, "split": "test"}, "vqa": {"rules": 2},
         }  # fmt: skip
         (draft.path / "report.json").write_text(json.dumps(head))
+        (draft.path / "report.html").write_text(f"<p>the report {JUDGES}</p>")
         with (draft.path / "samples.jsonl").open("w") as stream:
             for n in range(questions):
                 key = f"key {n}"
@@ -152,8 +154,9 @@ def test_a_fair_judge_and_a_biased_one(report: Path, tmp_path: Path) -> None:
     assert pair["longer_preferred"] is None and biased["grades"][0]["length_correlation"] is None
     agree = found["agreement"][0]
     assert agree["preferences"]["kappa"] == 0 == agree["scores"]["kappa"], "a judge without an opinion agrees by chance"
-    page = (out / "judgement.html").read_text()
-    assert "decided by the order" in page and "SECRET-REFERENCE" in page
+    page = (out / "report.html").read_text()
+    assert "What judges say" not in (report / "report.html").read_text()
+    assert "the report" in page and "decided by the order" in page and "SECRET-REFERENCE" in page
     lines = [json.loads(line) for line in (out / "judgements.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * 12 * 3 and lines[0]["reply"].startswith("```json")
 
@@ -211,7 +214,7 @@ def test_nonsense_is_counted_not_believed(report: Path, tmp_path: Path, body: by
     assert mad["usable"] == 0 and mad["asked"] == 8 and mad["grades"] == mad["preferences"] == []
     assert len(one.bodies) == 8 * 3, "each was asked for again, as another draw"
     assert {b["seed"] for b in one.bodies} == {0, 1, 2}
-    assert "nothing to conclude" in (tmp_path / "judged" / "judgement.html").read_text()
+    assert "nothing to conclude" in (tmp_path / "judged" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
