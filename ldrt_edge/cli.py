@@ -145,6 +145,11 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
     show_artifact(run(resolve_base(base), adapter, out), as_json)
 
 
+_report_option = click.option(
+    "--report", type=PATH, help="Of `bench`, about EDGE: answers then say how sure they are. A bundle has its own."
+)
+
+
 @cli.command()
 @_model_argument
 @click.option("--image", type=PATH, help="PNG, JPEG, TIFF or DICOM.")
@@ -157,10 +162,12 @@ def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1))
+@_report_option
 @json_option
 def chat(
     edge: Path, image: Path | None, ask: str | None, web: bool, history: Path | None, window: str | None, frame: int,
-    max_tokens: int, temperature: float, seed: int, threads: int | None, as_json: bool,
+    max_tokens: int, temperature: float, seed: int, threads: int | None,
+    report: Path | None, as_json: bool,
 ) -> None:
     """Ask about a picture, offline. Research use, not for diagnosis."""
     from dataclasses import asdict
@@ -176,16 +183,16 @@ def chat(
         from ldrt_edge.chat.server import serve as run
 
         passphrase = _passphrase(history) if history else ""
-        run(edge, 0, sampling, threads, browser=True, history=history, passphrase=passphrase)
+        run(edge, 0, sampling, threads, browser=True, history=history, passphrase=passphrase, report=report)
         return
     if history:
         raise ConfigError("--history keeps what is asked on the page: add --web")
     if ask is None:
         if as_json:
             raise ConfigError("--json answers one question: add --ask TEXT")
-        run_chat(edge, image, level, frame, sampling, threads)
+        run_chat(edge, image, level, frame, sampling, threads, report)
         return
-    answer = ask_once(edge, ask, image, level, frame, sampling, threads)
+    answer = ask_once(edge, ask, image, level, frame, sampling, threads, report)
     click.echo(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.answer)
 
 
@@ -196,10 +203,11 @@ def chat(
 @click.option("--history", type=PATH, metavar="FOLDER", help="Keep conversations there, encrypted with a passphrase.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
 @click.option("--threads", type=click.IntRange(min=1))
+@_report_option
 @json_option
 def serve(
     edge: Path, port: int, audit: Path | None, history: Path | None, max_tokens: int, threads: int | None,
-    as_json: bool,
+    report: Path | None, as_json: bool,
 ) -> None:
     """The page and OpenAI's chat API on 127.0.0.1, behind a token. Prints one line: the address with the token.
 
@@ -211,7 +219,7 @@ def serve(
     passphrase = _passphrase(history) if history else ""
     run(
         edge, port, Sampling(max_tokens=max_tokens), threads, audit, as_json=as_json, history=history,
-        passphrase=passphrase,
+        passphrase=passphrase, report=report,
     )
 
 

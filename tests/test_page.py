@@ -20,9 +20,9 @@ from serving import Server, tiny_edge
 
 from ldrt_edge import artifact
 from ldrt_edge.chat.history import History
-from ldrt_edge.chat.session import Exchange, Session
+from ldrt_edge.chat.session import Exchange, Session, Shown
 from ldrt_edge.front import Front
-from ldrt_edge.image import read_image
+from ldrt_edge.image import Origin, read_image
 from ldrt_edge.runtimes.base import Sampling, Timings, load
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -76,14 +76,21 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
 
 @pytest.fixture
 def remembered(edge: Path, tmp_path: Path) -> Iterator[Server]:
-    """A server with a history of one conversation, in which the model could not tell."""
-    runtime = load(edge, threads=1)
-    session = Session(runtime, Front.load(edge), model=artifact.identity(edge))
+    """A server with a history of one conversation, in which the model could not tell, and a report about the model."""
+    runtime, front = load(edge, threads=1), Front.load(edge)
+    session = Session(runtime, front, model=artifact.identity(edge))
     told = "That cannot be told from this image."
-    session.exchanges.append(Exchange("Which knee?", (), told, "end", 9, Sampling(), Timings()))
+    shown = Shown(front.image(np.zeros((56, 64, 3), np.uint8)), Origin("PNG", None, None, 0, 1, "as stored", "0" * 64))
+    session.exchanges.append(Exchange("Which knee?", (shown,), told, "end", 9, Sampling(), Timings(), 0.62))
+    with artifact.create(tmp_path / "report", "report", {}) as draft:
+        bins = [{"confidence": 0.6, "accuracy": 0.5, "n": 30}]
+        report = {"calibration": {"bins": bins}, "dataset": {"name": "phantom"}}
+        about = {"subject": {"name": "gguf", "manifest_sha256": artifact.read(edge).sha256}}
+        (draft.path / "report.json").write_text(json.dumps(report | about))
     History(tmp_path / "history", "correct horse").keep("remembered", session)
     runtime.close()
-    opened = Server(edge, "--history", str(tmp_path / "history"), prefix=("env", "LDRT_EDGE_PASSPHRASE=correct horse"))
+    options = "--history", str(tmp_path / "history"), "--report", str(tmp_path / "report")
+    opened = Server(edge, *options, prefix=("env", "LDRT_EDGE_PASSPHRASE=correct horse"))
     yield opened
     assert opened.close() == ""
 
@@ -265,6 +272,9 @@ def test_what_cannot_be_told_is_shown_as_such_and_a_history_comes_back(
     page.goto(remembered.address)
     expect(page.locator(".question p")).to_have_text("Which knee?")
     expect(page.locator(".unknown")).to_contain_text("this picture does not tell")
+    expect(page.locator(".facts")).to_contain_text(
+        "sure to 62 %: of 30 measured answers about as sure, 50 % were right (33 % to 67 %; phantom)"
+    )
     expect(page.locator("#written")).to_contain_text("encrypted with your passphrase")
     if shots := os.environ.get("SCREENSHOTS"):
         page.screenshot(path=f"{shots}/remembered.png")

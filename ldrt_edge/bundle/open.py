@@ -53,12 +53,17 @@ def unreleased(model: Path) -> str | None:
 
     The bundle says that it lies in, or the verdict that `quantize --max-loss` left in its manifest.
     """
-    bundle = model.absolute().parent.parent
-    if model.absolute().parent.name == "models" and (bundle / STATEMENT).is_file():
+    if bundle := bundle_of(model):
         statement = open_any(bundle).statement
         return None if statement.released else statement.verdict
     verdict = read_verdict(artifact.read(model).metrics) if (model / MANIFEST).is_file() else None
     return None if verdict is None or verdict.released else f"not released: {verdict.reason}"
+
+
+def bundle_of(model: Path) -> Path | None:
+    """The installed bundle that a model's folder lies in."""
+    bundle = model.absolute().parent.parent
+    return bundle if model.absolute().parent.name == "models" and (bundle / STATEMENT).is_file() else None
 
 
 def install(path: Path, out: Path | None = None, trust_once: bool = False) -> Path:

@@ -16,6 +16,7 @@ from ldrt_edge.chat.history import History
 from ldrt_edge.chat.pictures import Pictures
 from ldrt_edge.chat.session import Session
 from ldrt_edge.chat.turns import Turn, Turns
+from ldrt_edge.confidence import Confidence
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
 from ldrt_edge.image import Picture
@@ -77,9 +78,10 @@ class Desk:
 
     def __init__(
         self, runtime: Runtime, front: Front, model: Model, sampling: Sampling, audit: AuditLog | None = None,
-        history: History | None = None,
+        history: History | None = None, confidence: Confidence | None = None,
     ) -> None:
         self.runtime, self.front, self.model, self.sampling, self.audit = runtime, front, model, sampling, audit
+        self.confidence = confidence
         self.turns = Turns(runtime)
         self.pictures = Pictures()
         self.conversations: dict[str, Conversation] = {}
@@ -144,4 +146,5 @@ class Desk:
             self.audit.record(self.model.identity.manifest_sha256, images, question, answer)
 
     def _session(self) -> Session:
-        return Session(self.runtime, self.front, self.sampling, self.model.identity, self.model.unreleased)
+        about = self.model.identity, self.model.unreleased, self.confidence
+        return Session(self.runtime, self.front, self.sampling, *about)

@@ -163,6 +163,7 @@ def _exchange_to_json(exchange: Exchange) -> dict[str, object]:
         "tokens": exchange.tokens,
         "sampling": asdict(exchange.sampling),
         "timings": asdict(exchange.timings),
+        "probability": exchange.probability,
     }
 
 
@@ -179,7 +180,7 @@ def _exchange_of_json(told: dict[str, Any]) -> Exchange:
     )
     return Exchange(
         told["question"], shown, told["answer"], told["finish"], told["tokens"], Sampling(**told["sampling"]),
-        Timings(**told["timings"]),
+        Timings(**told["timings"]), told.get("probability"),
     )
 
 

@@ -32,6 +32,7 @@ from ldrt_edge.chat.desk import Desk, Model
 from ldrt_edge.chat.history import History
 from ldrt_edge.chat.replies import error_reply
 from ldrt_edge.chat.turns import Busy
+from ldrt_edge.confidence import read_confidence
 from ldrt_edge.errors import ConfigError, DataError, LdrtError
 from ldrt_edge.front import Front
 from ldrt_edge.image import MAX_BYTES
@@ -65,6 +66,7 @@ def serve(
     as_json: bool = False,
     history: Path | None = None,
     passphrase: str = "",
+    report: Path | None = None,
 ) -> None:
     """Serve a model artefact on 127.0.0.1 until Ctrl-C; prints one line with the address and the token.
 
@@ -77,11 +79,12 @@ def serve(
         browser: open the page.
         as_json: print page, base_url and api_key as one JSON object instead.
         history: keep conversations there, encrypted with `passphrase`.
+        report: bench's about the model: says under answers how sure they are.
 
     Raises:
         LdrtError: the model does not load, the port is taken, or the audit log or the history cannot be used.
     """
-    model = Model.of(folder)
+    model, confidence = Model.of(folder), read_confidence(folder, report)
     with ExitStack() as opened:
         past = History(history, passphrase) if history else None
         listener = opened.enter_context(listen(port))
@@ -89,7 +92,7 @@ def serve(
         runtime = load(folder, threads=threads)
         opened.callback(runtime.close)
         log = opened.enter_context(closing(AuditLog(audit))) if audit else None
-        desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log, past)
+        desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log, past, confidence)
         opened.callback(desk.turns.close)
         token = secrets.token_urlsafe(32)
         api = {"base_url": f"http://{HOST}:{port}/v1", "api_key": token}

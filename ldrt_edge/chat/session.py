@@ -12,6 +12,7 @@ The runtimes keep what they have read so far, so a second question about a pictu
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,7 @@ from typing import Literal
 
 from ldrt_edge import __version__
 from ldrt_edge.artifact import Input
+from ldrt_edge.confidence import Confidence, Sure
 from ldrt_edge.dataset import CANNOT_BE_TOLD
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front, Message
@@ -44,6 +46,7 @@ class Shown:
 class Exchange:
     """A question, the pictures shown with it, and its answer, whole, cut off by length, or stopped by the user.
 
+    probability: that the model gives to the answer, word for word; None where it is not known any more.
     timings: from the question on; pictures that were read before it cost nothing then.
     """
 
@@ -54,6 +57,7 @@ class Exchange:
     tokens: int
     sampling: Sampling
     timings: Timings
+    probability: float | None = None
 
     @property
     def messages(self) -> tuple[Message, Message]:
@@ -69,13 +73,15 @@ class Session:
         front: its front end.
         sampling: how answers are drawn.
         model, unreleased: the artefact's identity, and why it is not released, for the transcript.
+        confidence: what was measured of the model's probabilities.
     """
 
     def __init__(
         self, runtime: Runtime, front: Front, sampling: Sampling | None = None, model: Input | None = None,
-        unreleased: str | None = None,
+        unreleased: str | None = None, confidence: Confidence | None = None,
     ) -> None:
         self.runtime, self.front, self.model, self.unreleased = runtime, front, model, unreleased
+        self.confidence = confidence
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
         self._waiting: tuple[Shown, ...] = ()
@@ -93,18 +99,19 @@ class Session:
             raise DataError("nothing was asked")
         shown = self._waiting
         prompt = self._prompt(text, shown)
-        written = TextStream(self.front.decode)
+        written, logprob = TextStream(self.front.decode), 0.0
         try:
             for token in self.runtime.generate(prompt, self.sampling):
+                logprob += token.logprob
                 if piece := written.add(token.id):
                     yield piece
             if rest := written.finish():
                 yield rest
         except (GeneratorExit, KeyboardInterrupt):
-            self._keep(text, shown, written, "stopped")
+            self._keep(text, shown, written, "stopped", logprob)
             raise
         limit = min(self.sampling.max_tokens, self.runtime.context_length - len(prompt.ids))
-        self._keep(text, shown, written, "end" if len(written.ids) < limit else "length")
+        self._keep(text, shown, written, "end" if len(written.ids) < limit else "length", logprob)
 
     def attach(self, *pictures: Picture, read: bool = False) -> tuple[FrontImage, ...]:
         """Show pictures with the next question, in place of those that wait for it.
@@ -122,7 +129,7 @@ class Session:
 
     def fork(self, count: int) -> Session:
         """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it."""
-        other = Session(self.runtime, self.front, self.sampling, self.model, self.unreleased)
+        other = Session(self.runtime, self.front, self.sampling, self.model, self.unreleased, self.confidence)
         other.exchanges = self.exchanges[:count]
         other._waiting = self.exchanges[count].shown if count < len(self.exchanges) else ()
         return other
@@ -147,6 +154,8 @@ class Session:
                     "images": [_describe(shown) for shown in exchange.shown],
                     "answer": exchange.answer,
                     "cannot_be_told": cannot_be_told(exchange.answer),
+                    "probability": exchange.probability,
+                    "how_sure": asdict(sure) if (sure := self.how_sure(exchange)) else None,
                     "finish": exchange.finish,
                     "tokens": exchange.tokens,
                     "sampling": asdict(exchange.sampling),
@@ -155,6 +164,13 @@ class Session:
                 for exchange in self.exchanges
             ],
         }
+
+    def how_sure(self, exchange: Exchange) -> Sure | None:
+        """How often such answers were right; None where nobody measured it: not greedy, not whole, no picture."""
+        measured = exchange.finish == "end" and exchange.sampling.temperature == 0 and exchange.shown
+        if self.confidence is None or exchange.probability is None or not measured:
+            return None
+        return self.confidence.of(exchange.probability)
 
     def save(self, path: Path) -> None:
         """Write the transcript to a new file that only its owner can read.
@@ -176,11 +192,15 @@ class Session:
         history = [message for exchange in self.exchanges for message in exchange.messages]
         return self.front.prompt([*history, _user_message(question, shown)])
 
-    def _keep(self, question: str, shown: tuple[Shown, ...], written: TextStream, finish: Finish) -> None:
+    def _keep(
+        self, question: str, shown: tuple[Shown, ...], written: TextStream, finish: Finish, logprob: float
+    ) -> None:
         if written.text and self._can_go_on_after(written.text):
             timings = replace(self.runtime.timings)
             tokens = len(written.ids)
-            self.exchanges.append(Exchange(question, shown, written.text, finish, tokens, self.sampling, timings))
+            self.exchanges.append(Exchange(
+                question, shown, written.text, finish, tokens, self.sampling, timings, math.exp(logprob)
+            ))  # fmt: skip
             self._waiting = ()
 
     def _can_go_on_after(self, answer: str) -> bool:

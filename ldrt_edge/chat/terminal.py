@@ -25,6 +25,7 @@ from ldrt_edge.artifact import Input
 from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.burned_in import text_lines
 from ldrt_edge.chat.session import NOTICE, Finish, Session
+from ldrt_edge.confidence import Sure, read_confidence
 from ldrt_edge.console import say, stderr
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
@@ -52,7 +53,7 @@ class Answer:
     """One answer and what it rests on.
 
     finish: "end", or "length" where `max_tokens` or the context cut it off. image_sha256: of the file. unreleased: why
-    the model is not.
+    the model is not. probability: the model's own, of the answer; how_sure: what was measured of such ones.
     """
 
     answer: str
@@ -63,6 +64,8 @@ class Answer:
     runtime: str
     model: Input
     unreleased: str | None
+    probability: float | None
+    how_sure: Sure | None
     notice: str = NOTICE
 
 
@@ -74,6 +77,7 @@ def ask_once(
     frame: int = 0,
     sampling: Sampling | None = None,
     threads: int | None = None,
+    report: Path | None = None,
 ) -> Answer:
     """Ask a model artefact one question, about a picture if there is one.
 
@@ -81,7 +85,7 @@ def ask_once(
         LdrtError: the model does not load, the picture cannot be read, or the question cannot be asked.
     """
     picture = read_image(image, window, frame) if image else None
-    with _opened(folder, sampling, threads) as session:
+    with _opened(folder, sampling, threads, report) as session:
         with _busy("answering"):
             if picture:
                 session.attach(picture)
@@ -96,6 +100,8 @@ def ask_once(
             runtime=session.runtime.name,
             model=artifact.identity(folder),
             unreleased=session.unreleased,
+            probability=kept.probability if kept else None,
+            how_sure=session.how_sure(kept) if kept else None,
         )
 
 
@@ -106,6 +112,7 @@ def run_chat(
     frame: int = 0,
     sampling: Sampling | None = None,
     threads: int | None = None,
+    report: Path | None = None,
 ) -> None:
     """Hold a conversation until /quit or the end of input; one question a line where stdin is no terminal.
 
@@ -114,7 +121,7 @@ def run_chat(
             conversation goes on.
     """
     picture = read_image(image, window, frame) if image else None
-    with _opened(folder, sampling, threads) as session:
+    with _opened(folder, sampling, threads, report) as session:
         for stream in (sys.stdin, sys.stdout):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal's or a pipe's encoding must not end the conversation
@@ -202,6 +209,8 @@ class Conversation:
             say("the model gave no answer")
         elif self._session.exchanges[-1].finish == "length":
             say("cut off by --max-tokens, or by the end of the context")
+        elif sure := self._session.how_sure(self._session.exchanges[-1]):
+            say(sure.told)
 
 
 class Stopped(KeyboardInterrupt):
@@ -288,14 +297,17 @@ def _completer() -> Completer:
 
 
 @contextmanager
-def _opened(folder: Path, sampling: Sampling | None, threads: int | None) -> Iterator[Session]:
-    verdict = read_verdict(artifact.read(folder).metrics)
+def _opened(
+    folder: Path, sampling: Sampling | None, threads: int | None, report: Path | None
+) -> Iterator[Session]:
+    verdict, confidence = read_verdict(artifact.read(folder).metrics), read_confidence(folder, report)
     with _busy("loading the model"):
         runtime = load(folder, threads=threads)
     if verdict is not None and verdict.released:
         say(f"{folder.name} is {verdict.told}")
     try:
-        yield Session(runtime, Front.load(folder), sampling, artifact.identity(folder), unreleased(folder))
+        about = artifact.identity(folder), unreleased(folder), confidence
+        yield Session(runtime, Front.load(folder), sampling, *about)
     finally:
         runtime.close()
 

@@ -194,12 +194,19 @@ function facts(turn) {
     t("timing", number(timings.ttft_ms / 1000, 2), number(timings.decode_tokens / (timings.decode_ms / 1000 || 1))),
   ];
   told.splice(1, 0, ...evidence());
+  if (turn.how_sure) told.unshift(howSure(turn.how_sure));
   if (model.unreleased) told.unshift(t("unreleased", model.unreleased));
   if (turn.finish !== "end") told.unshift(t(turn.finish === "stopped" ? "finishStopped" : "finishLength"));
   const made = element("p", told.join(" · "), element("br"), t("notice"));
   made.className = "facts";
   made.title = turn.images.map((image) => image.seen_sha256).join(" ");
   return made;
+}
+
+/** How often answers of such a probability were right, where it was measured. */
+function howSure({ probability, right, ci_low, ci_high, answers, dataset }) {
+  const percent = (share) => `${number(share * 100, 0)} %`;
+  return t("howSure", percent(probability), answers, percent(right), percent(ci_low), percent(ci_high), dataset);
 }
 
 /** What the export lost, as far as it was measured. */

@@ -150,6 +150,13 @@ const STRINGS = {
   you: ["You", "Sie", "Usted", "Vous", "您"],
   answer: ["Answer", "Antwort", "Respuesta", "Réponse", "回答"],
   unreleased: ["Warning: {0}", "Achtung: {0}", "Atención: {0}", "Attention : {0}", "警告：{0}"],
+  howSure: [
+    "sure to {0}: of {1} measured answers about as sure, {2} were right ({3} to {4}; {5})",
+    "sicher zu {0}: von {1} gemessenen, etwa so sicheren Antworten stimmten {2} ({3} bis {4}; {5})",
+    "seguro al {0}: de {1} respuestas medidas así de seguras, {2} eran correctas ({3} a {4}; {5})",
+    "sûr à {0} : sur {1} réponses mesurées aussi sûres, {2} étaient justes ({3} à {4} ; {5})",
+    "把握 {0}：在 {1} 个测得的同等把握的回答中，{2} 正确（{3} 至 {4}；{5}）",
+  ],
   fidelity: [
     "{0} of tokens as before export (KLD {1}, {2} tokens)",
     "{0} der Token wie vor dem Export (KLD {1}, {2} Token)",
