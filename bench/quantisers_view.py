@@ -106,11 +106,15 @@ def draw(found: Comparison, path: Path) -> None:
     edges = [(result.bytes / 1e6, end) for result in found.results for end in (result.kld.ci_low, result.kld.ci_high)]
     axes.update_datalim(edges)  # matplotlib leaves what is moved aside out
     bases = {result.bytes: result.base for result in found.results if result.family in ("none", "other")}
-    for size, base in bases.items():
+    near = 0.08 * (max(bases) - min(bases))
+    row, before = 0, -near
+    for size, base in sorted(bases.items()):
+        row = 1 - row if size - before < near else 0  # names of like sizes stand above each other
         axes.annotate(
-            base, (size / 1e6, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
-            ha="center", fontsize=9, annotation_clip=False,
+            base, (size / 1e6, 1), xycoords=("data", "axes fraction"), xytext=(0, 4 + 11 * row),
+            textcoords="offset points", ha="center", fontsize=9, annotation_clip=False,
         )  # fmt: skip
+        before = size
         axes.axvline(size / 1e6, color="#dddddd", linewidth=1, zorder=0)
     axes.set_xlabel("language model, MB")
     axes.set_ylabel("mean KLD from the merged model, nats an answer token")
@@ -118,7 +122,7 @@ def draw(found: Comparison, path: Path) -> None:
     axes.set_title(
         f"{_FORMATS[found.to]}, loss against size: {found.tokens} answer tokens of {found.questions} held-out "
         f"questions about {found.images} pictures\n(95% intervals by picture; those of one size side by side)",
-        fontsize=10, pad=22,
+        fontsize=10, pad=32,
     )  # fmt: skip
     axes.legend(fontsize=9)
     figure.savefig(path, dpi=150)
