@@ -80,8 +80,8 @@ def read_articles(data: bytes) -> list[Article]:
     """
     parser = etree.XMLParser(
         resolve_entities=False, no_network=True, load_dtd=False, dtd_validation=False, huge_tree=False,
-        remove_comments=True, remove_pis=True, collect_ids=False,
-    )
+        remove_comments=True, remove_pis=True,
+    )  # not collect_ids=False: lxml 6.1 then asks for the DTD that a DOCTYPE names, and refuses the article
     try:
         root = etree.fromstring(data, parser)
     except (etree.XMLSyntaxError, ValueError, LookupError) as error:
