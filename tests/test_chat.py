@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
@@ -282,8 +283,9 @@ def test_through_a_pipe_errors_are_lines_and_the_conversation_goes_on(edge: Path
         f"/image {bad}", f"/image {tmp_path / 'none.png'}", "/image", "/nonsense", f'/image "{film}" 40,400',
         f"/image {film} 7",
         f"/image {film}", "How many beams are used?", "", f"/save {tmp_path / 'taken.json'}",
-        f"/save {tmp_path / 'talk.json'}", "x" * 9000, "Which side is treated?", "/reset",
-        f"/save {tmp_path / 'empty.json'}", "/quit", "What is never asked?",
+        f"/save {tmp_path / 'talk.json'}", f"/save {tmp_path / 'talk.dcm'}", "x" * 9000,
+        "Which side is treated?", "/reset", f"/save {tmp_path / 'empty.json'}", f"/save {tmp_path / 'empty.dcm'}",
+        "/quit", "What is never asked?",
     ]
     done = subprocess.run(
         _command(edge, "--max-tokens", "8"), input="\n".join(lines).encode() + b"\n", capture_output=True, timeout=120,
@@ -293,7 +295,7 @@ def test_through_a_pipe_errors_are_lines_and_the_conversation_goes_on(edge: Path
     for note in (
         "bad.png: a damaged or truncated PNG", "none.png: no such file", "name the file", "/nonsense: no such command",
         "in colour", "frame 7: the file has 1", "picture: PNG, 80×60, 16 tokens", "taken.json exists",
-        "the model holds", "forgotten",
+        "the model holds", "forgotten", "nothing was asked yet",
     ):
         assert note in notes, notes
     assert "Traceback" not in notes
@@ -301,6 +303,8 @@ def test_through_a_pipe_errors_are_lines_and_the_conversation_goes_on(edge: Path
     answer = talk["turns"][0]["answer"]
     assert done.stdout.decode().startswith(_printable(answer) + "\n"), "answers and nothing else on stdout"
     assert (tmp_path / "taken.json").read_text() == "{}"
+    report = pydicom.dcmread(tmp_path / "talk.dcm")
+    assert report.Modality == "SR" and report.PatientName == "" and not (tmp_path / "empty.dcm").exists()
     assert json.loads((tmp_path / "empty.json").read_text(encoding="utf-8"))["turns"] == []
 
 

@@ -1,7 +1,7 @@
 """OpenAI's chat-completions API: text and data-URL pictures in, whole or streamed answers out.
 
 What the model cannot do is refused, not ignored. A system message has no place in LLaVA's templates, so it goes before
-the first question.
+the first question. Requests of one `user` wait for each other, and so do all without one; different users take turns.
 Source: https://platform.openai.com/docs/api-reference/chat (request, response and stream chunk objects).
 """
 
@@ -59,6 +59,7 @@ class Completion:
 
     prompt: Prompt
     question: str
+    user: str
     sampling: Sampling
     stream: bool
     with_usage: bool
@@ -112,7 +113,7 @@ class Api:
         body = await read_object(request)
         self._check_name(body.get("model", self._desk.model.name))
         asked = await aside(_read, body, self._desk)
-        turn = self._desk.turns.take(lambda: self._write(asked))
+        turn = self._desk.turns.take(f"api:{asked.user}", lambda: self._write(asked))
         if asked.stream:
             return follow(turn, _chunks(asked, turn.events()), "text/event-stream")
         written = asyncio.ensure_future(_wait_for(turn))
@@ -182,6 +183,7 @@ def _read(body: Mapping[str, Any], desk: Desk) -> Completion:
     return Completion(
         prompt=prompt,
         question=messages[-1].text,
+        user=text_of(body.get("user") or "", "user"),
         sampling=replace(desk.sampling, **cast("Any", whole | broken)),
         stream=body.get("stream") is True,
         with_usage=isinstance(options, dict) and options.get("include_usage") is True,

@@ -102,7 +102,7 @@ class Desk:
             yield
 
         if self.turns.idle:
-            conversation.reading = self.turns.take(work)
+            conversation.reading = self.turns.take(conversation.name, work)
 
     def open(self, session: Session | None = None) -> str:
         """Open a conversation; its name.

@@ -16,6 +16,7 @@ from ldrt_edge.chat.desk import Conversation, Desk
 from ldrt_edge.chat.pictures import Shot, describe, png, tiles_png
 from ldrt_edge.chat.replies import aside, follow, json_line, json_reply, png_reply, read_object, text_of
 from ldrt_edge.chat.session import NOTICE, Session
+from ldrt_edge.chat.structured_report import structured_report
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.image import MAX_BYTES, Picture
 from ldrt_edge.runtimes.base import Sampling
@@ -44,6 +45,7 @@ def routes(desk: Desk) -> list[Route]:
         Route(f"{one}/again", page.again, methods=["POST"]),
         Route(f"{one}/branch", page.branch, methods=["POST"]),
         Route(f"{one}/stop", page.stop, methods=["POST"]),
+        Route(f"{one}/report", page.report),
         Route(f"{one}/seen/{{exchange:int}}/{{image:int}}", page.seen),
     ]
 
@@ -104,6 +106,11 @@ class Page:
     async def conversation(self, request: Request) -> Response:
         """Its transcript."""
         return json_reply(self._conversation(request).session.transcript())
+
+    async def report(self, request: Request) -> Response:
+        """The same as a DICOM Structured Report."""
+        session = self._conversation(request).session
+        return Response(await aside(structured_report, session), media_type="application/dicom")
 
     async def delete_conversation(self, request: Request) -> Response:
         """Forget one."""
@@ -209,7 +216,7 @@ class Page:
             finally:
                 self._desk.keep(conversation)
 
-        turn = conversation.turn = self._desk.turns.take(kept_work)
+        turn = conversation.turn = self._desk.turns.take(conversation.name, kept_work)
 
         async def lines() -> AsyncIterator[str]:
             try:

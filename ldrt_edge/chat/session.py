@@ -173,16 +173,21 @@ class Session:
         return self.confidence.of(exchange.probability)
 
     def save(self, path: Path) -> None:
-        """Write the transcript to a new file that only its owner can read.
+        """Write the conversation to a new file that only its owner can read: a DICOM SR for `.dcm`, else JSON.
 
         Raises:
-            DataError: the file exists, or cannot be written.
+            DataError: the file exists, or cannot be written; or nothing was asked that a DICOM SR could report.
         """
-        text = json.dumps(self.transcript(), ensure_ascii=False, indent=1) + "\n"
+        if path.suffix.lower() == ".dcm":
+            from ldrt_edge.chat.structured_report import structured_report
+
+            content = structured_report(self)
+        else:
+            content = (json.dumps(self.transcript(), ensure_ascii=False, indent=1) + "\n").encode()
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
         except FileExistsError as error:
             raise DataError(f"{path} exists: choose another name") from error
         except (OSError, ValueError) as error:

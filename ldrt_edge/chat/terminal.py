@@ -40,7 +40,7 @@ HELP = """\
 Type a question. Commands:
   /image FILE [CENTER,WIDTH] [FRAME]  show a picture (PNG, JPEG, TIFF, DICOM) with the next question
   /reset                              forget the conversation and its pictures
-  /save FILE                          write the conversation to a new JSON file
+  /save FILE                          write the conversation to a new file: DICOM SR if it ends in .dcm, else JSON
   /help                               this
   /quit                               leave (or Ctrl-D); Ctrl-C stops an answer"""
 _COMMANDS = ("/image", "/reset", "/save", "/help", "/quit")

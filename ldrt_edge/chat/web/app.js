@@ -148,7 +148,7 @@ function showTalk() {
     return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn), buttons(turn, i, turns.length));
   }));
   toEnd();
-  for (const id of ["export-json", "export-pdf", "forget"]) $(id).disabled = !turns.length;
+  for (const id of ["export-json", "export-sr", "export-pdf", "forget"]) $(id).disabled = !turns.length;
   showHint();
   showModel();
 }
@@ -318,11 +318,11 @@ async function dropped(items) {
   return found;
 }
 
-function saveJson() {
-  const url = URL.createObjectURL(new Blob([JSON.stringify(transcript, null, 1)], { type: "application/json" }));
+function save(blob, ending) {
+  const url = URL.createObjectURL(blob);
   const link = element("a");
   link.href = url;
-  link.download = "ldrt-edge-conversation.json";
+  link.download = `ldrt-edge-conversation.${ending}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
@@ -371,7 +371,12 @@ function listen() {
     viewer.clear();
     await open(null);
   }));
-  $("export-json").addEventListener("click", saveJson);
+  $("export-json").addEventListener("click", () => {
+    save(new Blob([JSON.stringify(transcript, null, 1)], { type: "application/json" }), "json");
+  });
+  $("export-sr").addEventListener("click", doing(async () => {
+    save(await (await send("GET", `/api/conversations/${conversation}/report`)).blob(), "dcm");
+  }));
   $("export-pdf").addEventListener("click", () => window.print());
   $("menu").addEventListener("click", () => {
     $("menu").setAttribute("aria-expanded", document.body.classList.toggle("listed"));
