@@ -202,11 +202,14 @@ def chat(
 @click.option("--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`.")
 @click.option("--history", type=PATH, metavar="FOLDER", help="Keep conversations there, encrypted with a passphrase.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
+@click.option("--cache", default=1024, show_default=True, type=click.IntRange(min=0), metavar="MIB", help=(
+    "Keep so much of what was read for conversations that wait, so that they go on at once."
+))  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1))
 @_report_option
 @json_option
 def serve(
-    edge: Path, port: int, audit: Path | None, history: Path | None, max_tokens: int, threads: int | None,
+    edge: Path, port: int, audit: Path | None, history: Path | None, max_tokens: int, cache: int, threads: int | None,
     report: Path | None, as_json: bool,
 ) -> None:
     """The page and OpenAI's chat API on 127.0.0.1, behind a token. Prints one line: the address with the token.
@@ -219,7 +222,7 @@ def serve(
     passphrase = _passphrase(history) if history else ""
     run(
         edge, port, Sampling(max_tokens=max_tokens), threads, audit, as_json=as_json, history=history,
-        passphrase=passphrase, report=report,
+        passphrase=passphrase, report=report, cache_bytes=cache << 20,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -27,6 +28,7 @@ from serving import Server, tiny_edge
 
 from ldrt_edge import artifact
 from ldrt_edge.chat.audit import verify
+from ldrt_edge.chat.desk import Desk, Model
 from ldrt_edge.chat.pictures import Shot
 from ldrt_edge.chat.session import Session
 from ldrt_edge.front import Front, Message
@@ -477,6 +479,28 @@ def test_there_is_an_end_to_what_waits_of_all(server: Server) -> None:
     assert first.is_alive()
     first.leave()
     assert server.events(f"{talks[32]}/ask", {"question": "Now", "max_tokens": 2})[-1]["done"]
+
+
+def test_what_is_read_ahead_gives_way_to_a_question_elsewhere(edge: Path) -> None:
+    runtime = load(edge, threads=1)
+
+    async def answered() -> list[str]:
+        desk = Desk(runtime, Front.load(edge), Model.of(edge), Sampling(max_tokens=2))
+        reading, asking = (desk.conversations[desk.open()] for _ in range(2))
+
+        def read_without_end() -> None:
+            while desk._reading is None or not desk._reading.stopped:
+                reading.session.read()
+
+        desk.read_ahead(reading, read_without_end)
+        turn = desk.take(asking.name, lambda: asking.session.ask("And here?"))
+        said = [piece async for piece in turn.events()]
+        desk.turns.close()
+        return said
+
+    said = asyncio.run(asyncio.wait_for(answered(), 60))
+    runtime.close()
+    assert "".join(said)
 
 
 # --- OpenAI's API ---------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class Api:
         body = await read_object(request)
         self._check_name(body.get("model", self._desk.model.name))
         asked = await aside(_read, body, self._desk)
-        turn = self._desk.turns.take(f"api:{asked.user}", lambda: self._write(asked))
+        turn = self._desk.take(f"api:{asked.user}", lambda: self._write(asked))
         if asked.stream:
             return follow(turn, _chunks(asked, turn.events()), "text/event-stream")
         written = asyncio.ensure_future(_wait_for(turn))

@@ -140,10 +140,13 @@ class Page:
         return self._stream(conversation, session, work)
 
     async def read(self, request: Request) -> Response:
-        """Let the model read pictures before their question comes."""
+        """Let the model read before a question comes: pictures, or without a list of them what was said so far."""
         conversation = self._free(request)
-        shots = _shots(await read_object(request)) or []
-        self._desk.read_ahead(conversation, lambda: self._pictures(shots))
+        shots, session = _shots(await read_object(request)), conversation.session
+        if shots is not None:
+            self._desk.read_ahead(conversation, lambda: session.attach(*self._pictures(shots), read=True))
+        elif session.exchanges:
+            self._desk.read_ahead(conversation, session.read)
         return json_reply({})
 
     async def again(self, request: Request) -> Response:
@@ -216,7 +219,7 @@ class Page:
             finally:
                 self._desk.keep(conversation)
 
-        turn = conversation.turn = self._desk.turns.take(conversation.name, kept_work)
+        turn = conversation.turn = self._desk.take(conversation.name, kept_work)
 
         async def lines() -> AsyncIterator[str]:
             try:

@@ -41,6 +41,8 @@ from ldrt_edge.runtimes.base import Sampling, load
 HOST = "127.0.0.1"
 PORT = 8420
 RETRY_AFTER_S = 5
+CACHE_BYTES = 1 << 30
+"""Three conversations with a LLaVA-1.5-7B about a picture, some hundred with the starter."""
 _MOST_BODY_BYTES = 4 << 20  # of a request that brings no picture file
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
@@ -67,6 +69,7 @@ def serve(
     history: Path | None = None,
     passphrase: str = "",
     report: Path | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> None:
     """Serve a model artefact on 127.0.0.1 until Ctrl-C; prints one line with the address and the token.
 
@@ -80,6 +83,7 @@ def serve(
         as_json: print page, base_url and api_key as one JSON object instead.
         history: keep conversations there, encrypted with `passphrase`.
         report: bench's about the model: says under answers how sure they are.
+        cache_bytes: at most so much is kept of what the model read for conversations that wait.
 
     Raises:
         LdrtError: the model does not load, the port is taken, or the audit log or the history cannot be used.
@@ -91,6 +95,7 @@ def serve(
         port = listener.getsockname()[1]
         runtime = load(folder, threads=threads)
         opened.callback(runtime.close)
+        runtime.remember(cache_bytes)
         log = opened.enter_context(closing(AuditLog(audit))) if audit else None
         desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log, past, confidence)
         opened.callback(desk.turns.close)

@@ -123,9 +123,17 @@ class Session:
         """
         shown = tuple(Shown(self.front.image(picture.rgb), picture.origin) for picture in pictures)
         if read and shown:
-            next(self.runtime.generate(self._prompt("?", shown), replace(self.sampling, max_tokens=1)), None)
+            self._read(shown)
         self._waiting = shown
         return tuple(one.image for one in shown)
+
+    def read(self) -> None:
+        """Let the model read all of the conversation, and the pictures that wait: then the next answer starts at once.
+
+        Raises:
+            DataError: the conversation outgrew the context.
+        """
+        self._read(self._waiting)
 
     def fork(self, count: int) -> Session:
         """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it."""
@@ -192,6 +200,9 @@ class Session:
             raise DataError(f"{path} exists: choose another name") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+    def _read(self, shown: Sequence[Shown]) -> None:
+        next(self.runtime.generate(self._prompt("?", shown), replace(self.sampling, max_tokens=1)), None)
 
     def _prompt(self, question: str, shown: Sequence[Shown]) -> Prompt:
         history = [message for exchange in self.exchanges for message in exchange.messages]

@@ -54,6 +54,7 @@ async function open(name) {
   say("");
   showTalk();
   await showList();
+  if (name) post(`/api/conversations/${name}/read`).catch(fail); // so that it goes on at once
 }
 
 async function ask(question) {
