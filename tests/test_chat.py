@@ -323,13 +323,13 @@ def test_a_first_picture_that_cannot_be_read_ends_it(edge: Path, tmp_path: Path)
 class Terminal:
     """A child on a pseudo-terminal of its own, so that Ctrl-C is the terminal's and not ours."""
 
-    def __init__(self, command: list[str], folder: Path) -> None:
+    def __init__(self, command: list[str], folder: Path, **more: str) -> None:
         self.seen = ""
         self._pid, self._screen = pty.fork()
         if self._pid == 0:
             os.chdir(folder)
             settings = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200", "HOME": str(folder)}
-            os.execve(command[0], command, os.environ | settings)
+            os.execve(command[0], command, os.environ | settings | more)
 
     def type(self, text: str) -> None:
         os.write(self._screen, text.encode())
@@ -439,4 +439,43 @@ def test_on_a_terminal_words_complete_and_a_refused_question_is_offered_again(te
     terminal.until("control token")
     terminal.until(r">.?what is <image> here\?")
     terminal.type("\x03/quit\r")
+    assert terminal.wait() == 0
+
+
+def test_with_a_history_arrow_keys_bring_earlier_questions_and_reset_forgets(edge: Path, tmp_path: Path) -> None:
+    folder, asked = tmp_path / "history", "Is the left shoulder in the field?"
+
+    def opened() -> Terminal:
+        command = _command(edge, "--max-tokens", "4", "--history", str(folder))
+        terminal = Terminal(command, tmp_path, LDRT_EDGE_PASSPHRASE="correct horse")
+        terminal.until(PROMPT)
+        return terminal
+
+    terminal = opened()
+    terminal.type(f"{asked}\r")
+    terminal.until(r"cut off by[^>]*>")
+    terminal.type("/quit\r")
+    assert terminal.wait() == 0
+    (kept,) = folder.glob("*.talk")
+    assert asked.encode() not in kept.read_bytes()
+
+    terminal = opened()
+    terminal.type("\x1b[A")  # arrow up
+    terminal.until(re.escape(asked))
+    terminal.type("\r")
+    terminal.until(r"cut off by[^>]*>")
+    assert len(list(folder.glob("*.talk"))) == 2
+    terminal.type("/reset\r")
+    terminal.until(r"forgotten\s+>")
+    assert list(folder.glob("*.talk")) == [kept], "the other conversation stays"
+    terminal.type("/quit\r")
+    assert terminal.wait() == 0
+
+
+def test_on_a_terminal_with_colours_the_picture_is_shown(edge: Path, film: Path, tmp_path: Path) -> None:
+    terminal = Terminal(_command(edge), tmp_path, TERM="xterm-256color", COLORTERM="truecolor")
+    terminal.until(PROMPT)
+    terminal.type(f"/image {film}\r")
+    assert terminal.until(r"picture: PNG, 80×60.*\s+>").count("▀") == 16 * 32
+    terminal.type("/quit\r")
     assert terminal.wait() == 0

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -142,11 +143,11 @@ def test_a_view_is_the_picture_through_its_window_and_the_model_sees_its_tiles(
 ) -> None:
     told = server.json("POST", "/api/pictures", ct)
     assert (told["modality"], told["frames"], told["levels"]) == ("CT", 1, [-896.0, 1167.0])
-    status, headers, data = server.send("GET", f"/api/pictures/{told['name']}?center=40&width=400")
+    status, headers, data = server.send("GET", f"/api/pictures/{told['name']}?window=40,400")
     expected = read_image_bytes(ct, (40, 400))
     assert status == 200 and np.array_equal(np.asarray(Image.open(io.BytesIO(data))), expected.rgb)
     assert json.loads(headers["x-picture"])["window"] == [40, 400]
-    _, headers, data = server.send("GET", f"/api/pictures/{told['name']}/seen?center=40&width=400")
+    _, headers, data = server.send("GET", f"/api/pictures/{told['name']}/seen?window=40,400")
     image = Front.load(edge).image(expected.rgb)
     assert json.loads(headers["x-picture"])["seen_sha256"] == image.sha256
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image.tiles[0]), "the exact pixels"
@@ -236,7 +237,7 @@ def test_a_dicom_report_names_pixels_by_hash_and_no_patient(server: Server, ct: 
 
     picture = server.json("POST", "/api/pictures", ct)["name"]
     talk = new(server)
-    assert server.send("GET", f"{talk}/report")[0] == 400, "nothing was asked yet"
+    assert server.send("GET", f"{talk}/report")[0] == 409, "nothing was asked yet"
     shown = [{"name": picture, "window": [40, 400]}]
     server.events(f"{talk}/ask", {"question": "Wie viele Felder? 几个射野？", "pictures": shown})
     server.events(f"{talk}/ask", {"question": "And now?"})
@@ -315,7 +316,7 @@ def test_another_answer_takes_the_place_of_the_last_and_a_branch_leaves_it(serve
     (other,) = server.json("GET", branch)["turns"]
     assert other["question"] == "How large?" and other["images"] == before["images"], "the picture waited there"
     assert server.json("GET", talk)["turns"] == [after]
-    assert server.send("POST", f"{talk}/branch", {"exchange": 7})[0] == 400
+    assert server.send("POST", f"{talk}/branch", {"exchange": 7})[0] == 409
 
 
 def test_refused_questions_change_nothing(server: Server) -> None:
@@ -338,7 +339,7 @@ def test_forgotten_is_forgotten(server: Server) -> None:
     talk = new(server)
     server.events(f"{talk}/ask", {"question": "How many?"})
     server.json("DELETE", talk)
-    assert server.send("GET", talk)[0] == 400
+    assert server.send("GET", talk)[0] == 404
 
 
 # --- stop, disconnect, queue ----------------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ def test_stop_keeps_what_was_said(server: Server) -> None:
     talk = new(server)
     asking = Asking(server, talk)
     assert asking.begun.wait(30)
-    assert server.send("POST", f"{talk}/ask", {"question": "meanwhile"})[0] == 400, "one answer at a time"
+    assert server.send("POST", f"{talk}/ask", {"question": "meanwhile"})[0] == 409, "one answer at a time"
     server.json("POST", f"{talk}/stop", {})
     asking.join(30)
     said = "".join(event.get("text", "") for event in asking.events)
@@ -409,10 +410,11 @@ class Program(threading.Thread):
             self.start()
 
     def run(self) -> None:
-        for line in self.reply:
-            if line.strip():
-                self.chunks.append(line.decode())
-                self.begun.set()
+        with suppress(ConnectionError):  # after it left
+            for line in self.reply:
+                if line.strip():
+                    self.chunks.append(line.decode())
+                    self.begun.set()
 
     def leave(self) -> None:
         """Hang up."""
@@ -537,10 +539,28 @@ def test_a_stream_joins_to_the_whole_answer(client: Any, edge: Path) -> None:
     assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "length"
 
 
+def test_another_client_gets_the_same_whole_and_streamed(server: Server, client: Any, edge: Path) -> None:
+    """Of Hugging Face: it has its own requests, reads its own streams and takes none of OpenAI's code."""
+    from huggingface_hub import InferenceClient
+    from huggingface_hub.errors import BadRequestError
+
+    other = InferenceClient(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=server.token)
+    asked: dict[str, Any] = {"model": edge.name, "messages": _with_picture("How many?"), "seed": 3, "logprobs": True}
+    expected = client.chat.completions.create(**asked)
+    whole = other.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == expected.choices[0].message.content
+    assert whole.usage.total_tokens == expected.usage.total_tokens and whole.choices[0].finish_reason == "length"
+    logprobs = [told.logprob for told in expected.choices[0].logprobs.content]
+    assert [told.logprob for told in whole.choices[0].logprobs.content] == logprobs
+    pieces = [chunk.choices[0].delta.content or "" for chunk in other.chat.completions.create(**asked, stream=True)]
+    assert "".join(pieces) == expected.choices[0].message.content and sum(map(bool, pieces)) > 1
+    with pytest.raises(BadRequestError, match="temperature"):
+        other.chat.completions.create(**asked | {"temperature": -1})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": "gpt-9"}, "there is only"),
         ({"messages": []}, "list of messages"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, "role 'tool'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "ends with a question"),
@@ -561,6 +581,13 @@ def test_what_it_cannot_do_is_refused_in_openais_shape(
     asked = {"model": edge.name, "messages": [{"role": "user", "content": "?"}]} | change
     with pytest.raises(BadRequestError, match=said):
         client.chat.completions.create(**asked)
+
+
+def test_another_model_is_not_there(client: Any) -> None:
+    from openai import NotFoundError
+
+    with pytest.raises(NotFoundError, match="there is only"):
+        client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "?"}])
 
 
 def test_nothing_is_fetched_from_elsewhere(client: Any, edge: Path) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ldrt_edge.burned_in import black_out, text_lines
 from ldrt_edge.dicom import declares_text, slice_position
-from ldrt_edge.errors import DataError
+from ldrt_edge.errors import DataError, NotThere
 from ldrt_edge.image import Picture, Window, read_image_bytes
 from ldrt_edge.overlay import Dose, Structures, lay_over, plane, read_overlay, read_structures
 from ldrt_edge.runtimes.base import FrontImage
@@ -130,7 +130,7 @@ class Pictures:
         with self._lock:
             data = self._files.get(name)
             if data is None:
-                raise DataError("the picture is not there any more: add it again")
+                raise NotThere("the picture is not there any more: add it again")
             self._files.move_to_end(name)
         return data
 
