@@ -43,7 +43,7 @@ def test_requests_get_what_is_described(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_requests_get_what_is_described(server: Server, tmp_path: Path) -> None:
-    run(server, tmp_path, "--max-examples", "300")
+    run(server, tmp_path, "--max-examples", "100")
 
 
 def run(server: Server, folder: Path, *options: str) -> None:
