@@ -13,9 +13,9 @@ from serving import Server, tiny_edge
 from ldrt_edge.chat.session import Session
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
+from ldrt_edge.kept import Kept
 from ldrt_edge.runtimes.base import Sampling, load
 from ldrt_edge.runtimes.cached import CachedRuntime
-from ldrt_edge.runtimes.kept import Kept
 
 IMAGE_TOKENS = 16
 
@@ -100,11 +100,26 @@ def test_the_least_recently_asked_go_when_the_bound_is_reached(
     assert list(runtime._left) == [], "one that is larger than all may be"
 
 
+def test_a_forgotten_conversation_leaves_nothing_and_the_others_stay(
+    runtime: CachedRuntime, merged: Path, films: list[Path]
+) -> None:
+    runtime.remember(64 << 20)
+    sessions = ask_in_turn(runtime, Front.load(merged), films, 2)
+    assert len(runtime._prefix.keys) > IMAGE_TOKENS
+    for session, left in ((sessions[1], 1), (sessions[2], 1)):
+        hashes = {shown.image.sha256 for exchange in session.exchanges for shown in exchange.shown}
+        session.reset()
+        held = {key[0] for keys in (*runtime._left, runtime._prefix.keys) for key in keys if isinstance(key, tuple)}
+        assert len(list(runtime._left)) == left and not hashes & (held | set(runtime._embeddings))
+    list(sessions[0].ask("And now?"))
+    assert sessions[0].exchanges[-1].timings.reused_tokens > IMAGE_TOKENS
+
+
 def test_values_go_in_the_order_of_their_last_use() -> None:
     kept = Kept[str, bytes](10, len)
     for name, size in (("a", 4), ("b", 4), ("c", 2)):
         kept.put(name, bytes(size))
-    kept.put("a", kept.take("a") or b"")
+    assert kept.get("a") == bytes(4) and kept.get("z") is None
     kept.put("d", bytes(3))
     assert list(kept) == ["c", "a", "d"] and kept.bytes == 9
     kept.put("e", bytes(11))

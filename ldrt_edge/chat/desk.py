@@ -145,6 +145,7 @@ class Desk:
             if self.history:
                 self.history.forget(conversation.name)
             self.conversations.pop(conversation.name, None)
+        self.turns.tidy(conversation.session.reset)
 
     def record(self, images: Sequence[str], question: str, answer: str) -> None:
         """Note an answer in the audit log, if there is one."""

@@ -274,9 +274,10 @@ def _shot(told: dict[str, object]) -> Shot:
         raise DataError(f"over: at most {_MOST_OVERLAYS} files lie over a picture")
     laid = tuple(dict.fromkeys(text_of(one, "over") for one in over))
     level = (number_of(window[0], "window"), number_of(window[1], "window")) if window else None
-    if level and level[1] <= 0:
-        raise DataError("window: wants a width above 0")
-    return Shot(text_of(told.get("name"), "name"), level, whole_of(told.get("frame", 0), "frame"), laid, black_out)
+    frame = whole_of(told.get("frame", 0), "frame")
+    if frame < 0 or (level and level[1] <= 0):
+        raise DataError("frame counts from 0, and a window has a width above 0")
+    return Shot(text_of(told.get("name"), "name"), level, frame, laid, black_out)
 
 
 def _asked_shot(request: Request) -> Shot:

@@ -143,7 +143,8 @@ class Session:
         return other
 
     def reset(self) -> None:
-        """Forget the conversation and its pictures."""
+        """Forget the conversation and its pictures, and let the model forget them."""
+        self.runtime.forget(self._prompt("?", self._waiting))
         self.exchanges.clear()
         self._waiting = ()
 

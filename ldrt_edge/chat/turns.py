@@ -55,6 +55,10 @@ class Turns:
         self._thread.submit(self._run_next)
         return turn
 
+    def tidy(self, work: Callable[[], None]) -> None:
+        """Run in the model's thread, when it comes to that, what takes no time."""
+        self._thread.submit(work)
+
     @property
     def idle(self) -> bool:
         """Whether all work is done, or about to end."""
@@ -84,10 +88,10 @@ class Turns:
             client = self._served = next(iter(self._waiting))
             turn = self._running = self._waiting[client][0]
             self._drop(turn)
-        turn.run()
+        error = turn.run()
         with self._lock:
             self._running = None
-        turn.end()
+        turn.end(error)
 
     def _stop(self, turn: Turn[Any]) -> None:
         """Interrupt a turn, or take it out of its queue."""
@@ -137,10 +141,10 @@ class Turn(Generic[T]):
         finally:
             self.stop()
 
-    def run(self) -> None:
-        """In the model's thread."""
+    def run(self) -> BaseException | None:
+        """In the model's thread; what it raised."""
         if self.stopped:
-            return
+            return None
         try:
             with closing(self._work()) as events:
                 for event in events:
@@ -150,12 +154,13 @@ class Turn(Generic[T]):
         except KeyboardInterrupt:  # a runtime's way of stopping half-way
             pass
         except BaseException as error:
-            self._pass_on(error)
+            return error
+        return None
 
-    def end(self) -> None:
-        """Let its reader know that nothing more comes."""
+    def end(self, error: BaseException | None = None) -> None:
+        """Let its reader know that nothing more comes, and why."""
         self.ended = True
-        self._pass_on(None)
+        self._pass_on(error)
 
     def _pass_on(self, made: tuple[T] | BaseException | None) -> None:
         if not self._loop.is_closed():

@@ -153,8 +153,8 @@ class Runtime(Protocol):
         """Keep what was read for other conversations too, in at most so many bytes: they go on as if not left."""
         ...
 
-    def forget(self) -> None:
-        """Hold neither pictures nor a prefix any longer, as after loading."""
+    def forget(self, prompt: Prompt | None = None) -> None:
+        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given."""
         ...
 
     def interrupt(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ldrt_edge.kept import Kept
 from ldrt_edge.runtimes.base import (
     FloatArray,
     FrontImage,
@@ -30,7 +31,6 @@ from ldrt_edge.runtimes.base import (
     keys_of,
     remaining,
 )
-from ldrt_edge.runtimes.kept import Kept
 
 CONTEXT = 4096
 """Tokens that a laptop's runtime makes room for, where the model knows more."""
@@ -78,10 +78,10 @@ class CachedRuntime(ABC):
 
     def encode(self, image: FrontImage) -> FloatArray:
         """Image embeddings, packed: (image_tokens, hidden) float32; the last pictures' are kept."""
-        packed = self._embeddings.take(image.sha256)
+        packed = self._embeddings.get(image.sha256)
         if packed is None:
             packed = self._encode(image)
-        self._embeddings.put(image.sha256, packed)
+            self._embeddings.put(image.sha256, packed)
         return packed
 
     def score(self, prompt: Prompt, answer: Sequence[int]) -> FloatArray:
@@ -109,11 +109,21 @@ class CachedRuntime(ABC):
         """Keep what was read for other conversations too, in at most so many bytes: they go on as if not left."""
         self._left.most_bytes = most_bytes
 
-    def forget(self) -> None:
-        """Hold neither pictures nor a prefix any longer, as after loading."""
-        self._embeddings.clear()
-        self._left.clear()
-        self._prefix.keys = []
+    def forget(self, prompt: Prompt | None = None) -> None:
+        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given."""
+        if prompt is None:
+            self._embeddings.clear()
+            self._left.clear()
+            self._prefix.keys = []
+            return
+        wanted = keys_of(prompt)
+        for keys in self._left:
+            if 2 * PrefixCache(list(keys)).shared(wanted) > len(keys):
+                self._left.take(keys)
+        if 2 * self._prefix.shared(wanted) > len(self._prefix.keys):
+            self._prefix.keys = []
+        for image in prompt.images:
+            self._embeddings.take(image.sha256)
 
     def interrupt(self) -> None:  # noqa: B027 - a runtime without a way to stop half-way stops after its prefill
         """Called from another thread: let a prefill that runs raise KeyboardInterrupt, where the runtime can."""
@@ -153,8 +163,9 @@ class CachedRuntime(ABC):
         known = {keys: PrefixCache(list(keys)).shared(wanted) for keys in self._left}
         best = max(known, key=known.__getitem__, default=())
         found = self._left.take(best) if known.get(best, 0) > held else None
-        if found or 2 * held < len(self._prefix.keys):  # not for an answer that is asked for again
-            keys, self._prefix.keys = tuple(self._prefix.keys), []
+        keys = tuple(self._prefix.keys)
+        if keys and (found or 2 * held < len(keys)):  # not for an answer that is asked for again
+            self._prefix.keys = []
             for older in self._left:
                 if keys[: len(older)] == older:  # the same conversation, earlier
                     self._left.take(older)

@@ -18,6 +18,13 @@ class Kept(Generic[K, V]):
         self._size = size
         self._values: OrderedDict[K, V] = OrderedDict()
 
+    def get(self, key: K) -> V | None:
+        """A value, which is now the last used one; None where there is none."""
+        value = self._values.get(key)
+        if value is not None:
+            self._values.move_to_end(key)
+        return value
+
     def put(self, key: K, value: V) -> None:
         """Keep a value as the last used one, unless it alone is more than may be kept."""
         self.take(key)
