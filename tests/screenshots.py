@@ -37,7 +37,7 @@ def main(edge: Path, report: Path, out: Path) -> None:
         server = Server(edge, "--report", str(report), "--max-tokens", "32")
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.geteuid() == 0 else [])
         for theme, pictures, questions in (
-            ("light", files, ("Which joint is this?", "How many beams are used?")),
+            ("light", files, ("What joint or body part is this?", "What is the prescribed dose in Gy?")),
             ("dark", [plan], ("How many beams are used?", "What is the highest dose on the scale?")),
         ):
             page = browser.new_context(locale="en-GB", viewport=SIZE, color_scheme=theme).new_page()  # type: ignore[arg-type]

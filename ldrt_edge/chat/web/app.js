@@ -195,10 +195,11 @@ function facts(turn) {
     t("timing", number(timings.ttft_ms / 1000, 2), number(timings.decode_tokens / (timings.decode_ms / 1000 || 1))),
   ];
   told.splice(1, 0, ...evidence());
-  if (turn.how_sure) told.unshift(howSure(turn.how_sure));
   if (model.unreleased) told.unshift(t("unreleased", model.unreleased));
   if (turn.finish !== "end") told.unshift(t(turn.finish === "stopped" ? "finishStopped" : "finishLength"));
-  const made = element("p", told.join(" · "), element("br"), t("notice"));
+  const sure = element("span", turn.how_sure ? howSure(turn.how_sure) : "");
+  sure.className = "sure";
+  const made = element("p", sure, told.join(" · "), element("br"), t("notice"));
   made.className = "facts";
   made.title = turn.images.map((image) => image.seen_sha256).join(" ");
   return made;
