@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from serving import Server, tiny_edge
 
+from ldrt_edge.bench import followups
 from ldrt_edge.chat.session import Session
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
@@ -170,3 +172,10 @@ def test_conversations_on_the_server_go_on_at_once_after_a_restart_too(
     assert ask(server, talks[1]) > IMAGE_TOKENS
     assert ask(server, talks[0]) < IMAGE_TOKENS, "nothing is kept of what waits"
     server.close()
+
+
+def test_how_soon_the_next_question_is_answered_is_measured(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert followups.main([str(merged.with_name("gguf")), "--threads", "1", "--repeats", "2"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(told["ttft_ms"]) == ["first", "next", "after other", "restarted", "reopened"]
+    assert all(one["median"] > 0 and one["runs"] == 2 for one in (*told["ttft_ms"].values(), told["reading_ms"]))
