@@ -274,7 +274,8 @@ def test_what_cannot_be_told_is_shown_as_such_and_a_history_comes_back(
     browser: Any, remembered: Server, tmp_path: Path
 ) -> None:
     page = browser.new_page(locale="en-GB")
-    page.goto(remembered.address)
+    with page.expect_request(lambda request: request.url.endswith("/remembered/read")):  # so that it goes on at once
+        page.goto(remembered.address)
     expect(page.locator(".question p")).to_have_text("Which knee?")
     expect(page.locator(".unknown")).to_contain_text("this picture does not tell")
     expect(page.locator(".facts")).to_contain_text(
