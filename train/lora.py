@@ -131,7 +131,7 @@ def prepare(
     if recipe.cache_features:
         place = devices.state()
         store = FeatureStore(model.llava, model.front, not bf16, round(recipe.cache_gb * 1e9))
-        store.fill([*material.rows, *material.held_out], share=(place.process_index, place.num_processes))
+        store.fill(model.llava, [*material.rows, *material.held_out], share=(place.process_index, place.num_processes))
         place.wait_for_everyone()
         if recipe.standardise_features:
             model.standardise(*store.statistics(material.rows))

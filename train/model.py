@@ -193,7 +193,8 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     if recipe.kernels == "liger":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(llava.model.language_model)
+        # its fused loss is for a model with a head; this one's loss stands in PackedLlava
+        _apply_liger_kernel_to_instance(llava.model.language_model, fused_linear_cross_entropy=False)
     return PackedLlava(adapted(llava, recipe), front, recipe).to(device)
 
 
