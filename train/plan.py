@@ -227,7 +227,7 @@ def activation_bytes(shape: Shape, recipe: Recipe, compute_bytes: int) -> int:
     predicted = min(shape.answers, recipe.loss_chunk) if recipe.answer_only_logits else shape.batch_tokens
     logits = predicted * vocabulary * (compute_bytes + 4 + 4)  # as computed, in float32, and their gradient
     layer = two - one
-    hidden = shape.batch_tokens * int(shape.config.text_config.hidden_size) * compute_bytes
+    hidden = shape.batch_tokens * int(shape.config.text_config.hidden_size) * 4
     kept = one + (layers - 1) * layer
     if recipe.gradient_checkpointing:  # each layer's input, and one layer at a time in full
         kept = layers * hidden + one
