@@ -51,6 +51,7 @@ def run_ours(task: Task) -> Curve:
     """`ldrt-edge train`, from no cached features at all."""
     import torch
 
+    from ldrt_edge.artifact import TIMES
     from ldrt_edge.train import features
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.lora import train
@@ -73,8 +74,9 @@ def run_ours(task: Task) -> Curve:
         features.FeatureStore.fill = timed  # type: ignore[method-assign]
         out = train(base, [task.data], Path(folder) / "adapter", recipe)
         logged = [entry for entry in read_metrics(out / METRICS) if "loss" in entry]
+        times = {entry["step"]: entry for entry in reversed(read_metrics(out / TIMES))}
     questions = len(Dataset(task.data).rows("train"))
-    ended = [(entry["seconds"], entry["processor_seconds"]) for entry in logged]
+    ended = [(times[entry["step"]]["seconds"], times[entry["step"]]["processor_seconds"]) for entry in logged]
     return _curve(questions, ended, [entry["loss"] for entry in logged], sum(spent))
 
 
