@@ -56,6 +56,7 @@ def run_ours(task: Task) -> Curve:
     """`ldrt-edge train`, from no cached features at all."""
     import torch
 
+    from ldrt_edge.artifact import TIMES
     from ldrt_edge.train import features
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.lora import train
@@ -78,8 +79,9 @@ def run_ours(task: Task) -> Curve:
         features.FeatureStore.fill = timed  # type: ignore[method-assign]
         out = train(base, [task.data], Path(folder) / "adapter", recipe)
         logged = [entry for entry in read_metrics(out / METRICS) if "loss" in entry]
+        times = {entry["step"]: entry for entry in reversed(read_metrics(out / TIMES))}
     dataset = Dataset(task.data)
-    ended = [(entry["seconds"], entry["processor_seconds"]) for entry in logged]
+    ended = [(times[entry["step"]]["seconds"], times[entry["step"]]["processor_seconds"]) for entry in logged]
     losses = [entry["loss"] for entry in logged]
     return _curve(len(dataset.rows("train")), ended, losses, _our_tokens(base.folder, dataset, recipe), sum(spent))
 
