@@ -3,6 +3,8 @@
 LdrtError
 ├── ConfigError        an option, a recipe or a combination of them
 ├── DataError          a dataset, a picture, a question
+│   ├── NotThere       what a request names is not there, or not any more
+│   └── NotNow         what a request wants cannot be done as things stand
 ├── ArtifactError      a model folder, a manifest, a checkpoint
 ├── MissingExtraError  a package that this command needs is not installed
 └── RuntimeLoadError   a runtime could not load or run a model
@@ -35,6 +37,14 @@ class ConfigError(LdrtError):
 
 class DataError(LdrtError):
     """A dataset, a picture or a question is wrong."""
+
+
+class NotThere(DataError):
+    """What a request names is not there, or not any more."""
+
+
+class NotNow(DataError):
+    """What a request wants cannot be done as things stand."""
 
 
 class ArtifactError(LdrtError):
