@@ -46,12 +46,13 @@ from ldrt_edge.bench.statistics import Difference, Rate, Ratio, paired_differenc
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
 from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects, Subject, Subjects, planned
 from ldrt_edge.convert.allocate import allocate
-from ldrt_edge.convert.feedback import Feedback
+from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.gguf import check_choice, identity
 from ldrt_edge.convert.importance import Weighting, imatrix_path, importance
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.planned import Format
-from ldrt_edge.convert.quantize import Gguf, Importance, Wanted
+from ldrt_edge.convert.quantize import Gguf, Importance
+from ldrt_edge.convert.quantizer import Wanted
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName

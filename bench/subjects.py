@@ -22,7 +22,8 @@ from ldrt_edge.convert.mlx import write as write_mlx
 from ldrt_edge.convert.mlx_plan import LANGUAGE, SCHEMES, mlx_plan
 from ldrt_edge.convert.plan import mmproj_plan, text_plan
 from ldrt_edge.convert.planned import Format
-from ldrt_edge.convert.quantize import TYPES, Wanted, lossless, read_back, run_quantizer, write_full
+from ldrt_edge.convert.quantize import lossless, write_full
+from ldrt_edge.convert.quantizer import TYPES, Wanted, read_back, run_quantizer
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName, TypePlan
 from ldrt_edge.convert.weights import canonical
