@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
+import numpy as np
 from gguf import GGUFReader
 
 from ldrt_edge.bench.steps import Cost, apart
@@ -136,7 +137,7 @@ class MlxSubjects:
 
 
 def unpacked(merged: Path, folder: Path, threads: int | None) -> HfRuntime:
-    """The merged model with the language model's weights of an MLX folder made from it."""
+    """The merged model with the language model's tensors of an MLX folder made from it."""
     from ldrt_edge.runtimes.mlx_host import unpack
     from ldrt_edge.runtimes.mlx_model import load_network
 
@@ -144,9 +145,11 @@ def unpacked(merged: Path, folder: Path, threads: int | None) -> HfRuntime:
     runtime = HfRuntime(merged, threads=threads)
     parameters = {canonical(name): parameter for name, parameter in runtime.model.named_parameters()}
     for path, module in load_network(folder, widen=True).language_model.named_modules():
-        name = canonical(f"{LANGUAGE}{path}.weight")
-        if "weight" in module and name in parameters:  # a tied head has none of its own
-            parameters[name].data.copy_(torch.from_numpy(unpack(module)))
+        given = {"weight": unpack(module)} if "weight" in module else {}
+        given |= {"bias": np.array(module.bias)} if "bias" in module else {}
+        for key, values in given.items():
+            if (name := canonical(f"{LANGUAGE}{path}.{key}")) in parameters:  # a tied head has none of its own
+                parameters[name].data.copy_(torch.from_numpy(values))
     return runtime
 
 

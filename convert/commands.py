@@ -26,6 +26,13 @@ def _weighting_option(command: F) -> F:
     return click.option("--weighting", type=kinds, help=told)(command)
 
 
+def _calibration_options(command: F) -> F:
+    rescale = "Round what meets large inputs more finely (AWQ), as --data's training rows show it."
+    feedback = "Let weights make good for others' rounding (GPTQ), likewise."
+    command = click.option("--feedback", is_flag=True, help=feedback)(command)
+    return click.option("--rescale", is_flag=True, help=rescale)(command)
+
+
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("--to", type=click.Choice(["gguf", "mlx"]), help="Default: gguf.")
@@ -101,8 +108,7 @@ def importance(
     help="Search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
 )
 @click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
-@click.option("--rescale", is_flag=True, help="Round what meets large inputs more finely (AWQ); wants --data.")
-@click.option("--feedback", is_flag=True, help="Let weights make good for others' rounding (GPTQ); wants --data.")
+@_calibration_options
 @click.option("--data", "dataset", type=PATH, help="Its training rows guide, with --max-loss its test rows judge.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --max-loss: about how many test rows are asked.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
@@ -227,21 +233,22 @@ def _to_budget(
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
 @click.option("--min-speed", type=float, metavar="TOKENS", help="A second, when decoding; with or without the others.")
 @click.option("--bandwidth", type=float, metavar="GB/S", help="With --min-speed: the laptop's, as doctor tells there.")
+@_calibration_options
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
 @json_option
 def plan(
     merged: Path, dataset: Path, to: str, importance: Path | None, weighting: str | None, target_size: float | None,
-    bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, limit: int, seed: int,
-    out: Path, as_json: bool,
+    bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, rescale: bool,
+    feedback: bool, limit: int, seed: int, out: Path, as_json: bool,
 ) -> None:
     """Choose a type for every matrix: least damage to the answers within a size or above a speed, or least size within
     a damage.
 
     The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`. It names GGUF's types (Q4_K, IQ3_S, Q8_0,
     …), or MLX's as affine-BITS-gGROUP: 2, 3, 4, 5, 6 or 8 bits a weight, 32, 64 or 128 weights to a scale. Both have
-    f16.
+    f16. With --rescale and --feedback it is made for an export that gets them too.
     """
     from ldrt_edge.convert.allocate import Speed
     from ldrt_edge.convert.allocate import plan as run
@@ -252,7 +259,7 @@ def plan(
         _refuse(f"--to {to}", importance=importance)
     elif importance is None:
         raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
-    wanted = _format(to, _importance(importance, weighting))
+    wanted = _format(to, _importance(importance, weighting), _calibration(dataset, rescale, feedback))
     target = None if target_size is None else target_size * 1e6
     speed = None if min_speed is None or bandwidth is None else Speed(min_speed, bandwidth)
     made = run(

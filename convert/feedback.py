@@ -45,6 +45,7 @@ class Compensated(Weights):
     def __init__(self, weights: Weights, moments: Moments, roundings: Mapping[str, Rounding]) -> None:
         self.folder, self.entries = weights.folder, weights.entries
         self._weights, self._moments, self._roundings = weights, moments, roundings
+        self.changed = weights.changed | roundings.keys()
         self._last: tuple[str, list[FloatArray]] = ("", [])
 
     def dtypes(self) -> set[str]:

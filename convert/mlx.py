@@ -121,8 +121,8 @@ class Mlx:
         matrices = _matrices(whole)
         types = assign(plan, matrices)
         if self.calibration:
-            fitted, _ = self.calibration.fitted(source, self, matrices["model"], types, folder, work)
-            whole = replace(whole, weights=fitted.weights)
+            fitted = self.calibration.fitted(source, self, matrices["model"], types, work, folder)
+            whole = replace(whole, weights=fitted.exported(matrices["model"], types).weights)
         planned = whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
         check_room(folder, planned.nbytes)
         write(source, planned, folder)

@@ -21,7 +21,7 @@ import psutil
 from numpy.typing import NDArray
 
 from ldrt_edge.convert.gguf import check_room
-from ldrt_edge.convert.sensitivity import Asked, gradients, linears, questions
+from ldrt_edge.convert.gradients import Asked, gradients, linears, questions
 from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, is_tied
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.hf import HfRuntime
@@ -32,19 +32,19 @@ _MEMORY_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Moments:
-    """H of each matrix, (row length, row length) float32, by the checkpoint's names, one at a time from a folder.
+    """H of each matrix, (row length, row length) float32, by the checkpoint's names, read one at a time.
 
-    columns: what the weights' columns are multiplied by, so that their inputs are divided by it; by the same names.
+    files: where they are. columns: what the weights' columns are multiplied by, so that their inputs are divided by it.
     """
 
-    folder: Path
+    files: Mapping[str, Path] = field(default_factory=dict)
     columns: Mapping[str, FloatArray] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
-        return _path(self.folder, name).exists()
+        return name in self.files
 
     def __getitem__(self, name: str) -> FloatArray:
-        moments: FloatArray = np.load(_path(self.folder, name))
+        moments: FloatArray = np.load(self.files[name])
         scales = self.columns.get(name)
         return moments if scales is None else moments / np.outer(scales, scales)
 
@@ -66,26 +66,24 @@ def measure(
         DataError: no training rows, or one that cannot be asked.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = {name: width for name, width in _widths(source).items() if not _path(folder, name).exists()}
+    widths = _widths(source)
+    files = {name: folder / f"{name}.npy" for name in widths}
+    missing = {name: width for name, width in widths.items() if not files[name].exists()}
     if not missing:
-        return Moments(folder)
+        return Moments(files)
     check_room(folder, 4 * sum(width**2 for width in missing.values()))
     runtime = HfRuntime(source.folder, threads=threads)
     try:
         asked = questions(runtime, data, limit, seed)
         for names in _batches(missing, int(_MEMORY_SHARE * _free_bytes(runtime))):
             for name, moments in _moments(runtime, source, names, asked, seed).items():
-                part = _path(folder, name).with_suffix(".part")
+                part = files[name].with_suffix(".part")
                 with part.open("wb") as stream:
                     np.save(stream, moments)
-                part.rename(_path(folder, name))
+                part.rename(files[name])
     finally:
         runtime.close()
-    return Moments(folder)
-
-
-def _path(folder: Path, name: str) -> Path:
-    return folder / f"{name}.npy"
+    return Moments(files)
 
 
 def _widths(source: Source) -> dict[str, int]:

@@ -166,8 +166,8 @@ class Gguf:
         types = assign(plan, matrices)
         imatrix = self.imatrix
         if self.calibration:
-            source, to = self.calibration.fitted(source, self, matrices["model"], types, folder, work)
-            files, imatrix = _files(source), to._imatrix_in(work)
+            fitted = self.calibration.fitted(source, self, matrices["model"], types, work, folder)
+            files, imatrix = _files(fitted.exported(matrices["model"], types)), fitted.to._imatrix_in(work)
         wanted = sum(
             nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else tensor.nbytes
             for file in files.values() for tensor in file.tensors

@@ -63,6 +63,7 @@ class Rescaled(Weights):
             if group.maker in scales:
                 self._rows[group.maker] = self._rows[f"{group.maker.removesuffix('weight')}bias"] = scales[group.maker]
                 self.columns |= dict.fromkeys(group.readers, group.columns(scales[group.maker]))
+        self.changed = frozenset(self._rows.keys() & self.entries.keys() | self.columns.keys())
 
     def dtypes(self) -> set[str]:
         """What changed is float32."""

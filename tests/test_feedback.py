@@ -82,9 +82,9 @@ def test_moments_are_the_same_in_any_number_of_passes(
 def test_rows_are_changed_alike_one_by_one(tiny: builders.Tiny, tmp_path: Path) -> None:
     source, name = open_source(tiny("llava15", "llama")), "language_model.layers.0.mlp.down_proj.weight"
     width = source.weights.entries[name].shape[1]
-    np.save(tmp_path / f"{name}.npy", correlated(width))
+    np.save(tmp_path / "H.npy", correlated(width))
     rounding = Rounding(32, lambda columns, start: Gguf().rounded(name, columns, "Q4_0", start))
-    weights = Compensated(source.weights, Moments(tmp_path), {name: rounding})
+    weights = Compensated(source.weights, Moments({name: tmp_path / "H.npy"}), {name: rounding})
 
     whole = weights.read(name)
     np.testing.assert_allclose(weights.read(name, slice(3, 5)), whole[3:5], rtol=1e-5, atol=1e-7)

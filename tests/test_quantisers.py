@@ -15,7 +15,7 @@ import tiny as builders
 from PIL import Image
 
 from ldrt_edge import artifact
-from ldrt_edge.bench import held_out, quantisers, subjects
+from ldrt_edge.bench import held_out, quantisers_run, subjects
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.bench.quantisers import compare, main
 from ldrt_edge.bench.statistics import paired_ratio
@@ -106,6 +106,7 @@ def test_pictures_that_are_asked_about_are_not_calibrated_on(
     [
         (["--bases", "Q4_K_M,IQ2_XXS"], "--bases 'IQ2_XXS': choose one of"),  # needs an importance matrix
         (["--weightings", "all"], "--weightings 'all': choose one of pooled, balanced, answer"),
+        (["--ways", "awq"], "--ways 'awq': choose one of rescale, feedback"),
         (["--calibration", "phantom"], "--calibration NAME=DATASET: not phantom"),
         (["--other", "theirs=gone.gguf"], "--other theirs=gone.gguf: wants a GGUF file"),
         (["--to", "mlx", "--other", f"theirs={__file__}"], "and --to gguf"),
@@ -140,11 +141,12 @@ def test_quantisers_side_by_side(
 ) -> None:
     merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
     given: dict[str, Any] = {"calibration_rows": 16, "sensitivity_rows": 8, "threads": 1}
+    given |= {"ways": ["both", "plan", "plan+both"]}
 
     found = compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], **given)
 
     by_family = {result.family: result for result in found.results}
-    assert list(by_family) == ["none", "text", "balanced", "plan", "feedback"]
+    assert list(by_family) == ["none", "text", "balanced", "both", "plan", "plan+both"]
     none, plan = by_family["none"], by_family["plan"]
     assert all(0.99 <= result.bytes_ratio <= 1.01 for result in found.results)
     assert len(plan.types) > len(none.types) and plan.kld_to_none.ci_high < 0.8
@@ -166,7 +168,7 @@ def test_quantisers_side_by_side(
 
     costs = {step.name: step.cost for step in found.steps}
     assert list(costs) == [
-        "quantisation", "importance, text", "importance", "sensitivity", "allocation", "feedback"
+        "quantisation", "importance, text", "importance", "rescale+feedback", "sensitivity", "allocation"
     ]  # fmt: skip
     assert costs["sensitivity"].seconds > costs["importance"].seconds > 0
     assert all(cost.peak_bytes >= cost.idle_bytes > 0 for cost in costs.values())
@@ -183,19 +185,19 @@ def test_quantisers_side_by_side(
     other, *ours = beside.results[len(found.results) :]
     assert (other.base, other.family, other.bytes) == ("theirs", "other", none.bytes)
     assert other.kld == none.kld and other.kld_to_none.value == 1
-    assert [(one.base, one.family) for one in ours] == [("theirs", "plan"), ("theirs", "feedback")]
-    assert [one.kld for one in ours] == [plan.kld, by_family["feedback"].kld], "as large, so the same plan"
+    assert [(one.base, one.family) for one in ours] == [("theirs", "plan"), ("theirs", "plan+both")]
+    assert [one.kld for one in ours] == [plan.kld, by_family["plan+both"].kld], "as large, so the same plan"
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    for module in (quantisers, held_out, subjects):
+    for module in (quantisers_run, held_out, subjects):
         monkeypatch.setattr(module, "apart", refuse)
     assert compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], **given) == found
     with pytest.raises(AssertionError, match="measured again"):
         compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced", "answer"], **given)
     command = [merged, "--data", data, "--out", out, "--bases", "Q4_K_M", "--weightings", "balanced"]
-    options = ["--calibration-rows", 16, "--sensitivity-rows", 8, "--threads", 1]
+    options = ["--calibration-rows", 16, "--sensitivity-rows", 8, "--threads", 1, "--ways", "both,plan,plan+both"]
     capsys.readouterr()
     assert main([str(word) for word in [*command, *options]]) == 0
     told = capsys.readouterr().out.splitlines()
@@ -207,14 +209,16 @@ def test_quantisers_side_by_side(
 def test_mlx_side_by_side(tiny: builders.Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
     command = [merged, "--to", "mlx", "--bases", "q4", "--data", data, "--out", out, "--sensitivity-rows", 8]
-    command += ["--calibration-rows", 16]
+    command += ["--calibration-rows", 16, "--ways", "rescale,both,plan,plan+both"]
 
     assert main([str(word) for word in command]) == 0
 
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == str(out / "quantisers-mlx.json") and (out / "quantisers-mlx.png").stat().st_size > 10_000
-    none, plan, fed = json.loads((out / "quantisers-mlx.json").read_text())["results"]
-    assert [none["family"], plan["family"], fed["family"]] == ["none", "plan", "feedback"]
+    none, rescaled, both, plan, fed = json.loads((out / "quantisers-mlx.json").read_text())["results"]
+    families = [one["family"] for one in (none, rescaled, both, plan, fed)]
+    assert families == ["none", "rescale", "both", "plan", "plan+both"]
+    assert rescaled["bytes"] == both["bytes"] == none["bytes"] and both["kld"]["value"] < 0.9 * none["kld"]["value"]
     assert 0.99 <= plan["bytes_ratio"] <= 1 and fed["bytes"] == plan["bytes"]
     assert fed["kld"]["value"] < 0.9 * plan["kld"]["value"]
     assert len(plan["types"]) > len(none["types"]) and plan["kld_to_none"]["ci_high"] < 0.9
