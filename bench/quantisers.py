@@ -12,8 +12,8 @@ For every base preset the language model is quantised in these ways; the vision 
 - plan: a type for every matrix (`ldrt-edge plan`), in the bytes that the preset's matrices take; plan+feedback,
   plan+both: planned for fitted weights, and fitted. For GGUF these and the above have the balanced importance.
 
-`--ways` chooses among ours. `--other NAME=GGUF` adds the same language model as another tool quantised it, with plans
-in its bytes. MLX knows no importance.
+`--ways` chooses among ours. `--other NAME=PATH` adds the same language model as another tool quantised it, in a GGUF
+file or an MLX folder, with plans in its bytes. MLX knows no importance.
 
 Each answers the same held-out questions about pictures and is held against the merged model in transformers: divergence
 (KLD, nats an answer token), same top token, and exact match. All intervals are 95%, clustered by picture; ratios of KLD
@@ -59,8 +59,8 @@ def compare(
     """Measure what is not measured yet in `out`, and write `quantisers-TO.json` and its picture there.
 
     data: its test rows are asked. bases: None for the format's usual ones. calibrations: datasets by name, whose
-    training rows are watched; None takes `data`. others: other tools' files, by what to call them. questions,
-    calibration_rows, sensitivity_rows: about how many rows, as whole pictures; None for all.
+    training rows are watched; None takes `data`. others: other tools' files or folders, by what to call them.
+    questions, calibration_rows, sensitivity_rows: about how many rows, as whole pictures; None for all.
 
     Raises:
         ConfigError: an unknown base, weighting or way.
@@ -81,8 +81,9 @@ def compare(
         check_choice("--ways", way, tuple(WAYS))
     others = others or {}
     for name, path in others.items():
-        if not path.is_file() or to != "gguf":
-            raise ConfigError(f"--other {name}={path}: wants a GGUF file of the language model, and --to gguf")
+        if not (path.is_file() if to == "gguf" else (path / "config.json").is_file()):
+            wanted = "a GGUF file of the language model" if to == "gguf" else "an MLX folder of the whole model"
+            raise ConfigError(f"--other {name}={path}: with --to {to} this is {wanted}")
     calibrations = calibrations or {data.resolve().name: data}
     run = Run(
         subjects, merged, data, out, calibrations, ways, questions, calibration_rows, sensitivity_rows, seed, threads
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="training rows to calibrate on, instead of --data's; may be given several times",
     )  # fmt: skip
     parser.add_argument(
-        "--other", action="append", default=[], metavar="NAME=GGUF",
+        "--other", action="append", default=[], metavar="NAME=PATH",
         help="the language model as another tool quantised it; may be given several times",
     )  # fmt: skip
     parser.add_argument("--questions", type=int, help="about how many, as whole pictures; all if not given")
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = compare(
             given.merged, given.data, given.out, given.to, given.bases.split(",") if given.bases else None,
             given.weightings.split(","), given.ways.split(","), _named(given.calibration, "--calibration NAME=DATASET"),
-            _named(given.other, "--other NAME=GGUF"), given.questions, given.calibration_rows, given.sensitivity_rows,
+            _named(given.other, "--other NAME=PATH"), given.questions, given.calibration_rows, given.sensitivity_rows,
             given.seed, given.threads,
         )  # fmt: skip
     except LdrtError as error:

@@ -15,7 +15,7 @@ from ldrt_edge.artifact import Json
 from ldrt_edge.bench.held_out import TORCH, HeldOut, ask
 from ldrt_edge.bench.statistics import Difference, Rate, Ratio, paired_difference, paired_ratio, rate
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
-from ldrt_edge.bench.subjects import GgufSubjects, Subject, Subjects, planned
+from ldrt_edge.bench.subjects import Subject, Subjects, planned
 from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.gguf import identity
@@ -156,14 +156,13 @@ class Run:
             yield from self._ours(base, name, none, text)
 
     def beside(self, other: str, path: Path) -> Iterator[Result]:
-        """Another tool's file, and ours in its bytes."""
+        """Another tool's file or folder, and plans of ours in its bytes."""
         key = {
             "step": "other", **self._model, "to": self._subjects.name, "test": self._test, "file": _sha256(path)
         }  # fmt: skip
 
         def make() -> Json:
             self.measured += 1
-            assert isinstance(self._subjects, GgufSubjects)  # see `compare`
             with self._subjects.given(path) as subject:
                 return self._answers(subject)
 
@@ -335,6 +334,9 @@ def _fit(to: Gguf | Mlx) -> dict[str, Json]:
 
 
 def _sha256(path: Path | None) -> str | None:
+    """Of a file, or of a folder's weights."""
+    if path is not None and path.is_dir():
+        return digest({file.name: artifact.file_sha256(file) for file in path.glob("*.safetensors")})
     return None if path is None else artifact.file_sha256(path)
 
 

@@ -56,6 +56,14 @@ class Subjects(Protocol):
         """Quantise the language model to a preset; it is gone afterwards."""
         ...
 
+    def given(self, path: Path) -> AbstractContextManager[Subject]:
+        """The same language model as another tool quantised it: a GGUF file, or an MLX folder; its cost is not known.
+
+        Raises:
+            RuntimeLoadError, ArtifactError: it is not whole, or has no tensors that can be read.
+        """
+        ...
+
     def load(self, folder: Path, threads: int | None) -> Runtime:
         """A folder in the format's runtime."""
         ...
@@ -82,12 +90,7 @@ class GgufSubjects:
 
     @contextmanager
     def given(self, path: Path) -> Iterator[Subject]:
-        """The same language model as another tool quantised it into this GGUF; its cost is not known.
-
-        Raises:
-            RuntimeLoadError: the file is not whole.
-            ArtifactError: it has no tensors that can be read.
-        """
+        """See `Subjects`."""
         check_gguf(path)
         _, pair, _ = self._files
         model = pair / "model-SUBJECT.gguf"
@@ -130,6 +133,19 @@ class MlxSubjects:
         self._work.mkdir(parents=True)
         (stored, matrix_bytes), cost = apart(("ldrt_edge.runtimes.mlx_model",), _pack, self._merged, self._work, wanted)
         yield Subject(self._work, stored, cost, matrix_bytes)
+
+    @contextmanager
+    def given(self, path: Path) -> Iterator[Subject]:
+        """See `Subjects`."""
+        mx = require("mlx.core", "mlx")
+        arrays: dict[str, int] = {}
+        for file in path.glob("*.safetensors"):
+            arrays |= {name: array.nbytes for name, array in mx.load(str(file)).items() if name.startswith(LANGUAGE)}
+        packed = tuple(name.removesuffix("scales") for name in arrays if name.endswith(".scales"))
+        planned = [t for t in mlx_plan(open_source(self._merged), "f16").tensors if t.name.startswith(LANGUAGE)]
+        bits = 8 * sum(arrays.values()) / sum(math.prod(tensor.shape) for tensor in planned)
+        stored = Quantized(sum(arrays.values()), round(bits, 3), {}, ())
+        yield Subject(path, stored, Cost(0, 0, 0), sum(n for name, n in arrays.items() if name.startswith(packed)))
 
     def load(self, folder: Path, threads: int | None) -> Runtime:
         """See `Subjects`; MLX schedules its own threads."""

@@ -78,13 +78,13 @@ def _reader(source: Source, matrix: PlannedMatrix, types: Mapping[str, str], mom
 
 def _size(group: Group, readers: Sequence[Reader]) -> NDArray[np.float64]:
     """Root of the mean square of what each of the maker's rows makes, as far as answers depend on it."""
-    squares = np.sum([np.diagonal(reader.moments) for reader in readers], axis=0, dtype=np.float64)
+    squares: NDArray[np.float64] = np.sum([np.diagonal(r.moments) for r in readers], axis=0, dtype=np.float64)
     if group.places is not None:
-        squares = np.bincount(group.places, squares)
+        squares = np.bincount(group.places, squares).astype(np.float64)
     least = _LEAST**2 * squares.max()
     return np.sqrt(np.maximum(squares, least)) if least > 0 else np.ones_like(squares)
 
 
 def _scales(size: NDArray[np.float64], power: float) -> FloatArray:
-    scales: FloatArray = (size**power).astype(np.float32)
-    return scales / np.sqrt(scales.max() * scales.min())
+    scales = size**power
+    return np.asarray(scales / np.sqrt(scales.max() * scales.min()), np.float32)

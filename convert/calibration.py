@@ -14,7 +14,7 @@ from ldrt_edge import artifact
 from ldrt_edge.convert.awq import search
 from ldrt_edge.convert.feedback import Compensated, Rounding, compensated, gains
 from ldrt_edge.convert.moments import Moments, measure
-from ldrt_edge.convert.rescale import SCALES, Rescaled, read_scales, write_scales
+from ldrt_edge.convert.rescale import SCALES, Rescaled, Scales, read_scales, write_scales
 from ldrt_edge.convert.source import Source
 from ldrt_edge.convert.type_plan import PlannedMatrix, block_weights
 from ldrt_edge.runtimes.base import FloatArray
@@ -59,12 +59,13 @@ class Calibration:
         """
         moments = measure(source, self.data, work / "moments", self.limit, self.seed, self.threads)
         if self.rescale:
+            scales: Scales
             if folder is not None and (folder / SCALES).exists():
                 scales = read_scales(source, folder / SCALES)
             else:
                 scales = search(source, to, matrices, types, moments)
-            if folder is not None:
-                write_scales(scales, folder / SCALES)
+                if folder is not None:
+                    write_scales(scales, folder / SCALES)
             weights = Rescaled(source, scales)
             source, moments = replace(source, weights=weights), moments.rescaled(weights.columns)
             to = to.rescaled({m.name: weights.columns[m.source] for m in matrices if m.source in weights.columns})

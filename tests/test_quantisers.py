@@ -9,19 +9,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny as builders
 from PIL import Image
 
 from ldrt_edge import artifact
-from ldrt_edge.bench import held_out, quantisers_run, subjects
+from ldrt_edge.bench import held_out, mlx_awq, quantisers_run, subjects
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.bench.quantisers import compare, main
 from ldrt_edge.bench.statistics import paired_ratio
 from ldrt_edge.bench.steps import Cost, Journal, apart
 from ldrt_edge.convert import mlx
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
+from ldrt_edge.convert.probes import probes
 from ldrt_edge.convert.quantize import quantize
 from ldrt_edge.dataset import Dataset, DatasetWriter
 from ldrt_edge.errors import ArtifactError, DataError
@@ -108,8 +110,8 @@ def test_pictures_that_are_asked_about_are_not_calibrated_on(
         (["--weightings", "all"], "--weightings 'all': choose one of pooled, balanced, answer"),
         (["--ways", "awq"], "--ways 'awq': choose one of rescale, feedback"),
         (["--calibration", "phantom"], "--calibration NAME=DATASET: not phantom"),
-        (["--other", "theirs=gone.gguf"], "--other theirs=gone.gguf: wants a GGUF file"),
-        (["--to", "mlx", "--other", f"theirs={__file__}"], "and --to gguf"),
+        (["--other", "theirs=gone.gguf"], "--other theirs=gone.gguf: with --to gguf this is a GGUF file"),
+        (["--to", "mlx", "--other", f"theirs={__file__}"], "with --to mlx this is an MLX folder"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -133,6 +135,24 @@ def test_text_importance_sees_no_picture(tiny: builders.Tiny, data: Path, tmp_pa
     means = [read_imatrix(imatrix_path(folder, "pooled")) for folder in (whole, text)]
     assert {name for name in means[0] if name.startswith(("v.", "mm."))} == means[0].keys() - means[1].keys()
     assert not np.allclose(means[0]["blk.0.attn_q.weight"], means[1]["blk.0.attn_q.weight"], rtol=0.05)
+
+
+def test_mlx_lms_awq_is_a_peer(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    merged, out = tiny("llava15", "llama", hidden=128), tmp_path / "awq"
+    assert mlx_awq.main([str(merged), "--data", str(data), "--out", str(out), "--tokens", "1100"]) == 0
+
+    plain = mlx.quantize(merged, tmp_path / "q4", "q4")
+    stored = [mx.load(str(folder / "model.safetensors")) for folder in (plain, out)]
+    shapes = [{name: array.shape for name, array in arrays.items()} for arrays in stored]
+    assert shapes[0] == shapes[1]
+    assert (out / "config.json").read_text() == (plain / "config.json").read_text()
+    with subjects.MlxSubjects(merged, tmp_path).given(out) as subject:
+        assert subject.stored.bits_per_weight == artifact.read(plain).metrics["quantized"]["bits_per_weight"]
+        assert 0.9 < subject.matrix_bytes / subject.stored.bytes < 1
+    [prompt, answer], *_ = probes(Front.load(merged), 1)
+    logits = [subjects.unpacked(merged, folder, 1).score(prompt, answer) for folder in (plain, out)]
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 20
+    assert mlx_awq.main([str(merged), "--data", str(data), "--out", str(tmp_path / "no"), "--tokens", "9"]) == 1
 
 
 @pytest.mark.slow

@@ -15,9 +15,11 @@ from gguf import GGUFReader, dequantize
 from ldrt_edge import artifact
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.cli import cli
-from ldrt_edge.convert import awq, calibration, mlx, quantize
+from ldrt_edge.convert import awq, calibration, mlx
+from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.awq import Reader, loss, search
 from ldrt_edge.convert.calibration import Calibration
+from ldrt_edge.convert.gguf import write_text
 from ldrt_edge.convert.importance import importance
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import measure
@@ -25,7 +27,9 @@ from ldrt_edge.convert.parity import parity
 from ldrt_edge.convert.planned import Format, quantize_planned
 from ldrt_edge.convert.probes import probes
 from ldrt_edge.convert.quantize import Gguf, Importance
+from ldrt_edge.convert.quantizer import Wanted, run_quantizer
 from ldrt_edge.convert.rescale import SCALES, Rescaled, groups, read_scales, write_scales
+from ldrt_edge.convert.sensitivity import Matrix, sensitivities
 from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.convert.type_plan import TypePlan
 from ldrt_edge.convert.weights import canonical
@@ -152,8 +156,7 @@ def test_less_is_lost_on_questions_that_were_not_seen(
         runtime.close()
 
     plain, rescaled, both = (float(compare_logits(logits[0], other).kld.mean()) for other in logits[1:])
-    print(plain, rescaled, both)
-    assert rescaled < 0.8 * plain and both < 0.9 * rescaled
+    assert max(rescaled, both) < 0.8 * plain
     manifests = [artifact.verify(folder, to) for folder in folders]
     for manifest in manifests[1:]:
         assert manifest.metrics["quantized"] == manifests[0].metrics["quantized"], "the same types in as many bytes"
@@ -168,6 +171,23 @@ def test_less_is_lost_on_questions_that_were_not_seen(
     (folders[1] / SCALES).unlink()  # without it, no tensor of a group is the source's
     [pair] = parity(uneven, [folders[1]])
     assert pair.stage == "logits" and pair.fault is not None and "off its source" in pair.fault
+
+
+def test_plans_are_made_for_fitted_weights(uneven: Path, data: Path, tmp_path: Path) -> None:
+    source, fitted = open_source(uneven), Mlx(Calibration(data, True, True, limit=16))
+    plain = {matrix.name: matrix for matrix in sensitivities(source, data, Mlx(), limit=8)}
+    found = sensitivities(source, data, fitted, limit=8, work=tmp_path)
+
+    def damage(matrix: Matrix) -> float:
+        return next(option.damage for option in matrix.options if option.type == "affine-4-g64")
+
+    language = [matrix for matrix in found if matrix.part == "model" and "embed_tokens" not in matrix.name]
+    assert sum(map(damage, language)) < 0.8 * sum(damage(plain[matrix.name]) for matrix in language)
+
+    fixed, size = Mlx().fixed_bytes(source), sum(matrix.weights for matrix in found) * 5.5 / 8
+    plan = allocate("mlx", found, fixed, target_bytes=fixed + size)
+    out = quantize_planned(uneven, tmp_path / "edge", plan, fitted)
+    assert 0.4 < plan.expected["kld"] / artifact.read(out).metrics["fidelity"]["mean_kld"] < 2.5
 
 
 def test_importance_follows_the_inputs(uneven: Path, data: Path, tmp_path: Path) -> None:
@@ -189,13 +209,14 @@ def test_importance_follows_the_inputs(uneven: Path, data: Path, tmp_path: Path)
     assert not np.array_equal(values, to.rounded(name, weights.read(key), "Q4_K"))
 
 
-@pytest.mark.parametrize("type_", ["Q4_K_M", "IQ4_XS", "q8"])
-def test_a_gguf_presets_types_are_known_without_quantising(tiny: builders.Tiny, tmp_path: Path, type_: str) -> None:
-    for hidden in (64, 256):  # with and without fall-backs
-        merged = tiny("llava15", "llama", hidden=hidden)
+@pytest.mark.parametrize("hidden", [64, 256])  # with and without fall-backs
+def test_a_gguf_presets_types_are_known_without_quantising(tiny: builders.Tiny, tmp_path: Path, hidden: int) -> None:
+    merged, full, made = tiny("llava15", "llama", hidden=hidden), tmp_path / "full.gguf", tmp_path / "made.gguf"
+    write_text(merged, full, "f32")
+    for type_ in ("Q4_K_M", "Q3_K_L", "IQ4_XS", "Q8_0"):
+        run_quantizer(full, made, Wanted(type_), 1)
         plan = Gguf().preset(open_source(merged), type_, "q8_0")
-        out = quantize.quantize(merged, tmp_path / str(hidden), type_)
-        tensors = GGUFReader(next(out.glob("model-*.gguf"))).tensors
+        tensors = GGUFReader(made).tensors
         assert plan.parts["model"] == {t.name: t.tensor_type.name for t in tensors if len(t.shape) == 2}
         assert plan.parts["mmproj"] == {"*": "Q8_0"}
 
