@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import get_args
 
 from ldrt_edge import artifact, console
-from ldrt_edge.bench.quantisers_run import WAYS, Comparison, Result, Run
+from ldrt_edge.bench.quantisers_results import Comparison, Result
+from ldrt_edge.bench.quantisers_run import WAYS, Run
 from ldrt_edge.bench.quantisers_view import draw, label, table
 from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects
 from ldrt_edge.convert.gguf import check_choice, identity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ import numpy as np
 from ldrt_edge import __version__, artifact
 from ldrt_edge.artifact import Json
 from ldrt_edge.bench.held_out import TORCH, HeldOut, ask
-from ldrt_edge.bench.statistics import Difference, Rate, Ratio, paired_difference, paired_ratio, rate
+from ldrt_edge.bench.quantisers_results import Comparison, Result, Step
+from ldrt_edge.bench.statistics import paired_difference, paired_ratio, rate
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
 from ldrt_edge.bench.subjects import Subject, Subjects, planned
 from ldrt_edge.convert.allocate import allocate
@@ -26,7 +27,6 @@ from ldrt_edge.convert.quantize import Gguf, Importance
 from ldrt_edge.convert.quantizer import Wanted
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
 from ldrt_edge.convert.source import open_source
-from ldrt_edge.convert.type_plan import FormatName
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.front import Front
 
@@ -51,65 +51,6 @@ _GROWTH = {"allocation": 0.0, "feedback": 1.5, "rescale+feedback": 1.5}
 and feedback takes row lengths times weights, which is a bound from above for its other half."""
 _LEAST_PARAMETERS = 1e8
 """In smaller models most of the cost does not grow with the model, so that it says nothing about other sizes."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step's cost here, and what it would be at other sizes with as many questions of as many tokens.
-
-    at: nothing, if the model is too small to tell.
-    """
-
-    name: str
-    what: str
-    cost: Cost
-    at: Mapping[str, Cost]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One quantised language model against the merged model.
-
-    family: none, other, text, a weighting, or one of `WAYS`. calibration: the name of the set; "" for none.
-    bytes: of the GGUF file, or of MLX's tensors. bytes_ratio: to the preset's. fallbacks: matrices that could not have
-        the preset's type.
-    kld: nats an answer token. loss: of exact matches, merged minus this one. flips: questions that one of the two has
-        right and the other wrong. kld_to_none, kld_to_text: this one's KLD over theirs.
-    """
-
-    base: str
-    family: str
-    calibration: str
-    bytes: int
-    bits_per_weight: float
-    bytes_ratio: float
-    types: Mapping[str, int]
-    fallbacks: int
-    kld: Ratio
-    top1: Rate
-    loss: Difference
-    flips: Rate
-    kld_to_none: Ratio
-    kld_to_text: Ratio | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All results of a run in one format, in the order of the bases, and what its steps cost.
-
-    images, tokens: that were asked about, and of reference answers. exact: the merged model's share of exact matches.
-    image_tokens: a picture's, in the prompt.
-    """
-
-    to: FormatName
-    results: tuple[Result, ...]
-    steps: tuple[Step, ...]
-    questions: int
-    images: int
-    tokens: int
-    exact: Rate
-    parameters: int
-    image_tokens: int
 
 
 class Run:

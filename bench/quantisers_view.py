@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ldrt_edge.errors import require
 
 if TYPE_CHECKING:
-    from ldrt_edge.bench.quantisers_run import Comparison, Result, Step
+    from ldrt_edge.bench.quantisers_results import Comparison, Result, Step
     from ldrt_edge.bench.statistics import Ratio
     from ldrt_edge.bench.steps import Cost
 

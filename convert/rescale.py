@@ -29,6 +29,8 @@ from ldrt_edge.runtimes.base import FloatArray
 SCALES = "rescaling.npz"
 """In an export: the scales of every group, by the checkpoint's name of its maker."""
 
+_LIMIT_BYTES = 256 << 20
+
 Scales = Mapping[str, FloatArray]
 
 
@@ -124,9 +126,12 @@ def read_scales(source: Source, path: Path) -> dict[str, FloatArray]:
         ArtifactError: no such file, or not of this model.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _LIMIT_BYTES:
+                raise ValueError(f"larger than {_LIMIT_BYTES >> 20} MiB")
         with np.load(path, allow_pickle=False) as stored:
             scales = {name: np.asarray(stored[name]) for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
         raise ArtifactError(f"{path}: no scales of a rescaled model ({error})") from error
     shapes = {group.maker: source.weights.entries[group.maker].shape[:1] for group in groups(source)}
     for name, values in scales.items():

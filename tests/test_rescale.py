@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,10 +186,10 @@ def test_plans_are_made_for_fitted_weights(uneven: Path, data: Path, tmp_path: P
     language = [matrix for matrix in found if matrix.part == "model" and "embed_tokens" not in matrix.name]
     assert sum(map(damage, language)) < 0.8 * sum(damage(plain[matrix.name]) for matrix in language)
 
-    fixed, size = Mlx().fixed_bytes(source), sum(matrix.weights for matrix in found) * 5.5 / 8
+    fixed, size = Mlx().fixed_bytes(source), sum(matrix.weights for matrix in found) * 7.5 / 8
     plan = allocate("mlx", found, fixed, target_bytes=fixed + size)
     out = quantize_planned(uneven, tmp_path / "edge", plan, fitted)
-    assert 0.4 < plan.expected["kld"] / artifact.read(out).metrics["fidelity"]["mean_kld"] < 2.5
+    assert 0.2 < plan.expected["kld"] / artifact.read(out).metrics["fidelity"]["mean_kld"] < 2.5
 
 
 def test_importance_follows_the_inputs(uneven: Path, data: Path, tmp_path: Path) -> None:
@@ -256,9 +258,16 @@ def test_a_killed_run_goes_on(uneven: Path, data: Path, tmp_path: Path, monkeypa
 def test_scales_of_another_model_are_refused(tiny: builders.Tiny, tmp_path: Path) -> None:
     source, path = open_source(tiny("llava15", "llama")), tmp_path / SCALES
     norm = f"{LAYER}.input_layernorm.weight"
-    path.write_bytes(b"PK\x03\x04")
-    with pytest.raises(ArtifactError, match="no scales of a rescaled model"):
-        read_scales(source, path)
+    big = io.BytesIO()
+    with zipfile.ZipFile(big, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.npy", bytes(300 << 20))
+    pickled = io.BytesIO()
+    np.savez(pickled, **{norm: np.array([{}], object)})
+    for content in (b"", b"PK\x03\x04", b"{}", big.getvalue(), pickled.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(ArtifactError, match="no scales of a rescaled model") as caught:
+            read_scales(source, path)
+        assert "\n" not in str(caught.value)
     for scales, reason in (
         ({"language_model.layers.7.mlp.up_proj.weight": np.ones(64, np.float32)}, "is no scale of this model"),
         ({norm: np.ones(63, np.float32)}, "is no scale of this model"),
