@@ -27,7 +27,7 @@ class Step:
 class Result:
     """One quantised language model against the merged model.
 
-    family: none, other, text, a weighting, or one of `quantisers_run.WAYS`. calibration: the name of the set; "" for none.
+    family: none, other, text, a weighting, or one of `WAYS`. calibration: the name of the set; "" for none.
     bytes: of the GGUF file, or of MLX's tensors. bytes_ratio: to the preset's. fallbacks: matrices that could not have
         the preset's type.
     kld: nats an answer token. loss: of exact matches, merged minus this one. flips: questions that one of the two has
