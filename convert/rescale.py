@@ -14,6 +14,7 @@ Source: Lin et al., "AWQ", MLSys 2024.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,7 +132,9 @@ def read_scales(source: Source, path: Path) -> dict[str, FloatArray]:
                 raise ValueError(f"larger than {_LIMIT_BYTES >> 20} MiB")
         with np.load(path, allow_pickle=False) as stored:
             scales = {name: np.asarray(stored[name]) for name in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
+    except (
+        OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error
+    ) as error:  # fmt: skip
         raise ArtifactError(f"{path}: no scales of a rescaled model ({error})") from error
     shapes = {group.maker: source.weights.entries[group.maker].shape[:1] for group in groups(source)}
     for name, values in scales.items():
