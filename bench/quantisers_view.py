@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ldrt_edge.errors import require
 
 if TYPE_CHECKING:
-    from ldrt_edge.bench.quantisers import Comparison, Result, Step
+    from ldrt_edge.bench.quantisers_results import Comparison, Result, Step
     from ldrt_edge.bench.statistics import Ratio
     from ldrt_edge.bench.steps import Cost
 
@@ -22,14 +22,16 @@ _NAMES = {
     "none": "preset", "other": "another tool", "text": "preset, text importance",
     "pooled": "preset, image+text importance, pooled",
     "balanced": "preset, image+text importance, balanced", "answer": "preset, image+text importance, answer",
-    "plan": "our plan", "feedback": "our plan with feedback",
+    "rescale": "preset, rescaled", "feedback": "preset, feedback", "both": "preset, rescaled, feedback",
+    "plan": "our plan", "plan+feedback": "our plan, feedback", "plan+both": "our plan, rescaled, feedback",
 }  # fmt: skip
 _FORMATS = {"gguf": "GGUF", "mlx": "MLX"}
 _STYLES = {
     "none": ("s", "#000000"), "other": ("X", "#009e73"), "text": ("^", "#0072b2"),
     "pooled": ("v", "#56b4e9"), "balanced": ("D", "#e69f00"),
-    "answer": ("P", "#999999"), "plan": ("o", "#d55e00"),
-    "feedback": ("*", "#cc79a7"),
+    "answer": ("P", "#999999"),
+    "rescale": ("<", "#f0e442"), "feedback": (">", "#f0e442"), "both": ("h", "#f0e442"),
+    "plan": ("o", "#d55e00"), "plan+feedback": ("*", "#cc79a7"), "plan+both": ("p", "#cc79a7"),
 }  # fmt: skip
 """Marker and colour; the colours are Okabe and Ito's, told apart by colour-blind readers too."""
 _LINES = ("-", "--", ":", "-.")
@@ -49,14 +51,14 @@ def table(found: Comparison) -> list[str]:
     lines = [
         f"{found.questions} questions about {found.images} pictures, {found.tokens} answer tokens; "
         f"the merged model has {exact.value:.1%} right ({exact.ci_low:.1%} to {exact.ci_high:.1%})",
-        f"{'':26} {'MB':>7} {'bits':>5}  {'KLD':26} {'top-1':>6}  {'loss, points':20} {'flips':>6}  "
+        f"{'':30} {'MB':>7} {'bits':>5}  {'KLD':26} {'top-1':>6}  {'loss, points':20} {'flips':>6}  "
         f"{'KLD / preset':22} KLD / text importance",
     ]
     for one in found.results:
         loss = f"{100 * one.loss.value:+.1f} ({100 * one.loss.ci_low:+.1f} to {100 * one.loss.ci_high:+.1f})"
         unequal = "" if abs(one.bytes_ratio - 1) <= EQUAL_BYTES else f"  {one.bytes_ratio:.3f} of the preset's bytes"
         lines.append(
-            f"{label(one):26} {one.bytes / 1e6:7.1f} {one.bits_per_weight:5.2f}  {_interval(one.kld, '.3g'):26} "
+            f"{label(one):30} {one.bytes / 1e6:7.1f} {one.bits_per_weight:5.2f}  {_interval(one.kld, '.3g'):26} "
             f"{one.top1.value:6.1%}  {loss:20} {one.flips.value:6.1%}  {_interval(one.kld_to_none, '.2f'):22} "
             f"{_interval(one.kld_to_text, '.2f') if one.kld_to_text else ''}{unequal}".rstrip()
         )
@@ -99,7 +101,7 @@ def draw(found: Comparison, path: Path) -> None:
             ],
             label=_NAMES[family] + (f" ({name})" if name and len(calibrations) > 1 else ""),
             marker=marker, color=colour, markeredgecolor="black", markersize=7, capsize=2.5, elinewidth=1,
-            linewidth=2 if family in ("plan", "feedback") else 1,
+            linewidth=2 if family.startswith("plan") else 1,
             linestyle=_LINES[calibrations.index(name) % len(_LINES)] if name else "-",
             transform=axes.transData + transforms.ScaledTranslation(shift, 0, figure.dpi_scale_trans),
         )  # fmt: skip

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
+import numpy as np
 from gguf import GGUFReader
 
 from ldrt_edge.bench.steps import Cost, apart
@@ -22,7 +23,8 @@ from ldrt_edge.convert.mlx import write as write_mlx
 from ldrt_edge.convert.mlx_plan import LANGUAGE, SCHEMES, mlx_plan
 from ldrt_edge.convert.plan import mmproj_plan, text_plan
 from ldrt_edge.convert.planned import Format
-from ldrt_edge.convert.quantize import TYPES, Wanted, lossless, read_back, run_quantizer, write_full
+from ldrt_edge.convert.quantize import lossless, write_full
+from ldrt_edge.convert.quantizer import TYPES, Wanted, read_back, run_quantizer
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName, TypePlan
 from ldrt_edge.convert.weights import canonical
@@ -54,6 +56,14 @@ class Subjects(Protocol):
         """Quantise the language model to a preset; it is gone afterwards."""
         ...
 
+    def given(self, path: Path) -> AbstractContextManager[Subject]:
+        """The same language model as another tool quantised it: a GGUF file, or an MLX folder; its cost is not known.
+
+        Raises:
+            RuntimeLoadError, ArtifactError: it is not whole, or has no tensors that can be read.
+        """
+        ...
+
     def load(self, folder: Path, threads: int | None) -> Runtime:
         """A folder in the format's runtime."""
         ...
@@ -80,12 +90,7 @@ class GgufSubjects:
 
     @contextmanager
     def given(self, path: Path) -> Iterator[Subject]:
-        """The same language model as another tool quantised it into this GGUF; its cost is not known.
-
-        Raises:
-            RuntimeLoadError: the file is not whole.
-            ArtifactError: it has no tensors that can be read.
-        """
+        """See `Subjects`."""
         check_gguf(path)
         _, pair, _ = self._files
         model = pair / "model-SUBJECT.gguf"
@@ -129,13 +134,26 @@ class MlxSubjects:
         (stored, matrix_bytes), cost = apart(("ldrt_edge.runtimes.mlx_model",), _pack, self._merged, self._work, wanted)
         yield Subject(self._work, stored, cost, matrix_bytes)
 
+    @contextmanager
+    def given(self, path: Path) -> Iterator[Subject]:
+        """See `Subjects`."""
+        mx = require("mlx.core", "mlx")
+        arrays: dict[str, int] = {}
+        for file in path.glob("*.safetensors"):
+            arrays |= {name: array.nbytes for name, array in mx.load(str(file)).items() if name.startswith(LANGUAGE)}
+        packed = tuple(name.removesuffix("scales") for name in arrays if name.endswith(".scales"))
+        planned = [t for t in mlx_plan(open_source(self._merged), "f16").tensors if t.name.startswith(LANGUAGE)]
+        bits = 8 * sum(arrays.values()) / sum(math.prod(tensor.shape) for tensor in planned)
+        stored = Quantized(sum(arrays.values()), round(bits, 3), {}, ())
+        yield Subject(path, stored, Cost(0, 0, 0), sum(n for name, n in arrays.items() if name.startswith(packed)))
+
     def load(self, folder: Path, threads: int | None) -> Runtime:
         """See `Subjects`; MLX schedules its own threads."""
         return MlxRuntime(folder) if on_gpu() else unpacked(self._merged, folder, threads)
 
 
 def unpacked(merged: Path, folder: Path, threads: int | None) -> HfRuntime:
-    """The merged model with the language model's weights of an MLX folder made from it."""
+    """The merged model with the language model's tensors of an MLX folder made from it."""
     from ldrt_edge.runtimes.mlx_host import unpack
     from ldrt_edge.runtimes.mlx_model import load_network
 
@@ -143,9 +161,11 @@ def unpacked(merged: Path, folder: Path, threads: int | None) -> HfRuntime:
     runtime = HfRuntime(merged, threads=threads)
     parameters = {canonical(name): parameter for name, parameter in runtime.model.named_parameters()}
     for path, module in load_network(folder, widen=True).language_model.named_modules():
-        name = canonical(f"{LANGUAGE}{path}.weight")
-        if "weight" in module and name in parameters:  # a tied head has none of its own
-            parameters[name].data.copy_(torch.from_numpy(unpack(module)))
+        given = {"weight": unpack(module)} if "weight" in module else {}
+        given |= {"bias": np.array(module.bias)} if "bias" in module else {}
+        for key, values in given.items():
+            if (name := canonical(f"{LANGUAGE}{path}.{key}")) in parameters:  # a tied head has none of its own
+                parameters[name].data.copy_(torch.from_numpy(values))
     return runtime
 
 

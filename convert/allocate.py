@@ -9,6 +9,7 @@ Source: Huangfu and Hall, "Parallelizing the dual revised simplex method", Math.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,9 @@ def plan(
     if not all(0 < number < math.inf for number in numbers):
         raise ConfigError("--target-size, --bpw, --max-kld, --min-speed and --bandwidth want a number above 0")
     source = open_source(merged)
-    found, fixed = sensitivities(source, data, to, limit, seed), to.fixed_bytes(source)
+    fixed = to.fixed_bytes(source)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        found = sensitivities(source, data, to, limit, seed, work=Path(work))
     if bits_per_weight is not None:
         target_bytes = int(bits_per_weight * sum(matrix.weights for matrix in found) / 8) + fixed
     read = _read_for_a_token(to, source) if speed else ()

@@ -51,8 +51,8 @@ def quantize_to_budget(
         if draft.complete:
             return _recorded(draft.metrics)
         source = open_source(merged)
-        found = sensitivities(source, data, to, limit, seed)
         work, trial, best = (draft.path / name for name in (WORK, ".trial", ".best"))
+        found = sensitivities(source, data, to, limit, seed, work=work)
         steps = []
         for bits, plan in _plans(to.name, found, to.fixed_bytes(source)):
             trial.mkdir()

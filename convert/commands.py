@@ -14,6 +14,7 @@ from ldrt_edge.errors import ArtifactError, ConfigError, all_problems
 from ldrt_edge.options import PATH, beside, json_option, show_artifact
 
 if TYPE_CHECKING:
+    from ldrt_edge.convert.calibration import Calibration
     from ldrt_edge.convert.planned import Format
     from ldrt_edge.convert.quantize import Importance
 
@@ -23,6 +24,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 def _weighting_option(command: F) -> F:
     kinds, told = click.Choice(["pooled", "balanced", "answer"]), "Of picture, prompt and answer. Default: balanced."
     return click.option("--weighting", type=kinds, help=told)(command)
+
+
+def _calibration_options(command: F) -> F:
+    rescale = "Round what meets large inputs more finely (AWQ), as --data's training rows show it."
+    feedback = "Let weights make good for others' rounding (GPTQ), likewise."
+    command = click.option("--feedback", is_flag=True, help=feedback)(command)
+    return click.option("--rescale", is_flag=True, help=rescale)(command)
 
 
 @click.command()
@@ -100,15 +108,15 @@ def importance(
     help="Search for the smallest that loses no more accuracy on --data; exit 1 when that cannot be shown.",
 )
 @click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
-@click.option("--feedback", is_flag=True, help="With --plan or --max-loss: let weights make good for others' rounding.")
-@click.option("--data", "dataset", type=PATH, help="With --max-loss: its test rows judge, its training rows guide.")
+@_calibration_options
+@click.option("--data", "dataset", type=PATH, help="Its training rows guide, with --max-loss its test rows judge.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --max-loss: about how many test rows are asked.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
 @json_option
 def quantize(
     merged: Path, to: str, q4: bool, q8: bool, type_: str | None, mmproj: str | None, group_size: str | None,
     importance: Path | None, weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None,
-    feedback: bool, dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
+    rescale: bool, feedback: bool, dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
 ) -> None:
     """Quantise merged weights to GGUF or MLX: to a preset, by a plan, or as far as a loss budget allows.
 
@@ -125,40 +133,51 @@ def quantize(
     given = _importance(importance, weighting)
     if max_loss is None and (max_flips, limit) != (None, None):
         raise ConfigError("--max-flips and --limit go with --max-loss")
-    if feedback and (type_ is not None or dataset is None):
-        raise ConfigError("--feedback wants --data, and goes with --plan or --max-loss")
-    if max_loss is None and dataset is not None and not feedback:
-        raise ConfigError("--data goes with --max-loss or --feedback")
+    if (rescale or feedback) and dataset is None:
+        raise ConfigError("--rescale and --feedback want --data")
+    if max_loss is None and dataset is not None and not (rescale or feedback):
+        raise ConfigError("--data goes with --max-loss, --rescale or --feedback")
     if type_ is None and (mmproj, group_size) != (None, None):
         raise ConfigError("--mmproj and --group-size go with a preset: a plan has every type itself")
+    wanted = _format(to, given, _calibration(dataset, rescale, feedback))
     if max_loss is not None:
         if dataset is None or (given is None and to == "gguf"):
             raise ConfigError("--max-loss wants --data, and for GGUF --importance")
         out = out or beside(merged, f"{to}-loss{max_loss:g}")
-        wanted = _format(to, given, dataset if feedback else None)
         _to_budget(merged, out, dataset, wanted, (max_loss, max_flips), limit, as_json)
-        return
-    if plan is not None:
+    elif plan is not None:
         from ldrt_edge.convert.planned import quantize_planned
         from ldrt_edge.convert.type_plan import read_type_plan
 
-        wanted, out = _format(to, given, dataset), out or beside(merged, f"{to}-{plan.stem}")
+        out = out or beside(merged, f"{to}-{plan.stem}")
         show_artifact(quantize_planned(merged, out, read_type_plan(plan, wanted.name), wanted), as_json)
-        return
-    assert type_ is not None
-    if to == "mlx":
-        from ldrt_edge.convert import mlx
-
-        _refuse(f"--to {to}", mmproj=mmproj)
-        out = out or beside(merged, f"mlx-{type_}")
-        made = mlx.quantize(merged, out, type_, int(group_size) if group_size else None)
     else:
-        from ldrt_edge.convert.quantize import PRESETS
-        from ldrt_edge.convert.quantize import quantize as run
+        assert type_ is not None
+        show_artifact(_to_preset(merged, out, type_, wanted, mmproj, int(group_size) if group_size else None), as_json)
 
-        out = out or beside(merged, f"gguf-{PRESETS.get(type_, type_)}")
-        made = run(merged, out, type_, mmproj, given)
-    show_artifact(made, as_json)
+
+def _to_preset(
+    merged: Path, out: Path | None, type_: str, to: Format, mmproj: str | None, group_size: int | None
+) -> Path:
+    from ldrt_edge.convert import mlx
+    from ldrt_edge.convert.planned import quantize_planned
+    from ldrt_edge.convert.quantize import Gguf
+    from ldrt_edge.convert.quantize import quantize as run
+    from ldrt_edge.convert.quantizer import PRESETS
+    from ldrt_edge.convert.source import open_source
+
+    fitted = "".join(f"-{name}" for name in to.calibration.config()) if to.calibration else ""
+    if isinstance(to, Gguf):
+        out = out or beside(merged, f"gguf-{PRESETS.get(type_, type_)}{fitted}")
+        if not fitted:
+            return run(merged, out, type_, mmproj, to.importance)
+        return quantize_planned(merged, out, to.preset(open_source(merged), type_, mmproj), to)
+    assert isinstance(to, mlx.Mlx)
+    _refuse("--to mlx", mmproj=mmproj)
+    out = out or beside(merged, f"mlx-{type_}{fitted}")
+    if not fitted:
+        return mlx.quantize(merged, out, type_, group_size)
+    return quantize_planned(merged, out, to.preset(open_source(merged), type_, group_size), to)
 
 
 def _importance(folder: Path | None, weighting: str | None) -> Importance | None:
@@ -171,17 +190,20 @@ def _importance(folder: Path | None, weighting: str | None) -> Importance | None
     return Importance(folder, weighting or Importance.weighting)
 
 
-def _format(to: str, importance: Importance | None, feedback: Path | None = None) -> Format:
-    from ldrt_edge.convert.feedback import Feedback
+def _calibration(data: Path | None, rescale: bool, feedback: bool) -> Calibration | None:
+    from ldrt_edge.convert.calibration import Calibration
 
-    given = Feedback(feedback) if feedback else None
+    return Calibration(data, rescale, feedback) if data and (rescale or feedback) else None
+
+
+def _format(to: str, importance: Importance | None, calibration: Calibration | None = None) -> Format:
     if to == "mlx":
         from ldrt_edge.convert.mlx import Mlx
 
-        return Mlx(given)
+        return Mlx(calibration)
     from ldrt_edge.convert.quantize import Gguf
 
-    return Gguf(importance, given)
+    return Gguf(importance, calibration)
 
 
 def _to_budget(
@@ -211,21 +233,22 @@ def _to_budget(
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
 @click.option("--min-speed", type=float, metavar="TOKENS", help="A second, when decoding; with or without the others.")
 @click.option("--bandwidth", type=float, metavar="GB/S", help="With --min-speed: the laptop's, as doctor tells there.")
+@_calibration_options
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=PATH, required=True, help="The plan file (YAML).")
 @json_option
 def plan(
     merged: Path, dataset: Path, to: str, importance: Path | None, weighting: str | None, target_size: float | None,
-    bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, limit: int, seed: int,
-    out: Path, as_json: bool,
+    bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, rescale: bool,
+    feedback: bool, limit: int, seed: int, out: Path, as_json: bool,
 ) -> None:
     """Choose a type for every matrix: least damage to the answers within a size or above a speed, or least size within
     a damage.
 
     The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`. It names GGUF's types (Q4_K, IQ3_S, Q8_0,
     …), or MLX's as affine-BITS-gGROUP: 2, 3, 4, 5, 6 or 8 bits a weight, 32, 64 or 128 weights to a scale. Both have
-    f16.
+    f16. With --rescale and --feedback it is made for an export that gets them too.
     """
     from ldrt_edge.convert.allocate import Speed
     from ldrt_edge.convert.allocate import plan as run
@@ -236,7 +259,7 @@ def plan(
         _refuse(f"--to {to}", importance=importance)
     elif importance is None:
         raise ConfigError("plan --to gguf wants --importance: run ldrt-edge importance first")
-    wanted = _format(to, _importance(importance, weighting))
+    wanted = _format(to, _importance(importance, weighting), _calibration(dataset, rescale, feedback))
     target = None if target_size is None else target_size * 1e6
     speed = None if min_speed is None or bandwidth is None else Speed(min_speed, bandwidth)
     made = run(

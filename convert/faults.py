@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ldrt_edge.convert.exports import Export
 from ldrt_edge.convert.mlx_plan import MlxPlan, mlx_plan
 from ldrt_edge.convert.plan import FilePlan, mmproj_plan, text_plan
+from ldrt_edge.convert.rescale import as_exported
 from ldrt_edge.convert.source import Source
 from ldrt_edge.errors import require
 from ldrt_edge.front_config import read_json
@@ -48,6 +49,7 @@ def setting_differences(source: Source, export: Export) -> Iterator[str]:
 
 def tensor_differences(source: Source, export: Export) -> Iterator[str]:
     """Tensors of an export's files that are not their source's, as far as their type can tell."""
+    source = as_exported(source, export.folder)
     if export.runtime == "llamacpp":
         yield from _gguf_tensors(source, export)
     elif export.runtime == "mlx":

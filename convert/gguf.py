@@ -7,9 +7,11 @@ tensor. The pair is held against the merged model's logits before it gets its fi
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.parity import check
@@ -70,6 +72,24 @@ def write_mmproj(folder: Path, out: Path, type_: MmprojType) -> None:
 
 def write(plan: FilePlan, path: Path, label: str) -> None:
     """Write a planned file, some rows of a tensor in memory at a time."""
+    with _begun(plan, path) as stream, console.bar(f"GGUF {label}", plan.nbytes / 1e6) as bar:
+        for tensor in plan.tensors:
+            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+            for block in plan.blocks(tensor):
+                stream.write(block.data)  # not numpy's tofile, which hides why a write failed
+            bar.advance(tensor.nbytes / 1e6, "(MB)")
+        stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+
+
+def write_outline(plan: FilePlan, path: Path) -> None:
+    """Write a planned file with nothing where its tensors would be: it takes no room on the disk."""
+    with _begun(plan, path) as stream:
+        stream.truncate(stream.tell() + plan.nbytes + _ALIGNMENT * (len(plan.tensors) + 1))
+
+
+@contextmanager
+def _begun(plan: FilePlan, path: Path) -> Iterator[IO[bytes]]:
+    """A planned file with its header; behind it the tensors come, each aligned."""
     writer = plan.metadata
     for tensor in plan.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, "float32", tensor.nbytes, raw_dtype=tensor.type)  # type: ignore[arg-type]
@@ -78,14 +98,7 @@ def write(plan: FilePlan, path: Path, label: str) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         assert writer.fout is not None
-        stream = writer.fout[0]
-        with console.bar(f"GGUF {label}", plan.nbytes / 1e6) as bar:
-            for tensor in plan.tensors:
-                stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
-                for block in plan.blocks(tensor):
-                    stream.write(block.data)  # not numpy's tofile, which hides why a write failed
-                bar.advance(tensor.nbytes / 1e6, "(MB)")
-            stream.write(b"\0" * (-stream.tell() % _ALIGNMENT))
+        yield writer.fout[0]
     finally:
         writer.close()
 

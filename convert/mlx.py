@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ldrt_edge import artifact, console
+from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.fallbacks import Quantized, report
-from ldrt_edge.convert.feedback import Feedback, with_feedback
 from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity
 from ldrt_edge.convert.mlx_plan import AFFINE, GROUP_SIZES, LANGUAGE, SCHEMES, MlxPlan, MlxTensor, mlx_plan
 from ldrt_edge.convert.parity import check
@@ -61,32 +61,25 @@ def quantize(merged: Path, out: Path, type_: str = "q4", group_size: int | None 
         ConfigError: an unknown type or group size, or one that the type does not take.
         ArtifactError: the folder cannot become MLX, or the disk is too small.
     """
-    if type_ in TYPES:
-        raise ConfigError(f"--type {type_} is not quantised: use ldrt-edge convert --to mlx --type {type_}")
-    check_choice("--type", type_, tuple(SCHEMES))
-    scheme = SCHEMES[type_]
-    if group_size is not None and (scheme.mode != "affine" or group_size not in GROUP_SIZES):
-        choices = GROUP_SIZES if scheme.mode == "affine" else (scheme.group_size,)
-        raise ConfigError(f"--group-size {group_size}: {type_} has groups of {' or '.join(map(str, choices))}")
-    return _export(merged, out, type_, group_size or scheme.group_size)
+    return _export(merged, out, type_, _group_size(type_, group_size))
 
 
 @dataclass(frozen=True)
 class Mlx:
     """MLX as a format that plans are made for: see `ldrt_edge.convert.planned.Format`. It rounds without importance."""
 
-    feedback: Feedback | None = None
+    calibration: Calibration | None = None
     name: ClassVar[FormatName] = "mlx"
     probes: ClassVar[tuple[str, ...]] = ("affine-4-g64", "affine-4-g32", "affine-8-g64", "affine-8-g32")
     files: ClassVar[str] = "*.safetensors"
 
     def config(self) -> dict[str, str]:
-        """Whether errors are fed back."""
-        return {"feedback": str(self.feedback.limit)} if self.feedback else {}
+        """What weights are fitted by."""
+        return self.calibration.config() if self.calibration else {}
 
     def inputs(self) -> list[artifact.Input]:
-        """What errors are fed back by."""
-        return [artifact.identity(self.feedback.data)] if self.feedback else []
+        """What weights are fitted to."""
+        return self.calibration.inputs() if self.calibration else []
 
     def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
         """The matrices that MLX packs, of the language model, and of tower and projector."""
@@ -105,14 +98,31 @@ class Mlx:
         """Rows as MLX's quantiser rounds them."""
         return round_half(values) if type_ == "f16" else round_mlx(values, AFFINE[type_])
 
+    def rescaled(self, columns: Mapping[str, FloatArray]) -> Mlx:
+        """The same."""
+        return self
+
+    def preset(self, source: Source, type_: str, group_size: int | None = None) -> TypePlan:
+        """The plan of one of `SCHEMES`.
+
+        Raises:
+            ConfigError: an unknown type or group size, or a type without bits and groups of its own choice.
+        """
+        planned = mlx_plan(source, type_, _group_size(type_, group_size))
+        types = {t.name: t.quantization.label if t.quantization else "f16" for t in planned.tensors}
+        if unknown := set(types.values()) - {*AFFINE, "f16"}:
+            raise ConfigError(f"--type {type_}: plans have no {', '.join(sorted(unknown))}: take q4, q8 or mixed_4_6")
+        model = {matrix.name: types[matrix.name] for matrix in _matrices(planned)["model"]}
+        return TypePlan("mlx", {"model": model, "vision": {"*": "f16"}})
+
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
-        """Write a folder; MLX packs in memory, so that `work` keeps only what feedback needs."""
+        """Write a folder; MLX packs in memory, so that `work` keeps only what a calibration needs."""
         whole = mlx_plan(source, "f16")
         matrices = _matrices(whole)
         types = assign(plan, matrices)
-        if self.feedback:
-            changed = with_feedback(source, self.feedback, self, matrices["model"], types, work)
-            whole = replace(whole, weights=changed.weights)
+        if self.calibration:
+            fitted = self.calibration.fitted(source, self, matrices["model"], types, work, folder)
+            whole = replace(whole, weights=fitted.exported(matrices["model"], types).weights)
         planned = whole.packed({name: AFFINE[type_] for name, type_ in types.items() if type_ in AFFINE})
         check_room(folder, planned.nbytes)
         write(source, planned, folder)
@@ -131,6 +141,18 @@ def write(source: Source, plan: MlxPlan, folder: Path, shard_bytes: int = SHARD_
             shutil.copyfile(source.folder / name, folder / name)
     _write_weights(plan, folder, shard_bytes)
     finish(source, folder)
+
+
+def _group_size(type_: str, group_size: int | None) -> int:
+    """That of a quantised type."""
+    if type_ in TYPES:
+        raise ConfigError(f"--type {type_} is not quantised: use ldrt-edge convert --to mlx --type {type_}")
+    check_choice("--type", type_, tuple(SCHEMES))
+    scheme = SCHEMES[type_]
+    if group_size is not None and (scheme.mode != "affine" or group_size not in GROUP_SIZES):
+        choices = GROUP_SIZES if scheme.mode == "affine" else (scheme.group_size,)
+        raise ConfigError(f"--group-size {group_size}: {type_} has groups of {' or '.join(map(str, choices))}")
+    return group_size or scheme.group_size
 
 
 def _export(merged: Path, out: Path, type_: str, group_size: int | None) -> Path:

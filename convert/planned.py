@@ -6,10 +6,10 @@ Planning, searching and quantising by plan are the same for every format; what a
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from ldrt_edge import artifact
 from ldrt_edge.convert.fallbacks import Quantized, report
@@ -19,6 +19,9 @@ from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.convert.type_plan import FormatName, PlannedMatrix, TypePlan
 from ldrt_edge.runtimes.base import FloatArray
 
+if TYPE_CHECKING:
+    from ldrt_edge.convert.calibration import Calibration
+
 WORK = ".work"
 
 
@@ -27,11 +30,16 @@ class Format(Protocol):
 
     probes: types to which a kind of matrix is rounded when its damage is measured, the first that all rows admit.
     files: shell pattern of the files that hold the weights.
+    calibration: what the language model's weights are fitted to before they are rounded.
     """
 
     name: ClassVar[FormatName]
     probes: ClassVar[tuple[str, ...]]
     files: ClassVar[str]
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """See above."""
 
     def config(self) -> dict[str, str]:
         """What the manifest is to say beside the plan."""
@@ -53,6 +61,9 @@ class Format(Protocol):
 
         start: the first column's number, where `values` are whole blocks of the rows and not all of them.
         """
+
+    def rescaled(self, columns: Mapping[str, FloatArray]) -> Self:
+        """The same for weights whose columns were multiplied by these, by the matrices' names."""
 
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
         """Write a plan's export with its front end into a folder, going on from what a killed run left there.

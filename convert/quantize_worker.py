@@ -28,7 +28,10 @@ _BUFFER_BYTES = 128 << 20  # of rows in memory at once; llama.cpp's own default 
 
 @dataclass(frozen=True)
 class Job:
-    """One file to quantise. file_type: llama.cpp's number; imatrix: an importance matrix; types: by tensor name."""
+    """One file to quantise. file_type: llama.cpp's number; imatrix: an importance matrix; types: by tensor name.
+
+    dry_run: only tell which types its tensors would get.
+    """
 
     source: str
     target: str
@@ -36,6 +39,7 @@ class Job:
     threads: int
     imatrix: str | None = None
     types: Mapping[str, str] = field(default_factory=dict)
+    dry_run: bool = False
 
 
 def main(job: Job) -> int:
@@ -47,6 +51,7 @@ def main(job: Job) -> int:
     loaded.log.listener = _print
     wanted = loaded.llama.llama_model_quantize_default_params()
     wanted.ftype, wanted.nthread, wanted.max_buf_size = job.file_type, job.threads, _BUFFER_BYTES
+    wanted.dry_run = job.dry_run
     try:
         if job.imatrix is not None:
             wanted.imatrix = _imatrix(loaded.llama, Path(job.imatrix))

@@ -47,9 +47,13 @@ class Entry:
 class Weights:
     """The tensors of a folder by canonical name; `read` loads one.
 
+    changed: names of those that `read` gives otherwise than they are stored.
+
     Raises:
         ArtifactError: no LLaVA, a missing, truncated or pickled file, or two tensors of one name.
     """
+
+    changed: frozenset[str] = frozenset()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

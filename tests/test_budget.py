@@ -22,7 +22,8 @@ from ldrt_edge.convert.allocate import Speed, allocate, plan, useful
 from ldrt_edge.convert.gguf import write_text
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
 from ldrt_edge.convert.planned import quantize_planned
-from ldrt_edge.convert.quantize import Gguf, Importance, Wanted, quantize, run_quantizer
+from ldrt_edge.convert.quantize import Gguf, Importance, quantize
+from ldrt_edge.convert.quantizer import Wanted, run_quantizer
 from ldrt_edge.convert.rounding import round_ggml
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
 from ldrt_edge.convert.source import open_source

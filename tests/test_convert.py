@@ -25,7 +25,8 @@ from ldrt_edge.convert import plan
 from ldrt_edge.convert.gguf import convert, write, write_mmproj, write_text
 from ldrt_edge.convert.plan import text_plan
 from ldrt_edge.convert.probes import probes
-from ldrt_edge.convert.quantize import TYPES, Wanted, quantize, read_back, run_quantizer
+from ldrt_edge.convert.quantize import quantize
+from ldrt_edge.convert.quantizer import TYPES, Wanted, read_back, run_quantizer
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.front import Front

@@ -7,20 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny as builders
-from click.testing import CliRunner
 
 from ldrt_edge import artifact
 from ldrt_edge.bench.held_out import ask
-from ldrt_edge.cli import cli
-from ldrt_edge.convert import feedback
-from ldrt_edge.convert.feedback import Compensated, Feedback, Rounding, compensated, gains, moments_path
+from ldrt_edge.convert import moments as moments_module
+from ldrt_edge.convert.calibration import Calibration
+from ldrt_edge.convert.feedback import Compensated, Rounding, compensated, gains
 from ldrt_edge.convert.mlx import Mlx
+from ldrt_edge.convert.moments import Moments, measure
 from ldrt_edge.convert.planned import Format, quantize_planned
 from ldrt_edge.convert.quantize import Gguf
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import TypePlan
 from ldrt_edge.dataset import Dataset
-from ldrt_edge.errors import ConfigError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.base import load
@@ -67,9 +66,9 @@ def test_moments_are_the_same_in_any_number_of_passes(
     tiny: builders.Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(tiny("llava15", "smollm2"))
-    Feedback(data, 8).measure(source, tmp_path / "one")
-    monkeypatch.setattr(feedback, "_MEMORY_SHARE", 0)
-    Feedback(data, 8).measure(source, tmp_path / "many")
+    measure(source, data, tmp_path / "one", 8)
+    monkeypatch.setattr(moments_module, "_MEMORY_SHARE", 0)
+    measure(source, data, tmp_path / "many", 8)
 
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert "language_model.embed_tokens.weight.npy" in files, "the tied table is the head too"
@@ -83,9 +82,9 @@ def test_moments_are_the_same_in_any_number_of_passes(
 def test_rows_are_changed_alike_one_by_one(tiny: builders.Tiny, tmp_path: Path) -> None:
     source, name = open_source(tiny("llava15", "llama")), "language_model.layers.0.mlp.down_proj.weight"
     width = source.weights.entries[name].shape[1]
-    np.save(moments_path(tmp_path, name), correlated(width))
+    np.save(tmp_path / "H.npy", correlated(width))
     rounding = Rounding(32, lambda columns, start: Gguf().rounded(name, columns, "Q4_0", start))
-    weights = Compensated(source.weights, tmp_path, {name: rounding})
+    weights = Compensated(source.weights, Moments({name: tmp_path / "H.npy"}), {name: rounding})
 
     whole = weights.read(name)
     np.testing.assert_allclose(weights.read(name, slice(3, 5)), whole[3:5], rtol=1e-5, atol=1e-7)
@@ -102,8 +101,8 @@ def test_less_is_lost_on_questions_that_were_not_seen(
     asked = ask(Front.load(merged), Dataset(data), None, 0, {})
     vision = {"vision": {"*": "f16"}} if to == "mlx" else {"mmproj": {"*": "F16"}}
     plan = TypePlan("mlx" if to == "mlx" else "gguf", {"model": {"*": type_}, **vision})
-    given = (None, Feedback(data, 16))
-    formats: list[Format] = [Mlx(fed) if to == "mlx" else Gguf(feedback=fed) for fed in given]
+    given = (None, Calibration(data, feedback=True, limit=16))
+    formats: list[Format] = [Mlx(fed) if to == "mlx" else Gguf(calibration=fed) for fed in given]
     folders = [quantize_planned(merged, tmp_path / str(i), plan, one) for i, one in enumerate(formats)]
 
     logits = []
@@ -117,16 +116,3 @@ def test_less_is_lost_on_questions_that_were_not_seen(
     assert manifests[0].metrics["quantized"] == manifests[1].metrics["quantized"], "the same types in as many bytes"
     assert manifests[1].config["feedback"] == "16" and len(manifests[1].inputs) == len(manifests[0].inputs) + 1
     assert not list(tmp_path.rglob("*.npy"))
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["--q4", "--feedback", "--data", "d"], "goes with --plan or --max-loss"),
-        (["--plan", "p", "--feedback"], "--feedback wants --data"),
-        (["--plan", "p", "--data", "d"], "--data goes with --max-loss or --feedback"),
-    ],
-)
-def test_options_that_do_not_go_together(words: list[str], reason: str) -> None:
-    done = CliRunner().invoke(cli, ["quantize", "merged", *words])
-    assert isinstance(done.exception, ConfigError) and reason in str(done.exception)

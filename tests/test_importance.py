@@ -16,7 +16,8 @@ from ldrt_edge import artifact
 from ldrt_edge.convert.gguf import convert, write_text
 from ldrt_edge.convert.importance import Tally, imatrix_path, importance, read_imatrix
 from ldrt_edge.convert.planned import quantize_planned
-from ldrt_edge.convert.quantize import Gguf, Importance, Wanted, quantize, read_back, run_quantizer
+from ldrt_edge.convert.quantize import Gguf, Importance, quantize
+from ldrt_edge.convert.quantizer import Wanted, read_back, run_quantizer
 from ldrt_edge.convert.type_plan import TypePlan, read_type_plan
 from ldrt_edge.errors import ArtifactError, ConfigError, DataError
 from ldrt_edge.runtimes.base import FrontImage, Prompt

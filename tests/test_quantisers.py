@@ -9,19 +9,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny as builders
 from PIL import Image
 
 from ldrt_edge import artifact
-from ldrt_edge.bench import held_out, quantisers, subjects
+from ldrt_edge.bench import held_out, mlx_awq, quantisers_run, subjects
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.bench.quantisers import compare, main
 from ldrt_edge.bench.statistics import paired_ratio
 from ldrt_edge.bench.steps import Cost, Journal, apart
 from ldrt_edge.convert import mlx
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
+from ldrt_edge.convert.probes import probes
 from ldrt_edge.convert.quantize import quantize
 from ldrt_edge.dataset import Dataset, DatasetWriter
 from ldrt_edge.errors import ArtifactError, DataError
@@ -106,9 +108,10 @@ def test_pictures_that_are_asked_about_are_not_calibrated_on(
     [
         (["--bases", "Q4_K_M,IQ2_XXS"], "--bases 'IQ2_XXS': choose one of"),  # needs an importance matrix
         (["--weightings", "all"], "--weightings 'all': choose one of pooled, balanced, answer"),
+        (["--ways", "awq"], "--ways 'awq': choose one of rescale, feedback"),
         (["--calibration", "phantom"], "--calibration NAME=DATASET: not phantom"),
-        (["--other", "theirs=gone.gguf"], "--other theirs=gone.gguf: wants a GGUF file"),
-        (["--to", "mlx", "--other", f"theirs={__file__}"], "and --to gguf"),
+        (["--other", "theirs=gone.gguf"], "--other theirs=gone.gguf: with --to gguf this is a GGUF file"),
+        (["--to", "mlx", "--other", f"theirs={__file__}"], "with --to mlx this is an MLX folder"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -134,17 +137,36 @@ def test_text_importance_sees_no_picture(tiny: builders.Tiny, data: Path, tmp_pa
     assert not np.allclose(means[0]["blk.0.attn_q.weight"], means[1]["blk.0.attn_q.weight"], rtol=0.05)
 
 
+def test_mlx_lms_awq_is_a_peer(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    merged, out = tiny("llava15", "llama", hidden=128), tmp_path / "awq"
+    assert mlx_awq.main([str(merged), "--data", str(data), "--out", str(out), "--tokens", "1100"]) == 0
+
+    plain = mlx.quantize(merged, tmp_path / "q4", "q4")
+    stored = [mx.load(str(folder / "model.safetensors")) for folder in (plain, out)]
+    shapes = [{name: array.shape for name, array in arrays.items()} for arrays in stored]
+    assert shapes[0] == shapes[1]
+    assert (out / "config.json").read_text() == (plain / "config.json").read_text()
+    with subjects.MlxSubjects(merged, tmp_path).given(out) as subject:
+        assert subject.stored.bits_per_weight == artifact.read(plain).metrics["quantized"]["bits_per_weight"]
+        assert 0.9 < subject.matrix_bytes / subject.stored.bytes < 1
+    [prompt, answer], *_ = probes(Front.load(merged), 1)
+    logits = [subjects.unpacked(merged, folder, 1).score(prompt, answer) for folder in (plain, out)]
+    assert 0 < np.abs(logits[0] - logits[1]).max() < 20
+    assert mlx_awq.main([str(merged), "--data", str(data), "--out", str(tmp_path / "no"), "--tokens", "9"]) == 1
+
+
 @pytest.mark.slow
 def test_quantisers_side_by_side(
     tiny: builders.Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
     given: dict[str, Any] = {"calibration_rows": 16, "sensitivity_rows": 8, "threads": 1}
+    given |= {"ways": ["both", "plan", "plan+both"]}
 
     found = compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], **given)
 
     by_family = {result.family: result for result in found.results}
-    assert list(by_family) == ["none", "text", "balanced", "plan", "feedback"]
+    assert list(by_family) == ["none", "text", "balanced", "both", "plan", "plan+both"]
     none, plan = by_family["none"], by_family["plan"]
     assert all(0.99 <= result.bytes_ratio <= 1.01 for result in found.results)
     assert len(plan.types) > len(none.types) and plan.kld_to_none.ci_high < 0.8
@@ -166,7 +188,7 @@ def test_quantisers_side_by_side(
 
     costs = {step.name: step.cost for step in found.steps}
     assert list(costs) == [
-        "quantisation", "importance, text", "importance", "sensitivity", "allocation", "feedback"
+        "quantisation", "importance, text", "importance", "rescale+feedback", "sensitivity", "allocation"
     ]  # fmt: skip
     assert costs["sensitivity"].seconds > costs["importance"].seconds > 0
     assert all(cost.peak_bytes >= cost.idle_bytes > 0 for cost in costs.values())
@@ -183,19 +205,19 @@ def test_quantisers_side_by_side(
     other, *ours = beside.results[len(found.results) :]
     assert (other.base, other.family, other.bytes) == ("theirs", "other", none.bytes)
     assert other.kld == none.kld and other.kld_to_none.value == 1
-    assert [(one.base, one.family) for one in ours] == [("theirs", "plan"), ("theirs", "feedback")]
-    assert [one.kld for one in ours] == [plan.kld, by_family["feedback"].kld], "as large, so the same plan"
+    assert [(one.base, one.family) for one in ours] == [("theirs", "plan"), ("theirs", "plan+both")]
+    assert [one.kld for one in ours] == [plan.kld, by_family["plan+both"].kld], "as large, so the same plan"
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
 
-    for module in (quantisers, held_out, subjects):
+    for module in (quantisers_run, held_out, subjects):
         monkeypatch.setattr(module, "apart", refuse)
     assert compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced"], **given) == found
     with pytest.raises(AssertionError, match="measured again"):
         compare(merged, data, out, "gguf", ["Q4_K_M"], ["balanced", "answer"], **given)
     command = [merged, "--data", data, "--out", out, "--bases", "Q4_K_M", "--weightings", "balanced"]
-    options = ["--calibration-rows", 16, "--sensitivity-rows", 8, "--threads", 1]
+    options = ["--calibration-rows", 16, "--sensitivity-rows", 8, "--threads", 1, "--ways", "both,plan,plan+both"]
     capsys.readouterr()
     assert main([str(word) for word in [*command, *options]]) == 0
     told = capsys.readouterr().out.splitlines()
@@ -207,14 +229,16 @@ def test_quantisers_side_by_side(
 def test_mlx_side_by_side(tiny: builders.Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "out"
     command = [merged, "--to", "mlx", "--bases", "q4", "--data", data, "--out", out, "--sensitivity-rows", 8]
-    command += ["--calibration-rows", 16]
+    command += ["--calibration-rows", 16, "--ways", "rescale,both,plan,plan+both"]
 
     assert main([str(word) for word in command]) == 0
 
     told = capsys.readouterr().out.splitlines()
     assert told[-1] == str(out / "quantisers-mlx.json") and (out / "quantisers-mlx.png").stat().st_size > 10_000
-    none, plan, fed = json.loads((out / "quantisers-mlx.json").read_text())["results"]
-    assert [none["family"], plan["family"], fed["family"]] == ["none", "plan", "feedback"]
+    none, rescaled, both, plan, fed = json.loads((out / "quantisers-mlx.json").read_text())["results"]
+    families = [one["family"] for one in (none, rescaled, both, plan, fed)]
+    assert families == ["none", "rescale", "both", "plan", "plan+both"]
+    assert rescaled["bytes"] == both["bytes"] == none["bytes"] and both["kld"]["value"] < 0.9 * none["kld"]["value"]
     assert 0.99 <= plan["bytes_ratio"] <= 1 and fed["bytes"] == plan["bytes"]
     assert fed["kld"]["value"] < 0.9 * plan["kld"]["value"]
     assert len(plan["types"]) > len(none["types"]) and plan["kld_to_none"]["ci_high"] < 0.9
