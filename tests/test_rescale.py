@@ -305,7 +305,7 @@ def test_on_the_command_line(uneven: Path, data: Path) -> None:
     done = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert done.stdout.strip() == str(folder / "model-mlx-q4-rescale-feedback")
     manifest = artifact.verify(Path(done.stdout.strip()), "mlx")
-    assert (manifest.config["rescale"], manifest.config["feedback"]) == ("32", "32")
+    assert (manifest.config["rescale"], manifest.config["feedback"]) == ("96", "96")
     assert set(manifest.metrics["quantized"]["types"]) == {"affine-4-g64", "f16"}
 
 
