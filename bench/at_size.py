@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import numpy as np
 from PIL import Image
 
 from ldrt_edge import artifact, console
-from ldrt_edge.bench.shapes import DEVIATION, QUESTION, SHAPES, Shape, tensor_shapes, write_config
+from ldrt_edge.bench.shapes import DEVIATION, QUESTION, SHAPES, tensor_shapes, write_config
+from ldrt_edge.bench.steps import digest
 from ldrt_edge.errors import ConfigError, LdrtError, require
 from ldrt_edge.runtimes.processor import physical_cores
 
@@ -109,22 +110,29 @@ def run(
     return costs
 
 
-def make_base(out: Path, layers: int) -> Path:
-    """A base artefact in LLaVA-1.5-7B's shape (13.5 GB at 32 layers), sharded bf16 safetensors, drawn from a seed."""
+def make_base(
+    out: Path, layers: int, name: str = "llava-1.5-7b", texts: Sequence[str] = (QUESTION,), vocabulary: int = 300
+) -> Path:
+    """A base artefact in a model's shape (7B: 13.5 GB at 32 layers), sharded bf16 safetensors, drawn from a seed.
+
+    texts, vocabulary: see `shapes.write_config`.
+    """
     torch, save_file = require("torch", "train"), require("safetensors.torch", "train").save_file
-    with artifact.create(out, "base", {"shape": "llava-1.5-7b", "layers": layers}, seed=0) as draft:
+    config = {"shape": name, "layers": layers, "texts": digest({"texts": list(texts)}), "vocabulary": vocabulary}
+    with artifact.create(out, "base", config, seed=0) as draft:
         if draft.complete:
             return out
-        shape = Shape(SHAPES["llava-1.5-7b"].text | {"num_hidden_layers": layers})
-        shapes = tensor_shapes(write_config(draft.path, shape))
-        generator, shard, weight_map, number = torch.Generator().manual_seed(0), {}, {}, 1
-        for name, sizes in console.track(list(shapes.items()), "drawing weights"):
-            is_norm = name.endswith("weight") and len(sizes) == 1
-            drawn = torch.empty(sizes, dtype=torch.bfloat16)
-            shard[name] = drawn.fill_(1) if is_norm else drawn.normal_(0, DEVIATION, generator=generator)
-            weight_map[name] = f"model-{number:05}.safetensors"
-            if sum(t.nbytes for t in shard.values()) > _SHARD_BYTES or name == list(shapes)[-1]:
-                save_file(shard, draft.path / weight_map[name], metadata={"format": "pt"})
+        shape = replace(SHAPES[name], text=SHAPES[name].text | {"num_hidden_layers": layers})
+        shapes = tensor_shapes(write_config(draft.path, shape, texts, vocabulary))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator, shard, weight_map, number = torch.Generator(device).manual_seed(0), {}, {}, 1
+        for tensor, sizes in console.track(list(shapes.items()), "drawing weights"):
+            is_norm = tensor.endswith("weight") and len(sizes) == 1
+            drawn = torch.empty(sizes, dtype=torch.bfloat16, device=device)
+            shard[tensor] = drawn.fill_(1) if is_norm else drawn.normal_(0, DEVIATION, generator=generator)
+            weight_map[tensor] = f"model-{number:05}.safetensors"
+            if sum(t.nbytes for t in shard.values()) > _SHARD_BYTES or tensor == list(shapes)[-1]:
+                save_file(shard, draft.path / weight_map[tensor], metadata={"format": "pt"})
                 shard, number = {}, number + 1
         index = {"metadata": {}, "weight_map": weight_map}
         (draft.path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -153,10 +153,10 @@ def _likeness(features: NDArray[np.float32], seed: int) -> Matrix:
 
 def _features(base: Path, dataset: Dataset, rows: Sequence[Row]) -> dict[str, NDArray[np.float32]]:
     """A vector for each picture: mean, deviation and maximum of its patches, and the means of its four quarters."""
-    front = Front.load(base)
-    store = FeatureStore(load_model(base, "float32"), front, exact=False, limit_bytes=_CACHE_BYTES)
+    front, model = Front.load(base), load_model(base, "float32")
+    store = FeatureStore(model, front, exact=False, limit_bytes=_CACHE_BYTES)
     first = {image: members[0] for image, members in group_by_image(rows).items()}
-    store.fill([PackedRow(dataset.image_path(row), row.image_sha256, ()) for row in first.values()])
+    store.fill(model, [PackedRow(dataset.image_path(row), row.image_sha256, ()) for row in first.values()])
     side = front.config.image_size // front.config.patch_size
     return {image: _pooled(store.get(row.image_sha256)[0].float().numpy(), side) for image, row in first.items()}
 

@@ -10,6 +10,7 @@ so a killed run goes on where it stopped.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import time
@@ -43,6 +44,7 @@ BRANCHES = 16
 REPORT, PAGE, SAMPLES, PROBES = "report.json", "report.html", "samples.jsonl", "probes.jsonl"
 OTHERS = "others"
 """Folder of the further models' own samples, numbered as they were given."""
+_LAST_SECOND = 253402300799  # of the year 9999
 
 
 def bench(
@@ -275,13 +277,13 @@ def _command(
 
 def _environment(settings: _Settings, command: str) -> Environment:
     return Environment(
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(_now())),
         platform=platform.platform(),
         processor=processor_name(),
         cores_physical=psutil.cpu_count(logical=False) or 0,
         cores_logical=psutil.cpu_count() or 0,
         memory_bytes=psutil.virtual_memory().total,
-        load_average=psutil.getloadavg(),
+        load_average=psutil.getloadavg() if settings.runs else None,
         threads=settings.threads,
         seed=settings.seed,
         limit=settings.limit,
@@ -290,3 +292,18 @@ def _environment(settings: _Settings, command: str) -> Environment:
         libraries=artifact.library_versions(),
         command=command,
     )
+
+
+def _now() -> float:
+    """Seconds since 1970, or what SOURCE_DATE_EPOCH says instead, so that a report can be made again byte by byte.
+
+    Raises:
+        ConfigError: it says no number of seconds.
+    Source: https://reproducible-builds.org/specs/source-date-epoch/
+    """
+    told = os.environ.get("SOURCE_DATE_EPOCH")
+    if told is None:
+        return time.time()
+    if not told.isascii() or not told.isdigit() or int(told) > _LAST_SECOND:
+        raise ConfigError(f"SOURCE_DATE_EPOCH={told[:30]!r}: wants seconds since 1970, or nothing")
+    return int(told)

@@ -67,7 +67,7 @@ class DatasetIdentity:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and with what it was measured; `load_average` (1, 5, 15 minutes) at the start."""
+    """Where and with what it was measured; `load_average` (1, 5, 15 minutes) at the start, null if nothing is timed."""
 
     created: str
     platform: str
@@ -75,7 +75,7 @@ class Environment:
     cores_physical: int
     cores_logical: int
     memory_bytes: int
-    load_average: tuple[float, float, float]
+    load_average: tuple[float, float, float] | None
     threads: int | None
     seed: int
     limit: int | None

@@ -14,7 +14,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from ldrt_edge.errors import require
 from ldrt_edge.front import Front
 
 QUESTION = "How many beams are used?"
-"""The one text that the drawn tokenizer knows; others it writes byte by byte."""
+"""The one text that the drawn tokenizer knows, unless it is given others; the rest it writes byte by byte."""
 DEVIATION = 0.02
 Type = Literal["Q4_K_M", "Q8_0", "F16"]
 
@@ -103,10 +103,13 @@ def draw(shape: Shape, type_: Type, out: Path) -> Path:
     return out
 
 
-def write_config(folder: Path, shape: Shape) -> Any:
-    """Write a model's configuration, tokenizer and processor into `folder`; transformers' configuration object."""
+def write_config(folder: Path, shape: Shape, texts: Sequence[str] = (QUESTION,), vocabulary: int = 300) -> Any:
+    """Write a model's configuration, tokenizer and processor into `folder`; transformers' configuration object.
+
+    texts: what the tokenizer knows, in at most `vocabulary` tokens.
+    """
     transformers = require("transformers", "train")
-    tokenizer = _tokenizer(folder, shape)
+    tokenizer = _tokenizer(folder, shape, texts, vocabulary)
     kind, name = (transformers.LlavaNextConfig, "LlavaNext") if shape.tiled else (transformers.LlavaConfig, "Llava")
     config = kind(
         text_config={"model_type": "llama", **shape.text},
@@ -202,12 +205,12 @@ def _pool(type_: GGMLQuantizationType) -> NDArray[np.uint8]:
     return blocks.reshape(-1)
 
 
-def _tokenizer(folder: Path, shape: Shape) -> Any:
+def _tokenizer(folder: Path, shape: Shape, texts: Sequence[str], vocabulary: int) -> Any:
     """Llama's kind of tokenizer (SentencePiece, bytes as fallback), a processor and Vicuna's chat form."""
     transformers, sentencepiece = require("transformers", "train"), require("sentencepiece", "train")
     trained, side = io.BytesIO(), shape.vision["image_size"]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([QUESTION]), model_writer=trained, model_type="bpe", vocab_size=300,
+        sentence_iterator=iter(texts), model_writer=trained, model_type="bpe", vocab_size=vocabulary,
         hard_vocab_limit=False, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
@@ -223,6 +226,11 @@ def _tokenizer(folder: Path, shape: Shape) -> Any:
         "do_center_crop": True, "resample": 3, **shape.grid,
         "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side},
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }))  # fmt: skip
+    (folder / "processor_config.json").write_text(json.dumps({
+        "processor_class": "LlavaNextProcessor" if shape.tiled else "LlavaProcessor", "image_token": "<image>",
+        "patch_size": shape.vision["patch_size"], "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
     }))  # fmt: skip
     (folder / "chat_template.jinja").write_text(
         "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"

@@ -40,6 +40,7 @@ from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.train.base import Base, resolve_base
 from ldrt_edge.train.lora import train
 from ldrt_edge.train.recipe import load_recipe
+from ldrt_edge.train.watch import read_metrics
 
 RESULTS = "sweep.json"
 
@@ -83,12 +84,14 @@ def sweep(file: Path, out: Path) -> list[Variant]:
     out.mkdir(parents=True, exist_ok=True)
     right: dict[str, list[float]] = {name: [] for name in given.variants}
     metrics: dict[str, list[dict[str, Any]]] = {name: [] for name in given.variants}
+    seconds = dict.fromkeys(given.variants, 0.0)
     clusters: list[str] = []
     for seed in given.seeds:  # seed by seed: a sweep that is stopped has whole comparisons
         for name in given.variants:
             console.say(f"{name}, seed {seed}")
             adapter = train(base, given.data, out / f"{_slug(name)}-seed{seed}", recipes[name, seed])
             metrics[name].append(dict(artifact.read(adapter).metrics))
+            seconds[name] += sum(line.get("train_runtime", 0.0) for line in read_metrics(adapter / artifact.TIMES))
             answers, groups = _answers(base, adapter, datasets)
             right[name] += answers
         clusters += groups
@@ -98,7 +101,7 @@ def sweep(file: Path, out: Path) -> list[Variant]:
             name, settings, rate(right[name], clusters),
             None if name == first else paired_difference(right[name], right[first], clusters),
             tuple(entry["loss"] for entry in metrics[name]),
-            sum(entry["seconds"] for entry in metrics[name]) / len(given.seeds),
+            seconds[name] / len(given.seeds),
         )
         for name, settings in given.variants.items()
     ]  # fmt: skip

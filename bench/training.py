@@ -1,6 +1,7 @@
 """How fast and how lean training is, beside the stock ways to do the same.
 
     python -m ldrt_edge.bench.training --data DATASET --out OUT [--questions 6] [--rounds 3] [--peers a,b] [--ladder]
+    python -m ldrt_edge.bench.training --data DATASET --out OUT --arch llava-1.5-7b --step 48   # on a GPU
 
 The peers are transformers' Trainer with peft, as it comes (float32) and with its own `bf16=True`, and TRL's SFTTrainer
 as it comes. All train the same adapter on the same base: LoRA on the language model's linears and the projector, the
@@ -12,6 +13,9 @@ all. Samples a second (a sample is a question with its answer) are counted from 
 last's: the first one warms up. They are counted twice: by the clock, and by the time that the process computed, which
 on one thread is the same on a quiet machine and nearly so on a busy one; ratios are of the latter. What the vision
 tower took beforehand, which is in ours only, is told apart (`features_s`): it is paid once and not in every epoch.
+
+On a GPU the peers load the base in its own bf16, the clock decides and memory is the GPU's. `--arch` draws a base of
+real shape with random weights: speed and memory do not ask what weights are worth. MFU is told there (`bench.mfu`).
 
 `--ladder` also runs ours with no switch on, with each alone, and with each left out. A run that was killed goes on.
 """
@@ -29,10 +33,14 @@ from statistics import median
 import psutil
 
 from ldrt_edge import artifact, console
+from ldrt_edge.bench.at_size import make_base
+from ldrt_edge.bench.mfu import Ceiling, decoder_weights, measure_ceiling
+from ldrt_edge.bench.shapes import SHAPES
 from ldrt_edge.bench.steps import Journal, apart
 from ldrt_edge.bench.training_peers import PEERS, Curve, Task, run_ours, run_peer
 from ldrt_edge.dataset import Dataset, DatasetWriter, group_by_image
 from ldrt_edge.errors import ConfigError, DataError, LdrtError
+from ldrt_edge.train.base import resolve_base
 
 OURS = "ours"
 SWITCHES: Mapping[str, tuple[str, str]] = {
@@ -43,8 +51,10 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
     "fused LoRA": ("fused_lora=true", "fused_lora=false"),
 }
 """Each switch of ours: the setting that turns it on, and off."""
+CUDA_SWITCHES: Mapping[str, tuple[str, str]] = {"Liger": ("kernels=liger", "kernels=torch")}
 SAMPLES_PER_STEP, FORWARD_SAMPLES = 12, 3
 """3 questions with a picture each are 870 tokens of the starter, 2 pictures with 6 questions each are 800."""
+_VOCABULARY = 1000
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -53,23 +63,30 @@ class Side:
     """One side over all rounds: medians, and the losses of its last round.
 
     samples_per_s: by the clock; samples_per_processor_s: by the time that its process computed.
-    losses: of every optimizer step. peak_bytes: of resident memory, with Python and its libraries.
+    rate: that of the two which decides; slowest, fastest: of its rounds.
+    losses: of every optimizer step. peak_bytes: reserved on the GPU, or else of resident memory, with Python.
+    tokens: of one pass over all questions. mfu: see the module's text; None on a CPU.
     """
 
     name: str
     samples_per_s: float
     samples_per_processor_s: float
+    rate: float
     slowest: float
     fastest: float
     peak_bytes: int
     features_s: float
     losses: tuple[float, ...]
+    tokens: int
+    mfu: float | None = None
 
 
 @dataclass(frozen=True)
 class Found:
     """What one run of the benchmark found, on one machine."""
 
+    device: str
+    ceiling: Ceiling | None
     questions_per_image: int
     samples_per_step: int
     steps: int
@@ -79,40 +96,59 @@ class Found:
     sides: tuple[Side, ...]
 
 
+@dataclass(frozen=True)
+class Size:
+    """What a run trains: questions in an optimizer step, in a peer's forward, and rows at most in one of ours."""
+
+    step: int = SAMPLES_PER_STEP
+    forward: int = FORWARD_SAMPLES
+    rows: int = FORWARD_SAMPLES
+
+
 def compare(
-    data: Path, out: Path, base: str = "starter", questions: int = 6, rounds: int = 3, steps: int = 3,
-    peers: Sequence[str] = PEERS, ladder: bool = False, threads: int = 1,
+    data: Path, out: Path, base: str = "starter", recipe: str = "starter", questions: int = 6, rounds: int = 3,
+    steps: int = 3, peers: Sequence[str] = PEERS, ladder: bool = False, threads: int = 1, size: Size | None = None,
 ) -> Found:
-    """Train all sides in turn; writes `training.json` into `out`.
+    """Train all sides in turn; writes `training-QUESTIONS.json` into `out`.
 
     Raises:
         ConfigError: an unknown peer, or `questions` that do not divide a step.
         DataError: the dataset has too few pictures with that many questions.
     """
+    size = size or Size()
     unknown = [name for name in peers if name not in PEERS]
     if unknown:
         raise ConfigError(f"--peers {unknown[0]}: choose from {', '.join(PEERS)}")
-    if SAMPLES_PER_STEP % questions:
-        raise ConfigError(f"--questions {questions}: wants a divisor of {SAMPLES_PER_STEP}, the questions of a step")
+    if size.step % questions or size.step % size.forward:
+        raise ConfigError(f"--step {size.step}: no multiple of --questions {questions} and --forward {size.forward}")
     out.mkdir(parents=True, exist_ok=True)
-    subset = _subset(data, out / f"questions-{questions}", questions, steps)
-    task = Task(base, subset, out / "work", _settings(questions, {}), threads, FORWARD_SAMPLES)
-    runs: dict[str, Task] = {OURS: task, **{name: task for name in peers}}
-    if ladder:
-        runs |= {name: _with(task, settings) for name, settings in _ladder(questions).items()}
+    subset = _subset(data, out / f"questions-{questions}-{steps * size.step}", questions, steps, size.step)
+    switches = _switches()
+    off: dict[str, dict[str, bool]] = {name: {} for name in (OURS, *peers)}
+    off |= _ladder(questions, switches) if ladder else {}
+    runs = {
+        name: Task(base, subset, out / "work", recipe, _settings(questions, o, size, switches), threads, size.forward)
+        for name, o in off.items()
+    }
     journal, identity = Journal(out / "journal.jsonl"), artifact.identity(subset).manifest_sha256
     curves: dict[str, list[tuple[Curve, int]]] = {name: [] for name in runs}
-    load_average = psutil.getloadavg()
+    load_average, ceiling = psutil.getloadavg(), measure_ceiling()
+    device = "CPU" if ceiling is None else ceiling.device
     for turn in range(rounds):
         for name in sorted(runs, reverse=turn % 2 == 1) if not ladder else runs:
-            key = {"name": name, "turn": turn, "data": identity, "settings": runs[name].settings, "threads": threads}
+            key = {
+                "name": name, "turn": turn, "data": identity, "settings": runs[name].settings, "threads": threads,
+                "base": base, "recipe": recipe, "forward": size.forward, "device": device,
+            }  # fmt: skip
             gave = journal.once(key, lambda name=name: _measured(name, runs[name]))  # type: ignore[misc]
             curve = Curve(**{**gave["curve"], "losses": tuple(gave["curve"]["losses"])})
-            curves[name].append((curve, gave["peak_bytes"]))
+            peak = curve.gpu_peak_bytes or gave["peak_bytes"]
+            curves[name].append((curve, peak))
             said = f"{curve.samples_per_s:.2f} samples/s, {curve.samples_per_processor_s:.2f} a processor second"
-            console.say(f"round {turn + 1}, {name}: {said}, {gave['peak_bytes'] / 1e9:.2f} GB")
-    sides = tuple(_side(name, found) for name, found in curves.items())
-    found = Found(questions, SAMPLES_PER_STEP, steps, rounds, threads, load_average, sides)
+            console.say(f"round {turn + 1}, {name}: {said}, {peak / 1e9:.2f} GB")
+    weights = decoder_weights(resolve_base(base).folder)
+    sides = tuple(_side(name, found, size.step * steps, weights, ceiling) for name, found in curves.items())
+    found = Found(device, ceiling, questions, size.step, steps, rounds, threads, load_average, sides)
     (out / f"training-{questions}{'-ladder' if ladder else ''}.json").write_text(json.dumps(asdict(found), indent=1))
     return found
 
@@ -121,18 +157,19 @@ def table(found: Found) -> list[str]:
     """The sides as lines of a Markdown table, the plain path first."""
     sides = {side.name: side for side in found.sides}
     plain = sides.get("trainer", sides.get("no switch", found.sides[0]))
+    unit = "a processor second" if found.ceiling is None else "a second"
     lines = [
-        f"| {found.questions_per_image} questions a picture | samples/s | a processor second | ratio | peak GB | ratio "
-        "| last loss | largest difference |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| {found.questions_per_image} questions a picture, {found.device} | samples {unit} | ratio | peak GB | ratio "
+        "| tokens a sample | MFU | last loss | largest difference |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for side in sorted(found.sides, key=lambda side: side.samples_per_processor_s):
+    for side in sorted(found.sides, key=lambda side: side.rate):
         apart_by = max(abs(a - b) for a, b in zip(side.losses, plain.losses, strict=True))
         lines.append(
-            f"| {side.name} | {side.samples_per_s:.2f} | "
-            f"{side.samples_per_processor_s:.2f} ({side.slowest:.2f}–{side.fastest:.2f}) | "
-            f"{side.samples_per_processor_s / plain.samples_per_processor_s:.2f} | {side.peak_bytes / 1e9:.2f} | "
-            f"{side.peak_bytes / plain.peak_bytes:.2f} | {side.losses[-1]:.4f} | {apart_by:.4f} |"
+            f"| {side.name} | {side.rate:.2f} ({side.slowest:.2f}–{side.fastest:.2f}) | {side.rate / plain.rate:.2f} | "
+            f"{side.peak_bytes / 1e9:.2f} | {side.peak_bytes / plain.peak_bytes:.2f} | "
+            f"{side.tokens / (found.samples_per_step * found.steps):.0f} | "
+            f"{'' if side.mfu is None else format(side.mfu, '.0%')} | {side.losses[-1]:.4f} | {apart_by:.4f} |"
         )
     return lines
 
@@ -144,47 +181,59 @@ def _measured(name: str, task: Task) -> dict[str, object]:
     return {"curve": asdict(curve), "peak_bytes": cost.peak_bytes, "load_average": psutil.getloadavg()[0]}
 
 
-def _side(name: str, found: Sequence[tuple[Curve, int]]) -> Side:
-    rates = [curve.samples_per_processor_s for curve, _ in found]
-    by_clock = median(curve.samples_per_s for curve, _ in found)
-    peak = round(median(peak for _, peak in found))
-    last = found[-1][0]
+def _side(
+    name: str, found: Sequence[tuple[Curve, int]], samples: int, weights: int, ceiling: Ceiling | None
+) -> Side:
+    by_clock = [curve.samples_per_s for curve, _ in found]
+    by_processor = [curve.samples_per_processor_s for curve, _ in found]
+    rates = by_processor if ceiling is None else by_clock
+    peak, last = round(median(peak for _, peak in found)), found[-1][0]
     features_s = round(median(curve.features_s for curve, _ in found), 2)
-    return Side(name, by_clock, median(rates), min(rates), max(rates), peak, features_s, last.losses)
+    tokens_per_s = median(by_clock) * last.tokens / samples
+    mfu = None if ceiling is None else ceiling.utilisation(weights, tokens_per_s)
+    return Side(
+        name, median(by_clock), median(by_processor), median(rates), min(rates), max(rates), peak, features_s,
+        last.losses, last.tokens, mfu,
+    )
 
 
-def _settings(questions: int, off: Mapping[str, bool]) -> tuple[str, ...]:
+def _switches() -> Mapping[str, tuple[str, str]]:
+    import torch
+
+    return {**SWITCHES, **CUDA_SWITCHES} if torch.cuda.is_available() else SWITCHES
+
+
+def _settings(
+    questions: int, off: Mapping[str, bool], size: Size, switches: Mapping[str, tuple[str, str]]
+) -> tuple[str, ...]:
     """A recipe's overrides with all switches on but those named."""
     packed = not off.get("shared prefix", False)
-    rows = SAMPLES_PER_STEP // questions if packed else SAMPLES_PER_STEP
-    forward = min(rows, FORWARD_SAMPLES)
-    switches = (pair[off.get(name, False)].format(questions=questions) for name, pair in SWITCHES.items())
+    rows = size.step // questions if packed else size.step
+    forward = max(number for number in range(1, size.rows + 1) if rows % number == 0)
+    turned = (pair[off.get(name, False)].format(questions=questions) for name, pair in switches.items())
     return (
-        *switches, f"rows_per_step={forward}", f"accumulate={rows // forward}", "standardise_features=false",
+        *turned, f"rows_per_step={forward}", f"accumulate={rows // forward}", "standardise_features=false",
         "vision_tokens=null", "validation_images=0", "log_steps=1", "group_by_length=false", "warmup=0",
         "instruct.learning_rate=1e-5", "instruct.projector_learning_rate=1e-5", "lora.dropout=0", "spike_factor=null",
         "save_steps=100000",
     )  # fmt: skip
 
 
-def _ladder(questions: int) -> dict[str, tuple[str, ...]]:
-    names = [name for name in SWITCHES if questions > 1 or name != "shared prefix"]
-    all_off = {name: True for name in names}
+def _ladder(questions: int, switches: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, bool]]:
+    """Which switches are off in ours, by what such a run is called."""
+    names = [name for name in switches if questions > 1 or name != "shared prefix"]
+    all_off = dict.fromkeys(names, True)
     return {
-        "no switch": _settings(questions, all_off),
-        **{f"only {name}": _settings(questions, {**all_off, name: False}) for name in names},
-        **{f"without {name}": _settings(questions, {name: True}) for name in names},
+        "no switch": all_off,
+        **{f"only {name}": {**all_off, name: False} for name in names},
+        **{f"without {name}": {name: True} for name in names},
     }
 
 
-def _with(task: Task, settings: tuple[str, ...]) -> Task:
-    return Task(task.base, task.data, task.work, settings, task.threads, task.forward_samples)
-
-
-def _subset(data: Path, out: Path, questions: int, steps: int) -> Path:
+def _subset(data: Path, out: Path, questions: int, steps: int, step: int) -> Path:
     """A dataset of just what the steps need: pictures with that many single questions each."""
     dataset = Dataset(data)
-    pictures = steps * SAMPLES_PER_STEP // questions
+    pictures = steps * step // questions
     singles = [row for row in dataset.rows("train") if len(row.turns) == 2]
     chosen = [rows[:questions] for rows in group_by_image(singles).values() if len(rows) >= questions][:pictures]
     if len(chosen) < pictures:
@@ -207,26 +256,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="starter")
+    parser.add_argument("--arch", choices=sorted(SHAPES), help="draw a base of this shape instead")
+    parser.add_argument("--layers", type=int, help="of its language model, for a trial; all of them by itself")
+    parser.add_argument("--recipe", default="starter", help="whose LoRA ranks and optimizer all sides take")
     parser.add_argument("--questions", type=int, default=6, help="a picture's")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of 12 questions, the first not counted")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps, the first not counted")
+    parser.add_argument("--step", type=int, default=SAMPLES_PER_STEP, help="questions in an optimizer step")
+    parser.add_argument("--forward", type=int, default=FORWARD_SAMPLES, help="of them in one forward of a peer")
+    parser.add_argument("--rows", type=int, default=FORWARD_SAMPLES, help="packed rows in one forward of ours, at most")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--ladder", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
-    if min(given.questions, given.rounds, given.threads) < 1 or given.steps < 2:
-        parser.error("--questions, --rounds and --threads want at least 1, --steps at least 2")
+    if min(given.questions, given.rounds, given.threads, given.step, given.forward, given.rows) < 1 or given.steps < 2:
+        parser.error("--steps wants at least 2, all other numbers at least 1")
     peers = [name for name in given.peers.split(",") if name]
     try:
+        base = given.base if given.arch is None else str(_drawn(given.out, given.data, given.arch, given.layers))
         found = compare(
-            given.data, given.out, given.base, given.questions, given.rounds, given.steps, peers, given.ladder,
-            given.threads,
+            given.data, given.out, base, given.recipe, given.questions, given.rounds, given.steps, peers, given.ladder,
+            given.threads, Size(given.step, given.forward, given.rows),
         )
     except LdrtError as error:
         print(error, file=sys.stderr)
         return 1
     print("\n".join(table(found)))
     return 0
+
+
+def _drawn(out: Path, data: Path, arch: str, layers: int | None) -> Path:
+    """A base of that shape, whose tokenizer knows the dataset's words: about as many tokens as a real one makes."""
+    texts = [turn.text for row in Dataset(data).rows("train") for turn in row.turns]
+    layers = layers or int(SHAPES[arch].text["num_hidden_layers"])
+    return make_base(out / f"base-{layers}", layers, arch, texts, _VOCABULARY)
 
 
 if __name__ == "__main__":

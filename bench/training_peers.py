@@ -21,7 +21,7 @@ _TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 @dataclass(frozen=True)
 class Task:
-    """What all sides train: overrides of the starter recipe say how ours does it and what LoRA and AdamW are.
+    """What all sides train: a recipe with overrides says how ours does it and what LoRA and AdamW are.
 
     forward_samples: questions in one forward of a peer.
     """
@@ -29,6 +29,7 @@ class Task:
     base: str
     data: Path
     work: Path
+    recipe: str
     settings: tuple[str, ...]
     threads: int
     forward_samples: int
@@ -39,18 +40,23 @@ class Curve:
     """A run: speed after the first optimizer step, the loss of each, seconds for features computed beforehand.
 
     samples_per_processor_s: by the time that the process computed, which other programs' load hardly touches.
+    tokens: of text and pictures that one pass over all questions sends through the language model, padding left out.
+    gpu_peak_bytes: reserved on the GPU; 0 where there is none.
     """
 
     samples_per_s: float
     samples_per_processor_s: float
     losses: tuple[float, ...]
     features_s: float
+    tokens: int
+    gpu_peak_bytes: int
 
 
 def run_ours(task: Task) -> Curve:
     """`ldrt-edge train`, from no cached features at all."""
     import torch
 
+    from ldrt_edge.artifact import TIMES
     from ldrt_edge.train import features
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.lora import train
@@ -58,7 +64,7 @@ def run_ours(task: Task) -> Curve:
     from ldrt_edge.train.watch import METRICS, read_metrics
 
     torch.set_num_threads(task.threads)
-    base, recipe = resolve_base(task.base), load_recipe("starter", task.settings)
+    base, recipe = resolve_base(task.base), load_recipe(task.recipe, task.settings)
     task.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=task.work) as folder:
         os.environ["XDG_CACHE_HOME"] = folder
@@ -73,9 +79,11 @@ def run_ours(task: Task) -> Curve:
         features.FeatureStore.fill = timed  # type: ignore[method-assign]
         out = train(base, [task.data], Path(folder) / "adapter", recipe)
         logged = [entry for entry in read_metrics(out / METRICS) if "loss" in entry]
-    questions = len(Dataset(task.data).rows("train"))
-    ended = [(entry["seconds"], entry["processor_seconds"]) for entry in logged]
-    return _curve(questions, ended, [entry["loss"] for entry in logged], sum(spent))
+        times = {entry["step"]: entry for entry in reversed(read_metrics(out / TIMES))}
+    dataset = Dataset(task.data)
+    ended = [(times[entry["step"]]["seconds"], times[entry["step"]]["processor_seconds"]) for entry in logged]
+    losses = [entry["loss"] for entry in logged]
+    return _curve(len(dataset.rows("train")), ended, losses, _our_tokens(base.folder, dataset, recipe), sum(spent))
 
 
 def run_peer(name: str, task: Task) -> Curve:
@@ -88,7 +96,7 @@ def run_peer(name: str, task: Task) -> Curve:
 
     torch.set_num_threads(task.threads)
     transformers.utils.logging.set_verbosity_error()
-    recipe, folder = load_recipe("starter", task.settings), resolve_base(task.base).folder
+    recipe, folder = load_recipe(task.recipe, task.settings), resolve_base(task.base).folder
     transformers.set_seed(recipe.seed)
     model = _peft_model(folder, recipe)
     processor = transformers.AutoProcessor.from_pretrained(folder)
@@ -106,22 +114,24 @@ def run_peer(name: str, task: Task) -> Curve:
         "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": not torch.cuda.is_available(),
         "train_sampling_strategy": "sequential", "dataloader_pin_memory": False,
     }  # fmt: skip
-    watch = _watch(transformers.TrainerCallback)
+    watch, collator = _watch(transformers.TrainerCallback), _Collator(processor)
     with Path(os.devnull).open("w") as quiet, redirect_stdout(quiet):
         if name == "trl":
             trainer = _trl(model, processor, rows, dataset, shared, watch)
         else:
             trainer = transformers.Trainer(
                 model=model,
-                args=transformers.TrainingArguments(bf16=name.endswith("bf16"), remove_unused_columns=False, **shared),
+                args=transformers.TrainingArguments(bf16=name != "trainer", remove_unused_columns=False, **shared),
                 train_dataset=[{"row": row, "image": dataset.image_path(row)} for row in rows],
-                data_collator=_Collator(processor),
+                data_collator=collator,
                 callbacks=[watch],
             )
         trainer.train()
     shutil.rmtree(output)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return _curve(len(rows), watch.ended, losses, 0.0)
+    examples = ({"row": row, "image": dataset.image_path(row)} for row in rows)
+    tokens = sum(int(collator([example])["attention_mask"].sum()) for example in examples)
+    return _curve(len(rows), watch.ended, losses, tokens, 0.0)
 
 
 def _peft_model(folder: Path, recipe: Any) -> Any:
@@ -129,12 +139,24 @@ def _peft_model(folder: Path, recipe: Any) -> Any:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    # what guides load on a GPU is the checkpoint's own bf16
+    dtype = "auto" if torch.cuda.is_available() else torch.float32
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
     lora = LoraConfig(
         r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, lora_dropout=recipe.lora.dropout, target_modules=_TARGETS,
         modules_to_save=["multi_modal_projector"],
     )
     return get_peft_model(model, lora)
+
+
+def _our_tokens(folder: Path, dataset: Dataset, recipe: Any) -> int:
+    from ldrt_edge.front import Front
+    from ldrt_edge.train.features import PackedDataset
+    from ldrt_edge.train.lora import gather_material
+
+    front = Front.load(folder)
+    packed = PackedDataset(gather_material([dataset], front, recipe).rows, front, None)
+    return sum(len(packed[i].sequences.ids) for i in range(len(packed)))
 
 
 def _in_order(task: Task, folder: Path, recipe: Any) -> list[Row]:
@@ -193,6 +215,8 @@ def _trl(model: Any, processor: Any, rows: list[Row], dataset: Dataset, shared: 
 
 
 def _watch(base: type) -> Any:
+    import torch
+
     class Watch(base):  # type: ignore[misc]
         """Notes when each optimizer step ended."""
 
@@ -202,15 +226,20 @@ def _watch(base: type) -> Any:
             self.ended = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             self.ended.append((time.perf_counter(), time.process_time()))
 
     return Watch()
 
 
 def _curve(
-    questions: int, ended: Sequence[tuple[float, float]], losses: Sequence[float], features_s: float
+    questions: int, ended: Sequence[tuple[float, float]], losses: Sequence[float], tokens: int, features_s: float
 ) -> Curve:
     """Speed from when each optimizer step ended, by the clock and by the process's own time."""
+    import torch
+
     after_first = questions * (len(ended) - 1) / len(ended)
     by_clock, by_processor = (after_first / (last - first) for first, last in zip(ended[0], ended[-1], strict=True))
-    return Curve(round(by_clock, 4), round(by_processor, 4), tuple(losses), round(features_s, 2))
+    gpu_peak = torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0
+    return Curve(round(by_clock, 4), round(by_processor, 4), tuple(losses), round(features_s, 2), tokens, gpu_peak)

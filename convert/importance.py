@@ -179,8 +179,9 @@ class Tally:
         """Announce that this will be scored; returns how many of its tokens the runtime still has from before."""
         asked = len(prompt.ids) - 1
         kinds = [_VISION if token == prompt.image_token_id else _PROMPT for token in prompt.ids[:asked]]
-        held = self._cache.shared(prompt, answer[:-1], len(answer))
-        self._cache.keys = keys_of(prompt, answer[:-1])
+        wanted = keys_of(prompt, answer[:-1])
+        held = self._cache.shared(wanted, len(answer))
+        self._cache.keys = wanted
         self._kinds = [*kinds, *[_ANSWER] * len(answer)][held:]
         self._batch.clear()
         self._start = self._rows = 0

@@ -6,6 +6,7 @@ The quantisers are ggml's and MLX's own, so a matrix rounds here exactly as it w
 from __future__ import annotations
 
 import ctypes
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -35,10 +36,11 @@ def round_ggml(values: FloatArray, type_: str, importance: FloatArray | None) ->
 
     Source: `ggml_quantize_chunk` in ggml.h, as `llama_tensor_quantize_impl` in llama-quant.cpp calls it.
     """
-    step = max(1, _CHUNK_WEIGHTS // values.shape[1])
+    cores = physical_cores()
+    step = max(1, min(_CHUNK_WEIGHTS // values.shape[1], math.ceil(len(values) / cores)))
     parts = [np.ascontiguousarray(values[i : i + step], np.float32) for i in range(0, len(values), step)]
     ggml, number = library().ggml, GGMLQuantizationType[type_]
-    with ThreadPoolExecutor(physical_cores()) as pool:  # the call gives Python's lock away
+    with ThreadPoolExecutor(cores) as pool:  # the call gives Python's lock away
         return np.concatenate(list(pool.map(lambda part: _round(ggml, part, number, importance), parts)))
 
 

@@ -30,6 +30,8 @@ from ldrt_edge.errors import ArtifactError, LdrtError
 
 SCHEMA = "ldrt-edge/manifest/1"
 MANIFEST = "manifest.json"
+TIMES = "times.jsonl"
+"""When and how long: no two runs share it, so no manifest lists it, and equal inputs give equal manifests."""
 _SETTINGS = ".settings.json"
 _LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "tokenizers", "gguf", "llama-cpp-python", "mlx", "mlx-lm",
@@ -322,7 +324,7 @@ def _describe(
     metrics: Mapping[str, Json],
 ) -> Manifest:
     files = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != TIMES):
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
         files.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)))
@@ -366,6 +368,13 @@ def _dump(manifest: Manifest) -> str:
 
 def _read_text(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file so that a run that is killed here finds the old one or the new one."""
+    partial = path.with_name(f".{path.name}")
+    _write_synced(partial, text)
+    partial.replace(path)
 
 
 def _write_synced(path: Path, text: str) -> None:

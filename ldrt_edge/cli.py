@@ -155,7 +155,7 @@ _report_option = click.option(
 @click.option("--image", type=PATH, help="PNG, JPEG, TIFF or DICOM.")
 @click.option("--ask", help="One question; without it, a conversation.")
 @click.option("--web", is_flag=True, help="A conversation in the browser, on this machine only.")
-@click.option("--history", type=PATH, metavar="FOLDER", help="With --web: keep conversations there, encrypted.")
+@click.option("--history", type=PATH, metavar="FOLDER", help="Keep conversations there, encrypted with a passphrase.")
 @click.option("--window", metavar="C,W", help="DICOM window centre and width, instead of the header's.")
 @click.option("--frame", default=0, show_default=True, type=click.IntRange(min=0), help="Of a multi-frame picture.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
@@ -172,6 +172,7 @@ def chat(
     """Ask about a picture, offline. Research use, not for diagnosis."""
     from dataclasses import asdict
 
+    from ldrt_edge.chat.history import History
     from ldrt_edge.chat.terminal import ask_once, run_chat
     from ldrt_edge.runtimes.base import Sampling
 
@@ -185,13 +186,14 @@ def chat(
         passphrase = _passphrase(history) if history else ""
         run(edge, 0, sampling, threads, browser=True, history=history, passphrase=passphrase, report=report)
         return
-    if history:
-        raise ConfigError("--history keeps what is asked on the page: add --web")
     if ask is None:
         if as_json:
             raise ConfigError("--json answers one question: add --ask TEXT")
-        run_chat(edge, image, level, frame, sampling, threads, report)
+        past = History(history, _passphrase(history)) if history else None
+        run_chat(edge, image, level, frame, sampling, threads, report, past)
         return
+    if history:
+        raise ConfigError("--history keeps conversations: leave out --ask")
     answer = ask_once(edge, ask, image, level, frame, sampling, threads, report)
     click.echo(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.answer)
 
@@ -202,11 +204,14 @@ def chat(
 @click.option("--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`.")
 @click.option("--history", type=PATH, metavar="FOLDER", help="Keep conversations there, encrypted with a passphrase.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
+@click.option("--cache", default=1024, show_default=True, type=click.IntRange(min=0), metavar="MIB", help=(
+    "Keep so much of what was read for conversations that wait, so that they go on at once."
+))  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1))
 @_report_option
 @json_option
 def serve(
-    edge: Path, port: int, audit: Path | None, history: Path | None, max_tokens: int, threads: int | None,
+    edge: Path, port: int, audit: Path | None, history: Path | None, max_tokens: int, cache: int, threads: int | None,
     report: Path | None, as_json: bool,
 ) -> None:
     """The page and OpenAI's chat API on 127.0.0.1, behind a token. Prints one line: the address with the token.
@@ -219,7 +224,7 @@ def serve(
     passphrase = _passphrase(history) if history else ""
     run(
         edge, port, Sampling(max_tokens=max_tokens), threads, audit, as_json=as_json, history=history,
-        passphrase=passphrase, report=report,
+        passphrase=passphrase, report=report, cache_bytes=cache << 20,
     )
 
 

@@ -141,12 +141,12 @@ class Dataset:
 
 
 class DatasetWriter:
-    """Writes `rows.jsonl` and `images/` into a draft folder; equal images are stored once."""
+    """Writes `rows.jsonl`, or another file of rows, and `images/` into a draft folder; equal images are stored once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = ROWS) -> None:
         self._folder = folder
         (folder / IMAGES).mkdir(exist_ok=True)
-        self._rows = (folder / ROWS).open("w", encoding="utf-8")
+        self._rows = (folder / name).open("w", encoding="utf-8")
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -168,6 +168,17 @@ class DatasetWriter:
     def add(self, row: Row) -> None:
         """Append one row."""
         self._rows.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file that `DatasetWriter` wrote, one at a time.
+
+    Raises:
+        DataError: a line is no row.
+    """
+    with path.open("rb") as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(_LINE_LIMIT_BYTES), b""), start=1):
+            yield _parse(line, path, number)
 
 
 def choose_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:

@@ -3,11 +3,14 @@
 LdrtError
 ├── ConfigError        an option, a recipe or a combination of them
 ├── DataError          a dataset, a picture, a question
+│   ├── NotThere       what a request names is not there, or not any more
+│   └── NotNow         what a request wants cannot be done as things stand
 ├── ArtifactError      a model folder, a manifest, a checkpoint
 ├── MissingExtraError  a package that this command needs is not installed
 └── RuntimeLoadError   a runtime could not load or run a model
 
-Each carries one line that says what, where and what to do next. Only the CLI and the server translate them.
+Each carries one line that says what, where and what to do next, whatever the file that it quotes holds. Only the CLI
+and the server translate them.
 """
 
 from __future__ import annotations
@@ -16,9 +19,16 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
+_LONGEST = 4000
+
 
 class LdrtError(Exception):
-    """Base of all errors that are shown to the user as one line."""
+    """Base of all errors that are shown to the user as one line, without line breaks or a terminal's controls."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:_LONGEST])
+        return shown if len(text) <= _LONGEST else f"{shown}…"
 
 
 class ConfigError(LdrtError):
@@ -27,6 +37,14 @@ class ConfigError(LdrtError):
 
 class DataError(LdrtError):
     """A dataset, a picture or a question is wrong."""
+
+
+class NotThere(DataError):
+    """What a request names is not there, or not any more."""
+
+
+class NotNow(DataError):
+    """What a request wants cannot be done as things stand."""
 
 
 class ArtifactError(LdrtError):

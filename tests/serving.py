@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,12 +32,16 @@ class Server:
 
     def __init__(self, edge: Path, *options: str, prefix: tuple[str, ...] = ()) -> None:
         command = [sys.executable, "-m", "ldrt_edge.cli", "serve", str(edge), "--port", "0", "--threads", "1", *options]
+        # not a pipe: when full, one that nobody reads would stop it
+        self._notes = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `close`
         self.process = subprocess.Popen(
-            [*prefix, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            [*prefix, *command], stdout=subprocess.PIPE, stderr=self._notes, text=True, start_new_session=True
         )
         assert self.process.stdout
         self.address = self.process.stdout.readline().strip()
-        assert self.address, self.process.communicate()[1]
+        if not self.address:
+            self.process.wait(60)
+            raise AssertionError(self.close())
         parts = urlsplit(self.address)
         self.port = parts.port or 0
         self.token = parts.fragment.removeprefix("token=")
@@ -72,6 +77,8 @@ class Server:
         """End it as Ctrl-C does; what it wrote to stderr."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        out, notes = self.process.communicate(timeout=30)
+        out, _ = self.process.communicate(timeout=30)
         assert out == "", "one line and nothing else on stdout"
-        return notes
+        with self._notes:
+            self._notes.seek(0)
+            return self._notes.read()

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
@@ -282,8 +283,9 @@ def test_through_a_pipe_errors_are_lines_and_the_conversation_goes_on(edge: Path
         f"/image {bad}", f"/image {tmp_path / 'none.png'}", "/image", "/nonsense", f'/image "{film}" 40,400',
         f"/image {film} 7",
         f"/image {film}", "How many beams are used?", "", f"/save {tmp_path / 'taken.json'}",
-        f"/save {tmp_path / 'talk.json'}", "x" * 9000, "Which side is treated?", "/reset",
-        f"/save {tmp_path / 'empty.json'}", "/quit", "What is never asked?",
+        f"/save {tmp_path / 'talk.json'}", f"/save {tmp_path / 'talk.dcm'}", "x" * 9000,
+        "Which side is treated?", "/reset", f"/save {tmp_path / 'empty.json'}", f"/save {tmp_path / 'empty.dcm'}",
+        "/quit", "What is never asked?",
     ]
     done = subprocess.run(
         _command(edge, "--max-tokens", "8"), input="\n".join(lines).encode() + b"\n", capture_output=True, timeout=120,
@@ -293,7 +295,7 @@ def test_through_a_pipe_errors_are_lines_and_the_conversation_goes_on(edge: Path
     for note in (
         "bad.png: a damaged or truncated PNG", "none.png: no such file", "name the file", "/nonsense: no such command",
         "in colour", "frame 7: the file has 1", "picture: PNG, 80×60, 16 tokens", "taken.json exists",
-        "the model holds", "forgotten",
+        "the model holds", "forgotten", "nothing was asked yet",
     ):
         assert note in notes, notes
     assert "Traceback" not in notes
@@ -301,6 +303,8 @@ def test_through_a_pipe_errors_are_lines_and_the_conversation_goes_on(edge: Path
     answer = talk["turns"][0]["answer"]
     assert done.stdout.decode().startswith(_printable(answer) + "\n"), "answers and nothing else on stdout"
     assert (tmp_path / "taken.json").read_text() == "{}"
+    report = pydicom.dcmread(tmp_path / "talk.dcm")
+    assert report.Modality == "SR" and report.PatientName == "" and not (tmp_path / "empty.dcm").exists()
     assert json.loads((tmp_path / "empty.json").read_text(encoding="utf-8"))["turns"] == []
 
 
@@ -319,13 +323,13 @@ def test_a_first_picture_that_cannot_be_read_ends_it(edge: Path, tmp_path: Path)
 class Terminal:
     """A child on a pseudo-terminal of its own, so that Ctrl-C is the terminal's and not ours."""
 
-    def __init__(self, command: list[str], folder: Path) -> None:
+    def __init__(self, command: list[str], folder: Path, **more: str) -> None:
         self.seen = ""
         self._pid, self._screen = pty.fork()
         if self._pid == 0:
             os.chdir(folder)
             settings = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200", "HOME": str(folder)}
-            os.execve(command[0], command, os.environ | settings)
+            os.execve(command[0], command, os.environ | settings | more)
 
     def type(self, text: str) -> None:
         os.write(self._screen, text.encode())
@@ -435,4 +439,43 @@ def test_on_a_terminal_words_complete_and_a_refused_question_is_offered_again(te
     terminal.until("control token")
     terminal.until(r">.?what is <image> here\?")
     terminal.type("\x03/quit\r")
+    assert terminal.wait() == 0
+
+
+def test_with_a_history_arrow_keys_bring_earlier_questions_and_reset_forgets(edge: Path, tmp_path: Path) -> None:
+    folder, asked = tmp_path / "history", "Is the left shoulder in the field?"
+
+    def opened() -> Terminal:
+        command = _command(edge, "--max-tokens", "4", "--history", str(folder))
+        terminal = Terminal(command, tmp_path, LDRT_EDGE_PASSPHRASE="correct horse")
+        terminal.until(PROMPT)
+        return terminal
+
+    terminal = opened()
+    terminal.type(f"{asked}\r")
+    terminal.until(r"cut off by[^>]*>")
+    terminal.type("/quit\r")
+    assert terminal.wait() == 0
+    (kept,) = folder.glob("*.talk")
+    assert asked.encode() not in kept.read_bytes()
+
+    terminal = opened()
+    terminal.type("\x1b[A")  # arrow up
+    terminal.until(re.escape(asked))
+    terminal.type("\r")
+    terminal.until(r"cut off by[^>]*>")
+    assert len(list(folder.glob("*.talk"))) == 2
+    terminal.type("/reset\r")
+    terminal.until(r"forgotten\s+>")
+    assert list(folder.glob("*.talk")) == [kept], "the other conversation stays"
+    terminal.type("/quit\r")
+    assert terminal.wait() == 0
+
+
+def test_on_a_terminal_with_colours_the_picture_is_shown(edge: Path, film: Path, tmp_path: Path) -> None:
+    terminal = Terminal(_command(edge), tmp_path, TERM="xterm-256color", COLORTERM="truecolor")
+    terminal.until(PROMPT)
+    terminal.type(f"/image {film}\r")
+    assert terminal.until(r"picture: PNG, 80×60.*\s+>").count("▀") == 16 * 32
+    terminal.type("/quit\r")
     assert terminal.wait() == 0

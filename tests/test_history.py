@@ -99,11 +99,11 @@ def test_what_is_no_history_is_left_alone(tmp_path: Path) -> None:
         History(tmp_path / "new", "")
 
 
-def test_without_a_passphrase_or_a_page_it_is_one_line(edge: Path, tmp_path: Path) -> None:
+def test_without_a_passphrase_or_a_conversation_it_is_one_line(edge: Path, tmp_path: Path) -> None:
     runner = CliRunner(env={"LDRT_EDGE_PASSPHRASE": None})
     for command, said in (
         (["serve", str(edge), "--history", str(tmp_path / "new")], "LDRT_EDGE_PASSPHRASE"),
-        (["chat", str(edge), "--history", str(tmp_path / "new")], "add --web"),
+        (["chat", str(edge), "--history", str(tmp_path / "new"), "--ask", "Why?"], "leave out --ask"),
     ):
         done = runner.invoke(cli, command)
         assert done.exit_code == 1 and said in str(done.exception)

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 from articles import figure, folder, jats, picture
 
-from ldrt_edge.dataset import Dataset, Row, Turn
+from ldrt_edge.dataset import Dataset, DatasetWriter, Row, Split, Turn, read_rows
 from ldrt_edge.errors import ConfigError, DataError, RuntimeLoadError
 from ldrt_edge.train.data.curate import curate
 from ldrt_edge.train.data.generators import Budget, Endpoint
 from ldrt_edge.train.data.grounding import ungrounded
 from ldrt_edge.train.data.instruct import TASKS, instruct
-from ldrt_edge.train.data.split import check_leakage, split_by_group
+from ldrt_edge.train.data.split import Groups, check_leakage
+from ldrt_edge.train.data.summary import summary
 
 CAPTIONS = {
     "en": "Dose distribution of plan {n} over the left heel with the isodose line of 0.5 Gy",
@@ -302,12 +304,38 @@ def test_split_is_stratified_by_language_and_task_and_keeps_groups_whole() -> No
         _row(n, group=f"g{n // 2}", task="closed" if n % 8 < 4 else "caption", language="en" if n % 16 < 8 else "de")
         for n in range(160)
     ]
-    divided = split_by_group(rows, 0.25, seed=1)
-    tests = [row for row in divided if row.split == "test"]
+    splits, backwards = (_splits(some) for some in (rows, rows[::-1]))
+    check_leakage(replace(row, split=splits[row.group]) for row in rows)
+    tests = [row for row in rows if splits[row.group] == "test"]
     assert {(row.language, row.task): 10 for row in tests} == {
         (a, b): 10 for a in ("en", "de") for b in ("closed", "caption")
     }
-    assert len(tests) == 40 and split_by_group(rows[::-1], 0.25, seed=1)[::-1] == divided
+    assert len(tests) == 40 and backwards == splits
+
+
+def _splits(rows: Sequence[Row]) -> dict[str, Split]:
+    groups = Groups()
+    for row in rows:
+        groups.see(row)
+    return groups.splits(0.25, seed=1)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_rows(tmp_path: Path) -> None:
+    def held(number: int) -> int:
+        rows = (_row(n, group=f"g{n % 50}", image_sha256=f"sha{n % 50}") for n in range(number))
+        with DatasetWriter(tmp_path, f"{number}.jsonl") as writer:
+            for row in rows:
+                writer.add(replace(row, turns=(row.turns[0], Turn("assistant", f"{row.id} " * 200))))
+        tracemalloc.start()
+        summary(read_rows(tmp_path / f"{number}.jsonl"))
+        check_leakage(read_rows(tmp_path / f"{number}.jsonl"))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    few, many = held(1000), held(20_000)
+    assert (many - few) / 19_000 < 250  # bytes a row, of which the answer alone has over a thousand
 
 
 def test_a_leak_is_loud_also_in_train(tmp_path: Path, pairs: Path) -> None:

@@ -124,7 +124,22 @@ def test_wrong_wishes_are_refused_in_one_line(given: Path, tmp_path: Path) -> No
 
 def install(kit: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["sh", str(kit / "install.sh"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | environment, timeout=300, cwd=kit.parent
+    )
+
+
+@pytest.mark.parametrize("platform", ["linux-x86_64", "macos-arm64"])
+@pytest.mark.usefixtures("home")
+def test_an_installer_is_for_any_posix_shell(given: Path, tmp_path: Path, platform: str) -> None:
+    """macOS has bash 3.2 for sh, Debian dash, and neither takes bash's later words."""
+    script = kit(tmp_path / "kit", platform, wheels=given) / "install.sh"
+    lint = [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "--severity=warning", script]
+    for command in (lint, ["sh", "-n", script]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    script.write_text(script.read_text().replace('[ ! -e "$folder" ]', "[[ ! -e $folder ]]"))
+    assert subprocess.run(lint, capture_output=True).returncode, "the check finds nothing"
 
 
 @pytest.mark.skipif(HERE != "linux-x86_64", reason="runs the installer of Linux")
@@ -153,7 +168,7 @@ def test_the_installer_refuses_what_is_not_the_makers(given: Path, tmp_path: Pat
 
     # a newer wheel that nobody listed is not taken, and one in place of another is not either
     wheel(whole / "wheels", "click", "9")
-    done = install(whole, digest[:16], folder)
+    done = install(whole, digest[:16], folder.name)  # from where the user is, not from the stick
     assert done.returncode == 0 and "Installed" in done.stdout, done.stderr
     assert any(folder.glob("lib/python*/site-packages/click-8.dist-info"))
     assert "exists" in install(whole, digest, folder).stderr

@@ -60,6 +60,9 @@ def structures(**changes: Any) -> bytes:
     first.ROIDisplayColor = [255, 0, 255]
     first.ContourSequence = first.ContourSequence[:1]
     first.ContourSequence[0].ContourData = [40, 50, 0, 60, 50, 0, 60, 80, 0, 40, 80, 0]
+    if "contour" in changes:
+        first.ContourSequence[0].ContourData = changes["contour"]
+        header.ROIContourSequence = [first]
     for region in header.StructureSetROISequence if "frame" in changes else ():
         region.ReferencedFrameOfReferenceUID = changes["frame"]
     return saved(header)

@@ -167,6 +167,11 @@ def test_a_picture_is_dropped_windowed_asked_about_stopped_and_exported(
     talk = json.loads(saved.read_text())
     assert talk["turns"][0]["images"][0]["seen_sha256"] == expected and "not for diagnosis" in talk["notice"]
     assert SECRET not in saved.read_text() and "CompressedSamples" not in saved.read_text()
+    with page.expect_download() as download:
+        page.click("#export-sr")
+    assert download.value.suggested_filename == "ldrt-edge-conversation.dcm"
+    download.value.save_as(saved.with_suffix(".dcm"))
+    assert pydicom.dcmread(saved.with_suffix(".dcm")).ContentQualification == "RESEARCH"
 
 
 def test_dragging_changes_the_window_and_the_next_question_shows_it_anew(page: Any, ct: Path) -> None:
@@ -269,7 +274,8 @@ def test_what_cannot_be_told_is_shown_as_such_and_a_history_comes_back(
     browser: Any, remembered: Server, tmp_path: Path
 ) -> None:
     page = browser.new_page(locale="en-GB")
-    page.goto(remembered.address)
+    with page.expect_request(lambda request: request.url.endswith("/remembered/read")):  # so that it goes on at once
+        page.goto(remembered.address)
     expect(page.locator(".question p")).to_have_text("Which knee?")
     expect(page.locator(".unknown")).to_contain_text("this picture does not tell")
     expect(page.locator(".facts")).to_contain_text(

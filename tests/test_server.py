@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import hashlib
 import io
 import json
 import shutil
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +29,7 @@ from serving import Server, tiny_edge
 
 from ldrt_edge import artifact
 from ldrt_edge.chat.audit import verify
+from ldrt_edge.chat.desk import Desk, Model
 from ldrt_edge.chat.pictures import Shot
 from ldrt_edge.chat.session import Session
 from ldrt_edge.front import Front, Message
@@ -139,11 +143,11 @@ def test_a_view_is_the_picture_through_its_window_and_the_model_sees_its_tiles(
 ) -> None:
     told = server.json("POST", "/api/pictures", ct)
     assert (told["modality"], told["frames"], told["levels"]) == ("CT", 1, [-896.0, 1167.0])
-    status, headers, data = server.send("GET", f"/api/pictures/{told['name']}?center=40&width=400")
+    status, headers, data = server.send("GET", f"/api/pictures/{told['name']}?window=40,400")
     expected = read_image_bytes(ct, (40, 400))
     assert status == 200 and np.array_equal(np.asarray(Image.open(io.BytesIO(data))), expected.rgb)
     assert json.loads(headers["x-picture"])["window"] == [40, 400]
-    _, headers, data = server.send("GET", f"/api/pictures/{told['name']}/seen?center=40&width=400")
+    _, headers, data = server.send("GET", f"/api/pictures/{told['name']}/seen?window=40,400")
     image = Front.load(edge).image(expected.rgb)
     assert json.loads(headers["x-picture"])["seen_sha256"] == image.sha256
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), image.tiles[0]), "the exact pixels"
@@ -227,6 +231,54 @@ def test_the_answer_is_the_sessions_and_what_it_rests_on_is_told(server: Server,
     assert {"name": talk.rpartition("/")[2], "title": "How many beams?"} in server.json("GET", "/api/conversations")
 
 
+def test_a_dicom_report_names_pixels_by_hash_and_no_patient(server: Server, ct: bytes, tmp_path: Path) -> None:
+    import highdicom
+    import pydicom
+
+    picture = server.json("POST", "/api/pictures", ct)["name"]
+    talk = new(server)
+    assert server.send("GET", f"{talk}/report")[0] == 409, "nothing was asked yet"
+    shown = [{"name": picture, "window": [40, 400]}]
+    server.events(f"{talk}/ask", {"question": "Wie viele Felder? 几个射野？", "pictures": shown})
+    server.events(f"{talk}/ask", {"question": "And now?"})
+    told = server.json("GET", talk)["turns"]
+    status, headers, content = server.send("GET", f"{talk}/report")
+    assert status == 200 and headers["content-type"] == "application/dicom"
+
+    (tmp_path / "report.dcm").write_bytes(content)
+    report = highdicom.sr.srread(tmp_path / "report.dcm")
+    assert isinstance(report, highdicom.sr.EnhancedSR) and report.ContentQualification == "RESEARCH"
+    assert "not for diagnosis" in report.SeriesDescription and "not for diagnosis" in _text(report, "notice")[0]
+    assert report.VerificationFlag == "UNVERIFIED" and report.PreliminaryFlag == "PRELIMINARY"
+    first, second = (item for item in report.ContentSequence if _value(item) == "exchange")
+    for turn, item in zip(told, (first, second), strict=True):
+        assert _text(item, "question") == [turn["question"]]
+        assert _text(item, "answer")[0].split() == _printable(turn["answer"]).split()
+        (measured,) = (one for one in item.ContentSequence if _value(one) == "122157")
+        assert float(measured.MeasuredValueSequence[0].NumericValue) == pytest.approx(turn["probability"], rel=1e-5)
+    (seen,) = (item for item in first.ContentSequence if _value(item) == "picture")
+    (image,) = told[0]["images"]
+    assert (_text(seen, "seen-sha256"), _text(seen, "file-sha256")) == ([image["seen_sha256"]], [image["sha256"]])
+    assert _text(seen, "seen-as") == ["CT, 128×128, window 40 / 400"]
+
+    assert report.PatientIdentityRemoved == "YES" and "CurrentRequestedProcedureEvidenceSequence" not in report
+    scan = pydicom.dcmread(io.BytesIO(ct))
+    for keyword in ("PatientName", "PatientID", "InstitutionName", "StudyInstanceUID", "SOPInstanceUID", "StudyDate"):
+        assert scan[keyword].value and str(scan[keyword].value).encode() not in content, keyword
+
+
+def _value(item: Any) -> str:
+    return str(item.ConceptNameCodeSequence[0].CodeValue)
+
+
+def _text(item: Any, value: str) -> list[str]:
+    return [str(one.TextValue) for one in item.ContentSequence if _value(one) == value]
+
+
+def _printable(text: str) -> str:
+    return "".join(character for character in text if character >= " " or character in "\t\n")
+
+
 def test_several_pictures_and_a_follow_up_that_starts_at_once(server: Server, ct: bytes) -> None:
     names = [server.json("POST", "/api/pictures", data)["name"] for data in (ct, film())]
     talk = new(server)
@@ -264,7 +316,7 @@ def test_another_answer_takes_the_place_of_the_last_and_a_branch_leaves_it(serve
     (other,) = server.json("GET", branch)["turns"]
     assert other["question"] == "How large?" and other["images"] == before["images"], "the picture waited there"
     assert server.json("GET", talk)["turns"] == [after]
-    assert server.send("POST", f"{talk}/branch", {"exchange": 7})[0] == 400
+    assert server.send("POST", f"{talk}/branch", {"exchange": 7})[0] == 409
 
 
 def test_refused_questions_change_nothing(server: Server) -> None:
@@ -287,7 +339,7 @@ def test_forgotten_is_forgotten(server: Server) -> None:
     talk = new(server)
     server.events(f"{talk}/ask", {"question": "How many?"})
     server.json("DELETE", talk)
-    assert server.send("GET", talk)[0] == 400
+    assert server.send("GET", talk)[0] == 404
 
 
 # --- stop, disconnect, queue ----------------------------------------------------------------------------------------
@@ -296,10 +348,10 @@ def test_forgotten_is_forgotten(server: Server) -> None:
 class Asking(threading.Thread):
     """A client that reads an answer as it comes."""
 
-    def __init__(self, server: Server, talk: str) -> None:
+    def __init__(self, server: Server, talk: str, tokens: int = LONG) -> None:
         super().__init__(daemon=True)
         self._connection = server.connect()
-        body = json.dumps({"question": "Go on", "max_tokens": LONG})
+        body = json.dumps({"question": "Go on", "max_tokens": tokens})
         self._connection.request("POST", f"{talk}/ask", body, {"authorization": f"Bearer {server.token}"})
         self.begun, self.events = threading.Event(), []  # type: ignore[var-annotated]
         self.reply = self._connection.getresponse()
@@ -321,7 +373,7 @@ def test_stop_keeps_what_was_said(server: Server) -> None:
     talk = new(server)
     asking = Asking(server, talk)
     assert asking.begun.wait(30)
-    assert server.send("POST", f"{talk}/ask", {"question": "meanwhile"})[0] == 400, "one answer at a time"
+    assert server.send("POST", f"{talk}/ask", {"question": "meanwhile"})[0] == 409, "one answer at a time"
     server.json("POST", f"{talk}/stop", {})
     asking.join(30)
     said = "".join(event.get("text", "") for event in asking.events)
@@ -342,19 +394,115 @@ def test_a_client_that_leaves_frees_the_model(server: Server) -> None:
     assert turn["finish"] == "stopped" and turn["tokens"] < LONG
 
 
-def test_questions_wait_in_order_and_too_many_are_told_to_come_again(server: Server) -> None:
-    talks = [new(server) for _ in range(9)]
-    waiting = [Asking(server, talk) for talk in talks]
-    assert waiting[0].begun.wait(30) and not any(other.begun.is_set() for other in waiting[1:])
-    status, headers, data = server.send("POST", f"{new(server)}/ask", {"question": "One more"})
-    assert status == 429 and int(headers["retry-after"]) > 0 and json.loads(data)["error"]["type"] == "rate_limit_error"
-    for talk in reversed(talks[1:]):
+class Program(threading.Thread):
+    """A program at OpenAI's API that reads a stream as it comes; its place is taken when this is made, or refused."""
+
+    def __init__(self, server: Server, user: str = "", tokens: int = 2) -> None:
+        super().__init__(daemon=True)
+        self._connection = server.connect()
+        asked = {"model": "gguf", "messages": [{"role": "user", "content": f"I am {user}"}], "max_tokens": tokens}
+        self.begun, self.chunks = threading.Event(), list[str]()
+        body = json.dumps(asked | {"stream": True, "user": user})
+        self._connection.request("POST", "/v1/chat/completions", body, {"authorization": f"Bearer {server.token}"})
+        self.reply = self._connection.getresponse()
+        if self.reply.status == 200:
+            self.reply.readline()  # the role, which comes before the answer
+            self.start()
+
+    def run(self) -> None:
+        with suppress(ConnectionError):  # after it left
+            for line in self.reply:
+                if line.strip():
+                    self.chunks.append(line.decode())
+                    self.begun.set()
+
+    def leave(self) -> None:
+        """Hang up."""
+        self.reply.fp.raw._sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]
+
+
+def test_one_that_asks_much_neither_starves_others_nor_waits_without_end(server: Server, log: Path) -> None:
+    before = verify(log).lines
+    first = Program(server, "much", LONG)
+    assert first.begun.wait(30)
+    waiting = [Program(server, "much") for _ in range(8)]
+    refused = Program(server, "much").reply
+    assert refused.status == 429 and int(refused.headers["retry-after"]) > 0
+    assert json.loads(refused.read())["error"]["type"] == "rate_limit_error"
+    others = [Program(server, user) for user in ("other", "third", "other")]
+    person = Asking(server, new(server), tokens=2)
+    first.leave()
+    for one in (*waiting, *others, person):
+        one.join(60)
+    assert person.events[-1] == {"done": True}
+    names = {hashlib.sha256(f"I am {user}".encode()).hexdigest(): user for user in ("much", "other", "third")}
+    lines = [json.loads(line)["question"] for line in log.read_text().splitlines()[before:]]
+    order = [names.get(line, "person") for line in lines]
+    assert order == ["much", "other", "third", "person", "much", "other", *["much"] * 7]
+
+
+def test_a_waiting_client_that_leaves_frees_its_place_at_once(server: Server) -> None:
+    first = Program(server, tokens=LONG)
+    assert first.begun.wait(30)
+    waiting = [Program(server) for _ in range(8)]
+    waiting[3].leave()
+    deadline = time.monotonic() + 20
+    while (late := Program(server)).reply.status == 429 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert late.reply.status == 200 and not late.begun.is_set() and first.is_alive()
+    first.leave()
+    for one in (*waiting, late):
+        one.join(60)
+    assert all("[DONE]" in one.chunks[-1] for one in (*waiting[:3], *waiting[4:], late))
+
+
+def test_a_program_that_leaves_before_its_whole_answer_frees_the_model(server: Server) -> None:
+    asked = {"model": "gguf", "messages": [{"role": "user", "content": "Go on"}], "max_tokens": LONG}
+    connection = server.connect()
+    connection.request("POST", "/v1/chat/completions", json.dumps(asked), {"authorization": f"Bearer {server.token}"})
+    time.sleep(0.5)
+    connection.close()
+    started = time.monotonic()
+    server.events(f"{new(server)}/ask", {"question": "Next", "max_tokens": 2})
+    assert time.monotonic() - started < 30
+
+
+def test_there_is_an_end_to_what_waits_of_all(server: Server) -> None:
+    first = Program(server, tokens=LONG)
+    assert first.begun.wait(30)
+    talks = [new(server) for _ in range(33)]
+    waiting = [Asking(server, talk) for talk in talks[:32]]
+    assert server.send("POST", f"{talks[32]}/ask", {"question": "One more"})[0] == 429
+    for talk in talks[:32]:
         server.json("POST", f"{talk}/stop", {})
-    server.json("POST", f"{talks[0]}/stop", {})
     for one in waiting:
         one.join(30)
-        assert "done" in one.events[-1]
-    assert server.events(f"{new(server)}/ask", {"question": "Now", "max_tokens": 2})[-1]["done"]
+        assert one.events == [{"done": False}], "it had not begun, and need not wait to be told so"
+    assert first.is_alive()
+    first.leave()
+    assert server.events(f"{talks[32]}/ask", {"question": "Now", "max_tokens": 2})[-1]["done"]
+
+
+def test_what_is_read_ahead_gives_way_to_a_question_elsewhere(edge: Path) -> None:
+    runtime = load(edge, threads=1)
+
+    async def answered() -> list[str]:
+        desk = Desk(runtime, Front.load(edge), Model.of(edge), Sampling(max_tokens=2))
+        reading, asking = (desk.conversations[desk.open()] for _ in range(2))
+
+        def read_without_end() -> None:
+            while desk._reading is None or not desk._reading.stopped:
+                reading.session.read()
+
+        desk.read_ahead(reading, read_without_end)
+        turn = desk.take(asking.name, lambda: asking.session.ask("And here?"))
+        said = [piece async for piece in turn.events()]
+        desk.turns.close()
+        return said
+
+    said = asyncio.run(asyncio.wait_for(answered(), 60))
+    runtime.close()
+    assert "".join(said)
 
 
 # --- OpenAI's API ---------------------------------------------------------------------------------------------------
@@ -391,10 +539,28 @@ def test_a_stream_joins_to_the_whole_answer(client: Any, edge: Path) -> None:
     assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "length"
 
 
+def test_another_client_gets_the_same_whole_and_streamed(server: Server, client: Any, edge: Path) -> None:
+    """Of Hugging Face: it has its own requests, reads its own streams and takes none of OpenAI's code."""
+    from huggingface_hub import InferenceClient
+    from huggingface_hub.errors import BadRequestError
+
+    other = InferenceClient(base_url=f"http://127.0.0.1:{server.port}/v1", api_key=server.token)
+    asked: dict[str, Any] = {"model": edge.name, "messages": _with_picture("How many?"), "seed": 3, "logprobs": True}
+    expected = client.chat.completions.create(**asked)
+    whole = other.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == expected.choices[0].message.content
+    assert whole.usage.total_tokens == expected.usage.total_tokens and whole.choices[0].finish_reason == "length"
+    logprobs = [told.logprob for told in expected.choices[0].logprobs.content]
+    assert [told.logprob for told in whole.choices[0].logprobs.content] == logprobs
+    pieces = [chunk.choices[0].delta.content or "" for chunk in other.chat.completions.create(**asked, stream=True)]
+    assert "".join(pieces) == expected.choices[0].message.content and sum(map(bool, pieces)) > 1
+    with pytest.raises(BadRequestError, match="temperature"):
+        other.chat.completions.create(**asked | {"temperature": -1})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model": "gpt-9"}, "there is only"),
         ({"messages": []}, "list of messages"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]}, "role 'tool'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "ends with a question"),
@@ -415,6 +581,13 @@ def test_what_it_cannot_do_is_refused_in_openais_shape(
     asked = {"model": edge.name, "messages": [{"role": "user", "content": "?"}]} | change
     with pytest.raises(BadRequestError, match=said):
         client.chat.completions.create(**asked)
+
+
+def test_another_model_is_not_there(client: Any) -> None:
+    from openai import NotFoundError
+
+    with pytest.raises(NotFoundError, match="there is only"):
+        client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "?"}])
 
 
 def test_nothing_is_fetched_from_elsewhere(client: Any, edge: Path) -> None:

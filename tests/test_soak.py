@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,16 +33,17 @@ class Client(threading.Thread):
 
     def __init__(self, server: Server, number: int, until: float) -> None:
         super().__init__(daemon=True)
-        self.server, self.chance, self.until = server, random.Random(number), until
+        self.server, self.number, self.chance, self.until = server, number, random.Random(number), until
+        self.data = Path(str(get_testdata_file("CT_small.dcm"))).read_bytes()
         self.did: Counter[str] = Counter()
         self.fault: BaseException | None = None
 
     def run(self) -> None:
         try:
-            data = Path(str(get_testdata_file("CT_small.dcm"))).read_bytes()
-            self.picture = self.server.json("POST", "/api/pictures", data)["name"]
+            self.picture = self.server.json("POST", "/api/pictures", self.data)["name"]
+            acts = [self.ask, self.ask, self.program, self.leave, self.stop, self.reload, self.rubbish]
             while time.monotonic() < self.until:
-                act = self.chance.choice([self.ask, self.ask, self.leave, self.stop, self.reload, self.rubbish])
+                act = self.chance.choice(acts)
                 act()
                 self.did[act.__name__] += 1
         except BaseException as fault:
@@ -52,6 +55,14 @@ class Client(threading.Thread):
             answer = self.answer(talk, question)
             assert self.server.json("GET", talk)["turns"][-1]["answer"] == answer, "every answer is whole"
         assert self.server.send("DELETE", talk)[0] == 200
+
+    def program(self) -> None:
+        """Ask as a program does, which brings its picture along."""
+        url = f"data:application/dicom;base64,{base64.b64encode(self.data).decode()}"
+        parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": url}}]
+        body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 8, "user": str(self.number)}
+        told = json.loads(self.patiently("/v1/chat/completions", body))
+        assert told["choices"][0]["message"]["content"] and told["usage"]["completion_tokens"] > 0
 
     def leave(self) -> None:
         """Go away in the middle of an answer."""
@@ -84,15 +95,18 @@ class Client(threading.Thread):
 
     def answer(self, talk: str, question: str) -> str:
         body = {"question": question, "pictures": [{"name": self.picture}], "max_tokens": 8}
-        while True:
-            status, headers, data = self.server.send("POST", f"{talk}/ask", body)
-            if status == 200:
-                break
-            assert status == 429 and int(headers["retry-after"]) > 0, data
-            time.sleep(self.chance.uniform(0.2, 1))
-        events = [json.loads(line) for line in data.splitlines()]
+        events = [json.loads(line) for line in self.patiently(f"{talk}/ask", body).splitlines()]
         assert events[-1] == {"done": True}, events[-1]
         return "".join(event.get("text", "") for event in events)
+
+    def patiently(self, path: str, body: dict[str, Any]) -> bytes:
+        """Ask, and again where too many wait."""
+        while True:
+            status, headers, data = self.server.send("POST", path, body)
+            if status == 200:
+                return data
+            assert status == 429 and int(headers["retry-after"]) > 0, data
+            time.sleep(self.chance.uniform(0.2, 1))
 
     def begin(self, talk: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         connection = self.server.connect()
@@ -105,7 +119,7 @@ class Client(threading.Thread):
 
 @pytest.mark.slow
 def test_many_clients_for_a_while_leave_no_memory_and_no_stuck_slot(edge: Path) -> None:
-    server = Server(edge, "--max-tokens", "200")
+    server = Server(edge, "--max-tokens", "200", "--cache", "4")
     process = psutil.Process(server.process.pid)
     started = time.monotonic()
     clients = [Client(server, number, started + SECONDS) for number in range(CLIENTS)]
@@ -118,7 +132,7 @@ def test_many_clients_for_a_while_leave_no_memory_and_no_stuck_slot(edge: Path) 
     assert not [client.fault for client in clients if client.fault]
     assert not any(client.is_alive() for client in clients), "somebody still waits"
     did = sum((client.did for client in clients), Counter())
-    assert all(did[act] > 0 for act in ("ask", "leave", "stop", "reload", "rubbish")), did
+    assert all(did[act] > 0 for act in ("ask", "program", "leave", "stop", "reload", "rubbish")), did
     last = Client(server, 0, 0)
     last.picture = clients[0].picture
     last.ask()

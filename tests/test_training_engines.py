@@ -49,6 +49,18 @@ def test_other_optimizers_train(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     assert found[-1] < found[0]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("setting", ["kernels=liger", "optimizer=adamw_8bit", "optimizer=paged_adamw_8bit"])
+def test_what_a_gpu_alone_can_do_trains_as_the_plain_path(
+    tiny: Tiny, data: Path, tmp_path: Path, setting: str
+) -> None:
+    pytest.importorskip("bitsandbytes" if "bit" in setting else "liger_kernel")
+    base = tiny("llava15", "llama", hidden=256)
+    plain = losses(base, data, tmp_path / "plain")
+    found = losses(base, data, tmp_path / "switched", setting)
+    assert found == pytest.approx(plain, rel=0.05) and found[-1] < 0.9 * found[0]
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_as_the_plain_one(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     base = tiny("llava15", "smollm2")

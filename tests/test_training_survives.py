@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from test_train import FAST, colour_dataset
 
@@ -21,8 +20,8 @@ from ldrt_edge import artifact
 from ldrt_edge.errors import DataError
 from ldrt_edge.train.base import resolve_base
 from ldrt_edge.train.lora import train
+from ldrt_edge.train.losses import Losses
 from ldrt_edge.train.recipe import load_recipe
-from ldrt_edge.train.trainer import _Guard
 from ldrt_edge.train.watch import METRICS, read_metrics
 
 Tiny = Callable[..., Path]
@@ -50,16 +49,19 @@ def ended(given: list[str], out: Path, step: int, number: int) -> tuple[int, str
     metrics = out.with_name(f".{out.name}.partial") / METRICS
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+        if metrics.is_file() and any(entry["step"] >= step for entry in read_metrics(metrics)):
             break
         time.sleep(0.01)
     process.send_signal(number)
     return process.wait(timeout=240), process.stderr.read() if process.stderr else ""
 
 
-def test_sigterm_then_kill_9_then_the_same_weights_bit_by_bit(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+def test_sigterm_then_kill_9_then_the_same_bytes(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     """With dropout, grouping by length and several epochs: order, random numbers, optimizer and schedule come back."""
-    settings = [*QUICK, "lora.dropout=0.1", "save_steps=3", "validation_images=1", "eval_steps=7"]
+    settings = [
+        *QUICK, "lora.dropout=0.1", "save_steps=3", "validation_images=1", "eval_steps=7", "log_steps=4",
+        "sample_steps=9",
+    ]  # fmt: skip
     base, whole, killed = tiny("llava15", "smollm2"), tmp_path / "whole", tmp_path / "killed"
     train(resolve_base(str(base)), [data], whole, load_recipe("starter", settings))
     given = command(base, data, killed, settings)
@@ -69,13 +71,32 @@ def test_sigterm_then_kill_9_then_the_same_weights_bit_by_bit(tiny: Tiny, data: 
     assert not killed.exists()
     done = subprocess.run(given, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr
-    one, two = (load_file(folder / "adapter_model.safetensors") for folder in (whole, killed))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    curves = [
-        [(entry["step"], entry["loss"]) for entry in read_metrics(folder / METRICS) if "loss" in entry]
-        for folder in (whole, killed)
-    ]
-    assert curves[0] == sorted(curves[1])
+    one, two = (artifact.verify(folder) for folder in (whole, killed))
+    assert one.files == two.files and {METRICS, "loss.png", "samples.jsonl"} <= {entry.path for entry in one.files}
+    assert one.sha256 == two.sha256
+
+
+@pytest.mark.parametrize(
+    "end", [("max_steps=11",), ("early_stop=1", "instruct.learning_rate=3e-2", "spike_factor=null")]
+)
+def test_a_run_that_is_killed_behind_its_last_step_takes_no_more(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: tuple[str, ...]
+) -> None:
+    """It ends within an epoch, by its steps or by patience, and its weights are lost before they are put away."""
+    settings = [*QUICK, "validation_images=1", "eval_steps=1", "save_steps=1", "warmup=0", *end]
+    base, recipe = resolve_base(str(tiny("llava15", "smollm2"))), load_recipe("starter", settings)
+    whole = train(base, [data], tmp_path / "whole", recipe)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("ldrt_edge.train.lora.save_trained", killed)
+        train(base, [data], tmp_path / "killed", recipe)
+    again = train(base, [data], tmp_path / "killed", recipe)
+    last = read_metrics(whole / METRICS)[-1]
+    assert "train_loss" in last and 0 < last["epoch"] % 1 < 1, "it ends within an epoch"
+    assert artifact.read(again).files == artifact.read(whole).files
 
 
 def test_a_loss_that_is_no_number_stops_and_names_its_rows(
@@ -92,7 +113,7 @@ def test_a_loss_that_is_no_number_stops_and_names_its_rows(
 
 
 def test_a_leap_of_the_loss_stops_and_what_training_does_anyway_does_not() -> None:
-    guard = _Guard(factor=4.0)
+    guard = Losses(factor=4.0)
     noise = random.Random(0)
     for step in range(300):  # falls from 6 to 0.05, with single batches three times as bad
         loss = max(6 * 0.97**step, 0.05) * noise.choice([0.5, 1, 1, 3])
@@ -100,7 +121,7 @@ def test_a_leap_of_the_loss_stops_and_what_training_does_anyway_does_not() -> No
     guard.check(1.0, ["row"], "above the recent median, below where it began")
     with pytest.raises(DataError, match=r"here: the loss leapt from .* to 40: .*rows of this batch: the one"):
         guard.check(40.0, ["the one"], "here")
-    _Guard(factor=None).check(1e9, ["row"], "switched off")
+    Losses(factor=None).check(1e9, ["row"], "switched off")
 
 
 def test_the_best_evaluation_is_kept_and_patience_ends(tiny: Tiny, data: Path, tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def any_of_them(flag: bool) -> bool:
     return bool(told.item())
 
 
+def mean(number: float) -> float:
+    """The mean over all processes; all must ask."""
+    place = state()
+    if place.num_processes == 1:
+        return number
+    told = torch.tensor([number], device=place.device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.SUM)
+    return float(told.item() / place.num_processes)
+
+
 def gathered(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter whole and on the CPU, however it is sharded; all processes must ask."""
     from torch.distributed.tensor import DTensor

@@ -75,14 +75,18 @@ class FeatureStore:
     def __init__(
         self, model: Any, front: Front, exact: bool, limit_bytes: int, folder: Path | None = None
     ) -> None:
-        self._model, self._front = model, front
+        self._front, self._width = front, int(model.config.vision_config.hidden_size)
         self._dtype = torch.float32 if exact else torch.float16
         self._root, self._limit_bytes = folder or cache_folder(), limit_bytes
         self._folder = self._root / f"{_key(model, front)}-{str(self._dtype).rpartition('.')[2]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
-    def fill(self, rows: Sequence[PackedRow], batch: int = 8, share: tuple[int, int] = (0, 1)) -> None:
+    def fill(
+        self, model: Any, rows: Sequence[PackedRow], batch: int = 8, share: tuple[int, int] = (0, 1)
+    ) -> None:
         """Compute what is missing for these rows' pictures; `share` is (this device, of how many).
+
+        model: not kept, since the store goes to the processes that read batches ahead.
 
         Raises:
             DataError: they do not fit into the cache's limit, or not on the disk.
@@ -98,7 +102,7 @@ class FeatureStore:
                 chunk = items[start : start + batch]
                 images = [self._front.image(read_image(path).rgb) for _, path in chunk]
                 tiles = torch.from_numpy(np.concatenate([image.tiles for image in images]))
-                features = compute_features(self._model, self._front, tiles).cpu()
+                features = compute_features(model, self._front, tiles).cpu()
                 parts = features.split([len(image.tiles) for image in images])
                 for (digest, _), image, part in zip(chunk, images, parts, strict=True):
                     self._write(digest, part.flatten(0, 1).to(self._dtype).contiguous(), image.size)
@@ -130,9 +134,9 @@ class FeatureStore:
         for path in kept:
             with suppress(FileNotFoundError):
                 os.utime(path)  # never makes the file: another device may be about to
-        vision, config = self._model.config.vision_config, self._front.config
+        config = self._front.config
         tiles = 1 + max((h * w // config.image_size**2 for h, w in config.grid_pinpoints or ()), default=0)
-        of_one = tiles * (config.image_size // config.patch_size) ** 2 * vision.hidden_size * self._dtype.itemsize
+        of_one = tiles * (config.image_size // config.patch_size) ** 2 * self._width * self._dtype.itemsize
         held = sorted(self._root.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime)
         used = sum(path.stat().st_size for path in held) + missing * of_one
         for path in held:

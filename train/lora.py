@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from ldrt_edge.train.base import Base
 from ldrt_edge.train.collate import PackedRow, pack_rows
 from ldrt_edge.train.data.split import check_leakage
 from ldrt_edge.train.features import FeatureStore, PackedDataset, collator
+from ldrt_edge.train.losses import Losses
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.recipe import Recipe
 from ldrt_edge.train.survive import BestKept, Preemption, best_step
@@ -84,7 +84,6 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     model = build(base.folder, front, recipe, device, bf16)
     train_set, eval_set = prepare(model, material, recipe, bf16)
 
-    started = time.monotonic()
     kept: dict[str, int] = {}
     for stage in STAGES:
         if getattr(recipe, stage).epochs:
@@ -93,7 +92,6 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     draft.metrics.update(
         questions=questions,
         rows=len(material.rows),
-        seconds=round(time.monotonic() - started, 1),
         precision="bf16" if bf16 else "fp32",
         device=devices.name(device),
         devices=devices.state().num_processes,
@@ -131,7 +129,7 @@ def prepare(
     if recipe.cache_features:
         place = devices.state()
         store = FeatureStore(model.llava, model.front, not bf16, round(recipe.cache_gb * 1e9))
-        store.fill([*material.rows, *material.held_out], share=(place.process_index, place.num_processes))
+        store.fill(model.llava, [*material.rows, *material.held_out], share=(place.process_index, place.num_processes))
         place.wait_for_everyone()
         if recipe.standardise_features:
             model.standardise(*store.statistics(material.rows))
@@ -204,7 +202,7 @@ def _stage(
     if recipe.sample_steps is not None:
         sampled = (eval_set, material.held_out) if evaluate else (train_set, material.rows)
         callbacks.append(
-            SampleAnswers(recipe.sample_steps, model, sampled[0], sampled[1][:_SAMPLED_ROWS], folder / SAMPLES)
+            SampleAnswers(stage, recipe.sample_steps, model, sampled[0], sampled[1][:_SAMPLED_ROWS], folder / SAMPLES)
         )
     trainer = PackedTrainer(
         model,
@@ -241,7 +239,8 @@ def _last_checkpoint(folder: Path) -> str | None:
         for path in folder.glob("checkpoint-*"):
             try:
                 TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
-            except (OSError, ValueError, TypeError):
+                Losses(None).load(path)
+            except (OSError, ValueError, TypeError, KeyError):
                 shutil.rmtree(path)
     return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 

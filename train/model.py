@@ -170,7 +170,8 @@ class PackedLlava(nn.Module):
         images = projected[layout].mean(1)
         embeddings = llava.get_input_embeddings()(ids)
         place = (ids == self.front.config.image_token_id)[..., None]
-        scattered: torch.Tensor = embeddings.masked_scatter(place, images.to(embeddings))
+        # float32, and so is all that the decoder adds to it
+        scattered: torch.Tensor = embeddings.float().masked_scatter(place, images.float())
         return scattered
 
     def _projector(self) -> nn.Module:
@@ -186,15 +187,28 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     """
     # each part goes straight to its own precision: a 13B in float32 would take 52 GB on the way
     llava = load_model(base, "auto", _packed_weights() if recipe.base_precision == "nf4" else None)
-    for module in (llava.model.language_model, llava.lm_head):
-        module.to(torch.bfloat16 if bf16 else torch.float32)
+    for part in (llava.model.language_model, llava.lm_head):
+        _set_precision(part, bf16)
     for module in (llava.model.vision_tower, llava.model.multi_modal_projector):
         module.to(torch.float32)._apply(torch.clone)  # a view would keep the whole mapped file in memory
     if recipe.kernels == "liger":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(llava.model.language_model)
+        # its fused loss is for a model with a head; this one's loss stands in PackedLlava
+        _apply_liger_kernel_to_instance(llava.model.language_model, fused_linear_cross_entropy=False)
     return PackedLlava(adapted(llava, recipe), front, recipe).to(device)
+
+
+def _set_precision(part: nn.Module, bf16: bool) -> None:
+    """Products in bf16, the rest in float32.
+
+    Rounded, the frequencies of RoPE turn late tokens by other angles than inference does, and norms move every loss.
+    """
+    for module in part.modules():
+        rounded = bf16 and isinstance(module, nn.Linear | nn.Embedding)
+        for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if own.is_floating_point():
+                own.data = own.data.to(torch.bfloat16 if rounded else torch.float32)
 
 
 def adapted(llava: Any, recipe: Recipe) -> Any:

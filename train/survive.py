@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ldrt_edge import console
+from ldrt_edge import artifact, console
 from ldrt_edge.train import devices
 from ldrt_edge.train.model import PackedLlava
 from ldrt_edge.train.trainer import load_trained, save_trained
@@ -50,6 +50,12 @@ class BestKept(TrainerCallback):
     def __init__(self, model: PackedLlava, folder: Path, patience: int | None) -> None:
         self._model, self._folder, self._patience = model, folder, patience
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        so_far = {step: loss for step, loss in _losses(self._folder).items() if step <= state.global_step}
+        control.should_training_stop |= self._is_patience_out(so_far)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == state.max_steps:
             control.should_evaluate = True
@@ -65,8 +71,8 @@ class BestKept(TrainerCallback):
             save_trained(self._model, self._folder)
         if state.is_world_process_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / _EVALUATIONS).write_text(json.dumps(losses))
-        if self._patience is not None and sum(step > best for step in losses) >= self._patience:
+            artifact.replace_text(self._folder / _EVALUATIONS, json.dumps(losses))
+        if self._is_patience_out(losses):
             console.say(f"step {state.global_step}: no evaluation was better than step {best}'s, so it ends here")
             control.should_training_stop = True
 
@@ -76,6 +82,12 @@ class BestKept(TrainerCallback):
         if step is not None:
             load_trained(self._model, self._folder)
         return step
+
+    def _is_patience_out(self, losses: dict[int, float]) -> bool:
+        if self._patience is None or not losses:
+            return False
+        best = min(losses, key=lambda step: losses[step])
+        return sum(step > best for step in losses) >= self._patience
 
 
 def best_step(folder: Path) -> int | None:

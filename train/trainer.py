@@ -1,17 +1,14 @@
 """transformers' Trainer for packed rows: two learning rates, checkpoints of what is trained, a guard on the loss.
 
-Data order, random numbers, optimizer and schedule come back with a checkpoint, so a run that was killed ends in the
-same weights, bit by bit on a CPU. How devices work together (DDP, FSDP2, DeepSpeed) is Accelerate's.
+Data order, random numbers, optimizer, schedule and losses come back with a checkpoint, so a run that was killed ends in
+the same weights and logs, bit by bit on a CPU. How devices work together (DDP, FSDP2, DeepSpeed) is Accelerate's.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from ldrt_edge.errors import DataError, all_problems
 from ldrt_edge.train import devices
 from ldrt_edge.train.collate import IGNORED, ROW_IDS
 from ldrt_edge.train.features import PackedDataset
+from ldrt_edge.train.losses import Losses
 from ldrt_edge.train.model import PackedLlava
 from ldrt_edge.train.order import RowOrder
 from ldrt_edge.train.recipe import Recipe
@@ -85,7 +83,7 @@ class PackedTrainer(Trainer):
 
     def __init__(self, packed: PackedLlava, recipe: Recipe, lora: bool, train_dataset: PackedDataset, **options: Any):
         self.packed, self.recipe, self.lora = packed, recipe, lora
-        self._guard = _Guard(recipe.spike_factor)
+        self._losses = Losses(recipe.spike_factor)
         self._rows_of_step: list[str] = []
         super().__init__(model=packed, train_dataset=train_dataset, **options)
         step = recipe.rows_per_step * self.args.gradient_accumulation_steps * self.args.world_size
@@ -105,6 +103,11 @@ class PackedTrainer(Trainer):
             self.optimizer = kind(groups, weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """An epoch, unless the checkpoint is the end of the run, which was killed behind its last step."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(*arguments, **options)  # type: ignore[no-untyped-call]
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -114,8 +117,17 @@ class PackedTrainer(Trainer):
         tokens = int((inputs["labels"] != IGNORED).sum())
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         items = tokens if num_items_in_batch is None else float(num_items_in_batch)
-        self._guard.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
+        self._losses.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
+        self._losses.add(float(loss))
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers does, but of all steps, where it knows of those since a checkpoint."""
+        if "loss" in logs:
+            logs["loss"] = self._losses.since_log(self.state.global_step)
+        if "train_loss" in logs:
+            logs["train_loss"] = self._losses.mean(self.state.global_step)
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
@@ -132,38 +144,14 @@ class PackedTrainer(Trainer):
         return self.order
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what is trained, whole, whatever the devices hold of it."""
-        save_trained(self.packed, Path(str(output_dir or self.args.output_dir)))
+        """Write what is trained, whole, whatever the devices hold of it, and its losses."""
+        folder = Path(str(output_dir or self.args.output_dir))
+        save_trained(self.packed, folder)
+        self._losses.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.packed, Path(resume_from_checkpoint))
-
-
-class _Guard:
-    """Stops a run whose loss is no number, or leaps: above where it began, and `factor` times the recent median."""
-
-    def __init__(self, factor: float | None, window: int = 50, least: int = 10) -> None:
-        self._factor, self._least = factor, least
-        self._first: list[float] = []
-        self._recent: deque[float] = deque(maxlen=window)
-
-    def check(self, loss: float, rows: Sequence[str], where: str) -> None:
-        """Take note of a batch's mean loss per answer token.
-
-        Raises:
-            DataError: it is no number, or a leap.
-        """
-        named = all_problems(list(rows), "rows of this batch")
-        if not math.isfinite(loss):
-            raise DataError(f"{where}: the loss is {loss}: lower the learning rate, or look at the data; {named}")
-        if len(self._first) < self._least:
-            self._first.append(loss)
-        elif self._factor is not None and loss > self._factor * median(self._recent) and loss > max(self._first):
-            raise DataError(
-                f"{where}: the loss leapt from {median(self._recent):.3g} to {loss:.3g}: lower the learning rate, look "
-                f"at the data, or raise spike_factor ({self._factor:g}); {named}"
-            )
-        self._recent.append(loss)
+        self._losses.load(Path(resume_from_checkpoint))
 
 
 def save_trained(model: PackedLlava, folder: Path) -> None:

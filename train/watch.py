@@ -1,6 +1,7 @@
 """What a person sees of a run while it trains: progress, a line of metrics, a plot of the loss, sample answers.
 
-All lies in the run's folder (`.OUT.partial` until it is done): `metrics.jsonl`, `loss.png`, `samples.jsonl`.
+All lies in the run's folder (`.OUT.partial` until it is done): `metrics.jsonl`, `loss.png`, `samples.jsonl`, from which
+a run that goes on from a checkpoint drops the lines after it; and `times.jsonl`, which only grows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ldrt_edge import console
+from ldrt_edge import artifact, console
 from ldrt_edge.train.collate import PackedRow
 from ldrt_edge.train.features import PackedDataset
 from ldrt_edge.train.model import PackedLlava
@@ -37,6 +38,8 @@ class Progress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if state.is_world_process_zero:
+            _rewind(self._folder / METRICS, self._stage, state.global_step)
         self._context = console.bar(self._stage, state.max_steps - state.global_step)
         self._bar = self._context.__enter__()
         self._started = time.monotonic()
@@ -58,12 +61,15 @@ class Progress(TrainerCallback):
             self._loss = f"loss {logs['loss']:.3f}"
         if not state.is_world_process_zero:
             return
-        line = {
-            "stage": self._stage, "step": state.global_step, "seconds": round(time.monotonic() - self._started, 3),
-            "processor_seconds": round(time.process_time(), 3), **logs,
-        }
-        with (self._folder / METRICS).open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        at: dict[str, str | float] = {"stage": self._stage, "step": state.global_step}
+        timed = {name: value for name, value in logs.items() if name.endswith(("_runtime", "_per_second"))}
+        timed |= {
+            "seconds": round(time.monotonic() - self._started, 3), "processor_seconds": round(time.process_time(), 3),
+        }  # fmt: skip
+        measured = {name: value for name, value in logs.items() if name not in timed}
+        for name, line in ((METRICS, at | measured), (artifact.TIMES, at | timed)):
+            with (self._folder / name).open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
         if time.monotonic() - self._plotted > _PLOT_EVERY_S:
             plot(self._folder)
             self._plotted = time.monotonic()
@@ -76,10 +82,16 @@ class SampleAnswers(TrainerCallback):
     """Every so many steps, the model's own answers to the same few questions, beside the right ones."""
 
     def __init__(
-        self, every: int, model: PackedLlava, dataset: PackedDataset, rows: Sequence[PackedRow], path: Path
+        self, stage: str, every: int, model: PackedLlava, dataset: PackedDataset, rows: Sequence[PackedRow], path: Path
     ) -> None:
-        self._every, self._model, self._path = every, model, path
+        self._stage, self._every, self._model, self._path = stage, every, model, path
         self._dataset, self._rows = dataset, rows
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            _rewind(self._path, self._stage, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self._every and state.global_step != state.max_steps:
@@ -95,7 +107,7 @@ class SampleAnswers(TrainerCallback):
         front = self._model.front
         given = self._model.answer(question.prompt, self._dataset[index], _ANSWER_TOKENS)
         return {
-            "step": step, "row": question.row_id, "prompt": front.decode(question.prompt),
+            "stage": self._stage, "step": step, "row": question.row_id, "prompt": front.decode(question.prompt),
             "answer": front.decode(given), "right": front.decode(question.answer),
         }
 
@@ -123,13 +135,23 @@ def plot(folder: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a step that a resumed run did again counts once, as it was done last."""
-    lines: dict[tuple[str, int, str], dict[str, Any]] = {}
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        kind = next((name for name in ("loss", "eval_loss") if name in entry), "summary")
-        lines[entry["stage"], entry["step"], kind] = entry
-    return list(lines.values())
+    """The lines of a run's `metrics.jsonl`, or `times.jsonl`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _rewind(log: Path, stage: str, step: int) -> None:
+    """Drop from a log what a stage wrote after its checkpoint at `step`, its summary, and a line that was cut off."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["stage"] != stage or (entry["step"] <= step and "train_loss" not in entry):
+            kept.append(line)
+    artifact.replace_text(log, "".join(kept))
 
 
 def _curves(path: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:

@@ -1,7 +1,7 @@
 """OpenAI's chat-completions API: text and data-URL pictures in, whole or streamed answers out.
 
 What the model cannot do is refused, not ignored. A system message has no place in LLaVA's templates, so it goes before
-the first question.
+the first question. Requests of one `user` wait for each other, and so do all without one; different users take turns.
 Source: https://platform.openai.com/docs/api-reference/chat (request, response and stream chunk objects).
 """
 
@@ -11,22 +11,21 @@ import asyncio
 import base64
 import binascii
 import json
-import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Generator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from ldrt_edge.chat.desk import Desk
-from ldrt_edge.chat.replies import aside, follow, json_reply, read_object, text_of
+from ldrt_edge.chat.replies import aside, follow, json_reply, read_object, sampling_of, text_of
 from ldrt_edge.chat.session import TextStream
 from ldrt_edge.chat.turns import Turn
-from ldrt_edge.errors import DataError, LdrtError
+from ldrt_edge.errors import DataError, LdrtError, NotThere
 from ldrt_edge.front import Front, Message
 from ldrt_edge.image import read_image_bytes
 from ldrt_edge.runtimes.base import FrontImage, Prompt, Sampling, check_room
@@ -59,6 +58,7 @@ class Completion:
 
     prompt: Prompt
     question: str
+    user: str
     sampling: Sampling
     stream: bool
     with_usage: bool
@@ -112,7 +112,7 @@ class Api:
         body = await read_object(request)
         self._check_name(body.get("model", self._desk.model.name))
         asked = await aside(_read, body, self._desk)
-        turn = self._desk.turns.take(lambda: self._write(asked))
+        turn = self._desk.take(f"api:{asked.user}", lambda: self._write(asked))
         if asked.stream:
             return follow(turn, _chunks(asked, turn.events()), "text/event-stream")
         written = asyncio.ensure_future(_wait_for(turn))
@@ -143,7 +143,7 @@ class Api:
 
     def _check_name(self, name: object) -> None:
         if name != self._desk.model.name:
-            raise DataError(f"model: there is only {self._desk.model.name!r} here")
+            raise NotThere(f"model: there is only {self._desk.model.name!r} here")
 
 
 async def _wait_for(turn: Turn[Piece]) -> None:
@@ -165,16 +165,7 @@ def _read(body: Mapping[str, Any], desk: Desk) -> Completion:
     for name, value in body.items():
         if name not in _KNOWN and value is not None and value not in _HARMLESS.get(name, ()):
             raise DataError(f"{name}: this server cannot do that; leave it out")
-    most = body.get("max_completion_tokens") or body.get("max_tokens") or desk.sampling.max_tokens
-    numbers = {
-        "max_tokens": most, "temperature": body.get("temperature"), "top_p": body.get("top_p"), "seed": body.get("seed")
-    }
-    for name, value in numbers.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not number:
-            raise DataError(f"{name}: wants a number")
-    whole = {name: int(value) for name in ("max_tokens", "seed") if (value := numbers[name]) is not None}
-    broken = {name: float(value) for name in ("temperature", "top_p") if (value := numbers[name]) is not None}
+    most = body.get("max_completion_tokens") or body.get("max_tokens")
     messages = _messages(body.get("messages"), desk.front)
     prompt = desk.front.prompt(messages)
     check_room(prompt, 1, desk.runtime.context_length)
@@ -182,7 +173,8 @@ def _read(body: Mapping[str, Any], desk: Desk) -> Completion:
     return Completion(
         prompt=prompt,
         question=messages[-1].text,
-        sampling=replace(desk.sampling, **cast("Any", whole | broken)),
+        user=text_of(body.get("user") or "", "user"),
+        sampling=sampling_of({**body, "max_tokens": most}, desk.sampling),
         stream=body.get("stream") is True,
         with_usage=isinstance(options, dict) and options.get("include_usage") is True,
         with_logprobs=body.get("logprobs") is True,

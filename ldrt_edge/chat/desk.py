@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ldrt_edge import artifact
 from ldrt_edge.bundle.open import unreleased
@@ -19,10 +20,10 @@ from ldrt_edge.chat.turns import Turn, Turns
 from ldrt_edge.confidence import Confidence
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
-from ldrt_edge.image import Picture
 from ldrt_edge.release import Verdict, read_verdict
 from ldrt_edge.runtimes.base import Runtime, Sampling
 
+T = TypeVar("T")
 _MOST_CONVERSATIONS = 100
 
 
@@ -56,12 +57,11 @@ class Model:
 
 @dataclass
 class Conversation:
-    """A session, the answer that is being written in it, and the pictures that are read for its next question."""
+    """A session, and the answer that is being written in it."""
 
     name: str
     session: Session
     turn: Turn[dict[str, object]] | None = None
-    reading: Turn[None] | None = None
 
     @property
     def writing(self) -> bool:
@@ -82,7 +82,7 @@ class Desk:
     ) -> None:
         self.runtime, self.front, self.model, self.sampling, self.audit = runtime, front, model, sampling, audit
         self.confidence = confidence
-        self.turns = Turns(runtime)
+        self.turns, self._reading = Turns(runtime), None  # type: Turns, Turn[None] | None
         self.pictures = Pictures()
         self.conversations: dict[str, Conversation] = {}
         self.history, self._keeping = history, threading.Lock()
@@ -90,19 +90,25 @@ class Desk:
             self.conversations[name] = Conversation(name, self._session())
             self.conversations[name].session.exchanges = exchanges
 
-    def read_ahead(self, conversation: Conversation, pictures: Callable[[], Sequence[Picture]]) -> None:
-        """Let the model read pictures while their question is thought of, if it has nothing else to do."""
-        if conversation.reading:
-            conversation.reading.stop()
+    def take(self, client: str, work: Callable[[], Generator[T, None, None]]) -> Turn[T]:
+        """Put work at the end of a client's queue; what is read ahead for another gives way. See `Turns.take`."""
+        if self._reading and self._reading.client != client:
+            self._reading.stop()
+        return self.turns.take(client, work)
+
+    def read_ahead(self, conversation: Conversation, read: Callable[[], object]) -> None:
+        """Let the model read while a question is thought of, if it has nothing else to do."""
+        if self._reading:
+            self._reading.stop()
 
         def work() -> Generator[None, None, None]:
             # what cannot be read now will say so when it is asked about
             with suppress(LdrtError):
-                conversation.session.attach(*pictures(), read=True)
+                read()
             yield
 
         if self.turns.idle:
-            conversation.reading = self.turns.take(work)
+            self._reading = self.turns.take(conversation.name, work)
 
     def open(self, session: Session | None = None) -> str:
         """Open a conversation; its name.
@@ -139,6 +145,7 @@ class Desk:
             if self.history:
                 self.history.forget(conversation.name)
             self.conversations.pop(conversation.name, None)
+        self.turns.tidy(conversation.session.reset)
 
     def record(self, images: Sequence[str], question: str, answer: str) -> None:
         """Note an answer in the audit log, if there is one."""

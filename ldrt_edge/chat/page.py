@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,11 +13,22 @@ from starlette.routing import Route
 from ldrt_edge import __version__
 from ldrt_edge.chat.desk import Conversation, Desk
 from ldrt_edge.chat.pictures import Shot, describe, png, tiles_png
-from ldrt_edge.chat.replies import aside, follow, json_line, json_reply, png_reply, read_object, text_of
+from ldrt_edge.chat.replies import (
+    aside,
+    follow,
+    json_line,
+    json_reply,
+    number_of,
+    png_reply,
+    read_object,
+    sampling_of,
+    text_of,
+    whole_of,
+)
 from ldrt_edge.chat.session import NOTICE, Session
-from ldrt_edge.errors import DataError, LdrtError
+from ldrt_edge.chat.structured_report import structured_report
+from ldrt_edge.errors import DataError, LdrtError, NotNow, NotThere
 from ldrt_edge.image import MAX_BYTES, Picture
-from ldrt_edge.runtimes.base import Sampling
 
 Events = Generator[dict[str, object], None, None]
 _OTHER_ANSWER_TEMPERATURE = 0.7
@@ -44,6 +54,7 @@ def routes(desk: Desk) -> list[Route]:
         Route(f"{one}/again", page.again, methods=["POST"]),
         Route(f"{one}/branch", page.branch, methods=["POST"]),
         Route(f"{one}/stop", page.stop, methods=["POST"]),
+        Route(f"{one}/report", page.report),
         Route(f"{one}/seen/{{exchange:int}}/{{image:int}}", page.seen),
     ]
 
@@ -105,6 +116,13 @@ class Page:
         """Its transcript."""
         return json_reply(self._conversation(request).session.transcript())
 
+    async def report(self, request: Request) -> Response:
+        """The same as a DICOM Structured Report."""
+        session = self._conversation(request).session
+        if not session.exchanges:
+            raise NotNow("nothing was asked yet: there is nothing to report")
+        return Response(await aside(structured_report, session), media_type="application/dicom")
+
     async def delete_conversation(self, request: Request) -> Response:
         """Forget one."""
         await aside(self._desk.forget, self._conversation(request))
@@ -119,7 +137,7 @@ class Page:
         body = await read_object(request)
         question, shots = text_of(body.get("question"), "question"), _shots(body)
         session = conversation.session
-        sampling = _sampling(body, self._desk.sampling)
+        sampling = sampling_of(body, self._desk.sampling)
 
         def work() -> Events:
             session.sampling = sampling
@@ -133,10 +151,13 @@ class Page:
         return self._stream(conversation, session, work)
 
     async def read(self, request: Request) -> Response:
-        """Let the model read pictures before their question comes."""
+        """Let the model read before a question comes: pictures, or without a list of them what was said so far."""
         conversation = self._free(request)
-        shots = _shots(await read_object(request)) or []
-        self._desk.read_ahead(conversation, lambda: self._pictures(shots))
+        shots, session = _shots(await read_object(request)), conversation.session
+        if shots is not None:
+            self._desk.read_ahead(conversation, lambda: session.attach(*self._pictures(shots), read=True))
+        elif session.exchanges:
+            self._desk.read_ahead(conversation, session.read)
         return json_reply({})
 
     async def again(self, request: Request) -> Response:
@@ -145,10 +166,10 @@ class Page:
         body = await read_object(request)
         kept = conversation.session
         if not kept.exchanges:
-            raise DataError("nothing was asked")
+            raise NotNow("nothing was asked")
         last = kept.exchanges[-1]
         session = kept.fork(len(kept.exchanges) - 1)
-        sampling = _sampling(body, self._desk.sampling)
+        sampling = sampling_of(body, self._desk.sampling)
         temperature = sampling.temperature or _OTHER_ANSWER_TEMPERATURE
         session.sampling = replace(sampling, temperature=temperature, seed=last.sampling.seed + 1)
 
@@ -166,9 +187,9 @@ class Page:
         """Another conversation up to an exchange, whose pictures wait there; this one stays."""
         body = await read_object(request)
         session = self._conversation(request).session
-        exchange = body.get("exchange")
-        if not isinstance(exchange, int) or not 0 <= exchange < len(session.exchanges):
-            raise DataError("branch: there is no such exchange")
+        exchange = whole_of(body.get("exchange"), "exchange")
+        if not 0 <= exchange < len(session.exchanges):
+            raise NotNow(f"exchange: there are {len(session.exchanges)}, counted from 0")
         return json_reply({"name": self._desk.open(session.fork(exchange))})
 
     async def stop(self, request: Request) -> Response:
@@ -184,7 +205,7 @@ class Page:
             exchange = self._conversation(request).session.exchanges[request.path_params["exchange"]]
             image = exchange.shown[request.path_params["image"]].image
         except IndexError:
-            raise DataError("there is no such picture in the conversation") from None
+            raise NotThere("there is no such picture in the conversation") from None
         return png_reply(await aside(lambda: tiles_png(image)), {"seen_sha256": image.sha256})
 
     def _pictures(self, shots: Sequence[Shot]) -> list[Picture]:
@@ -209,7 +230,7 @@ class Page:
             finally:
                 self._desk.keep(conversation)
 
-        turn = conversation.turn = self._desk.turns.take(kept_work)
+        turn = conversation.turn = self._desk.take(conversation.name, kept_work)
 
         async def lines() -> AsyncIterator[str]:
             try:
@@ -224,13 +245,13 @@ class Page:
     def _conversation(self, request: Request) -> Conversation:
         found = self._desk.conversations.get(request.path_params["name"])
         if found is None:
-            raise DataError("the conversation is not there any more")
+            raise NotThere("the conversation is not there any more")
         return found
 
     def _free(self, request: Request) -> Conversation:
         found = self._conversation(request)
         if found.writing:
-            raise DataError("an answer is still being written: stop it first")
+            raise NotNow("an answer is still being written: stop it first")
         return found
 
 
@@ -239,43 +260,35 @@ def _shots(body: dict[str, object]) -> list[Shot] | None:
     if listed is None:
         return None
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        raise DataError("pictures: wants a list of {name, frame, window}")
-    return [
-        _shot(one.get("name"), one.get("frame"), one.get("window"), one.get("over"), one.get("black_out") is True)
-        for one in listed
-    ]
+        raise DataError("pictures: wants a list of {name, frame, window, over, black_out}")
+    return [_shot(one) for one in listed]
+
+
+def _shot(told: dict[str, object]) -> Shot:
+    window, over, black_out = told.get("window"), told.get("over", []), told.get("black_out", False)
+    if window is not None and not (isinstance(window, list) and len(window) == 2):
+        raise DataError("window: wants [center, width]")
+    if not isinstance(over, list) or not isinstance(black_out, bool):
+        raise DataError("over wants a list of names, black_out true or false")
+    if len(over) > _MOST_OVERLAYS:
+        raise DataError(f"over: at most {_MOST_OVERLAYS} files lie over a picture")
+    laid = tuple(dict.fromkeys(text_of(one, "over") for one in over))
+    level = (number_of(window[0], "window"), number_of(window[1], "window")) if window else None
+    frame = whole_of(told.get("frame", 0), "frame")
+    if frame < 0 or (level and level[1] <= 0):
+        raise DataError("frame counts from 0, and a window has a width above 0")
+    return Shot(text_of(told.get("name"), "name"), level, frame, laid, black_out)
 
 
 def _asked_shot(request: Request) -> Shot:
-    """Out of the address: /NAME?frame=0&center=40&width=400&over=NAME&over=NAME&black_out=1."""
+    """Out of the address: /NAME?frame=0&window=40,400&over=NAME&over=NAME&black_out=1."""
     query = request.query_params
-    window = [query["center"], query["width"]] if "center" in query and "width" in query else None
-    name, over, black_out = request.path_params["name"], query.getlist("over"), query.get("black_out") == "1"
-    return _shot(name, query.get("frame"), window, over, black_out)
-
-
-def _shot(name: object, frame: object, window: object, over: object, black_out: bool) -> Shot:
+    told: dict[str, object] = {"name": request.path_params["name"], "over": query.getlist("over")}
     try:
-        level = None
-        if window is not None:
-            center, width = (float(str(value)) for value in cast("Iterable[object]", window))
-            level = (center, width)
-        laid = tuple(dict.fromkeys(str(one) for one in cast("Iterable[object]", over or ())))
-        if len(laid) > _MOST_OVERLAYS:
-            raise DataError(f"at most {_MOST_OVERLAYS} files lie over a picture")
-        return Shot(str(name), level, int(str(frame or 0)), laid, black_out)
-    except (TypeError, ValueError, OverflowError):
-        raise DataError("a picture is {name, frame, window, over, black_out}, its window [center, width]") from None
-
-
-def _sampling(body: dict[str, object], default: Sampling) -> Sampling:
-    """What a request says of `default`, within its bounds."""
-    try:
-        return replace(
-            default,
-            max_tokens=int(str(body.get("max_tokens", default.max_tokens))),
-            temperature=float(str(body.get("temperature", default.temperature))),
-            seed=int(str(body.get("seed", default.seed))),
-        )
-    except (TypeError, ValueError, OverflowError):
-        raise DataError("max_tokens, temperature and seed want numbers") from None
+        told["frame"] = int(query.get("frame", "0"))
+        if "window" in query:
+            told["window"] = [float(side) for side in query["window"].split(",")]
+        told["black_out"] = {"0": False, "1": True}[query.get("black_out", "0")]
+    except (ValueError, KeyError):
+        raise DataError("frame wants a number, window CENTER,WIDTH, black_out 0 or 1") from None
+    return _shot(told)

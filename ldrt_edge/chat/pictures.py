@@ -21,14 +21,15 @@ from PIL import Image
 
 from ldrt_edge.burned_in import black_out, text_lines
 from ldrt_edge.dicom import declares_text, slice_position
-from ldrt_edge.errors import DataError
+from ldrt_edge.errors import DataError, NotThere
 from ldrt_edge.image import Picture, Window, read_image_bytes
+from ldrt_edge.kept import Kept
 from ldrt_edge.overlay import Dose, Structures, lay_over, plane, read_overlay, read_structures
 from ldrt_edge.runtimes.base import FrontImage
 
 MOST_BYTES = 1 << 30
 _GAP = 4  # pixels between tiles
-_VIEWS_KEPT = 8
+_VIEWS_BYTES = 256 << 20
 _OVERLAYS_KEPT = 4  # read; their files are kept longer
 
 
@@ -50,9 +51,8 @@ class Pictures:
     """Files by a random name, at most `most_bytes` of them together."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
-        self._most_bytes = most_bytes
-        self._files: OrderedDict[str, bytes] = OrderedDict()
-        self._views: OrderedDict[Shot, Picture] = OrderedDict()
+        self._files = Kept[str, bytes](most_bytes, len)
+        self._views = Kept[Shot, Picture](_VIEWS_BYTES, lambda picture: picture.rgb.nbytes)
         self._overlays: OrderedDict[str, Dose | Structures] = OrderedDict()
         self._lock = threading.Lock()
         self._salt = secrets.token_bytes(32)
@@ -66,8 +66,8 @@ class Pictures:
         Raises:
             DataError: it cannot be read, or is larger than what is kept of all.
         """
-        if len(data) > self._most_bytes:
-            raise DataError(f"the picture: {len(data) >> 20} MiB, and {self._most_bytes >> 20} are kept")
+        if len(data) > self._files.most_bytes:
+            raise DataError(f"the picture: {len(data) >> 20} MiB, and {self._files.most_bytes >> 20} are kept")
         told: dict[str, object]
         lies_in: frozenset[str]
         if regions := read_structures(data):
@@ -87,9 +87,7 @@ class Pictures:
                     lies_in = frozenset({lies.frame_of_reference})
         name = secrets.token_urlsafe(12)
         with self._lock:
-            self._files[name] = data
-            while sum(map(len, self._files.values())) > self._most_bytes:
-                self._files.popitem(last=False)
+            self._files.put(name, data)
         return {"name": name, "frames_of_reference": sorted(map(self._word, lies_in)), **told}
 
     def view(self, shot: Shot) -> Picture:
@@ -109,9 +107,7 @@ class Pictures:
                 known = replace(known, rgb=black_out(known.rgb, lines), origin=origin)
             known = lay_over(known, data, [self._overlay(name) for name in shot.over])
             with self._lock:
-                self._views[shot] = known
-                if len(self._views) > _VIEWS_KEPT:
-                    self._views.popitem(last=False)
+                self._views.put(shot, known)
         return known
 
     def _overlay(self, name: str) -> Dose | Structures:
@@ -129,9 +125,8 @@ class Pictures:
     def _file(self, name: str) -> bytes:
         with self._lock:
             data = self._files.get(name)
-            if data is None:
-                raise DataError("the picture is not there any more: add it again")
-            self._files.move_to_end(name)
+        if data is None:
+            raise NotThere("the picture is not there any more: add it again")
         return data
 
     def _word(self, identifier: str) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -14,11 +16,12 @@ from starlette.types import Receive, Scope, Send
 
 from ldrt_edge.chat.turns import Turn
 from ldrt_edge.errors import DataError
+from ldrt_edge.runtimes.base import Sampling
 
 T = TypeVar("T")
 _TYPES_OF_ERRORS = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    429: "rate_limit_error", 500: "server_error",
 }
 
 
@@ -86,6 +89,42 @@ def text_of(value: object, name: str) -> str:
     if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
         raise DataError(f"{name}: wants text")
     return value
+
+
+def number_of(value: object, name: str) -> float:
+    """A number out of a request.
+
+    Raises:
+        DataError: it is none, or not finite.
+    """
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or abs(value) > sys.float_info.max:
+        raise DataError(f"{name}: wants a number")
+    return value
+
+
+def whole_of(value: object, name: str) -> int:
+    """A whole number out of a request: 3, or 3.0, which JSON does not tell apart.
+
+    Raises:
+        DataError: it is none.
+    """
+    number = number_of(value, name)
+    if number != int(number):
+        raise DataError(f"{name}: wants a whole number")
+    return int(number)
+
+
+def sampling_of(body: Mapping[str, object], default: Sampling) -> Sampling:
+    """What a request says of `default`; null says nothing.
+
+    Raises:
+        DataError: something is no number.
+        ConfigError: a number is out of its bounds.
+    """
+    named = {name: body[name] for name in ("max_tokens", "temperature", "top_p", "seed") if body.get(name) is not None}
+    read = {"max_tokens": whole_of, "seed": whole_of}
+    given: Any = {name: read.get(name, number_of)(value, name) for name, value in named.items()}
+    return replace(default, **given)
 
 
 async def aside(work: Callable[..., T], *arguments: object) -> T:

@@ -1,9 +1,9 @@
 """`ldrt-edge serve`, `chat --web`: one model on the loopback interface, with a page for people and an API for programs.
 
 Nothing leaves this machine and nothing is written to disk, unless an audit log or a history is asked for. Every
-request but those for the page's own files needs the token of this start; the Host and Origin headers must be ours, so
-that no web page elsewhere reaches it through the browser. Nothing in a request becomes a path: the page's files are
-read at the start, and a conversation's file is found by the name that the server gave it.
+request but those for the page's own files and for `/openapi.json` needs the token of this start; the Host and Origin
+headers must be ours, so that no web page elsewhere reaches it through the browser. Nothing in a request becomes a path:
+the page's files are read at the start, and a conversation's file is found by the name that the server gave it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from importlib import resources
 from pathlib import Path
 
 import uvicorn
+import yaml
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldrt_edge.chat import completions, page
@@ -33,7 +34,7 @@ from ldrt_edge.chat.history import History
 from ldrt_edge.chat.replies import error_reply
 from ldrt_edge.chat.turns import Busy
 from ldrt_edge.confidence import read_confidence
-from ldrt_edge.errors import ConfigError, DataError, LdrtError
+from ldrt_edge.errors import ConfigError, DataError, LdrtError, NotNow, NotThere
 from ldrt_edge.front import Front
 from ldrt_edge.image import MAX_BYTES
 from ldrt_edge.runtimes.base import Sampling, load
@@ -41,6 +42,8 @@ from ldrt_edge.runtimes.base import Sampling, load
 HOST = "127.0.0.1"
 PORT = 8420
 RETRY_AFTER_S = 5
+CACHE_BYTES = 1 << 30
+"""Three conversations with a LLaVA-1.5-7B about a picture, some hundred with the starter."""
 _MOST_BODY_BYTES = 4 << 20  # of a request that brings no picture file
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
@@ -67,6 +70,7 @@ def serve(
     history: Path | None = None,
     passphrase: str = "",
     report: Path | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> None:
     """Serve a model artefact on 127.0.0.1 until Ctrl-C; prints one line with the address and the token.
 
@@ -80,6 +84,7 @@ def serve(
         as_json: print page, base_url and api_key as one JSON object instead.
         history: keep conversations there, encrypted with `passphrase`.
         report: bench's about the model: says under answers how sure they are.
+        cache_bytes: at most so much is kept of what the model read for conversations that wait.
 
     Raises:
         LdrtError: the model does not load, the port is taken, or the audit log or the history cannot be used.
@@ -91,6 +96,7 @@ def serve(
         port = listener.getsockname()[1]
         runtime = load(folder, threads=threads)
         opened.callback(runtime.close)
+        runtime.remember(cache_bytes)
         log = opened.enter_context(closing(AuditLog(audit))) if audit else None
         desk = Desk(runtime, Front.load(folder), model, sampling or Sampling(), log, past, confidence)
         opened.callback(desk.turns.close)
@@ -124,9 +130,9 @@ def run(
 def application(desk: Desk, token: str, port: int) -> ASGIApp:
     """The ASGI application; `port` is the one that browsers name in Host and Origin."""
     inner = Starlette(
-        routes=[*own_files("ldrt_edge.chat"), *page.routes(desk), *completions.routes(desk)],
+        routes=[*own_files("ldrt_edge.chat"), _description(), *page.routes(desk), *completions.routes(desk)],
         max_body_size=_MOST_BODY_BYTES,
-        exception_handlers={LdrtError: _refused, Busy: _busy, 404: _no_such, 405: _no_such, 413: _too_large},
+        exception_handlers={LdrtError: _refused, Busy: _busy, 404: _no_such, 405: _no_such_method, 413: _too_large},
     )
     return Guard(inner, token, port)
 
@@ -193,12 +199,19 @@ def own_files(package: str) -> list[Route]:
     return routes
 
 
+def _description() -> Route:
+    """What programs may ask for, in OpenAPI's words."""
+    told = yaml.safe_load(resources.files("ldrt_edge.chat").joinpath("openapi.yaml").read_bytes())
+    return Route("/openapi.json", _always(json.dumps(told).encode(), "application/json"))
+
+
 def _always(content: bytes, media_type: str) -> Callable[[Request], Response]:
     return lambda _: Response(content, media_type=media_type)
 
 
 def _refused(_: Request, error: Exception) -> Response:
-    return error_reply(400 if isinstance(error, (DataError, ConfigError)) else 500, str(error))
+    statuses = {NotThere: 404, NotNow: 409, DataError: 400, ConfigError: 400}
+    return error_reply(next((statuses[kind] for kind in type(error).mro() if kind in statuses), 500), str(error))
 
 
 def _busy(_: Request, __: Exception) -> Response:
@@ -208,6 +221,12 @@ def _busy(_: Request, __: Exception) -> Response:
 
 def _no_such(_: Request, __: Exception) -> Response:
     return error_reply(404, "there is nothing here")
+
+
+def _no_such_method(request: Request, _: Exception) -> Response:
+    meant = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    allowed = sorted({method for route in meant for method in route.methods})
+    return error_reply(405, f"there is only {', '.join(allowed)}", {"allow": ", ".join(allowed)})
 
 
 def _too_large(_: Request, __: Exception) -> Response:

@@ -123,9 +123,17 @@ class Session:
         """
         shown = tuple(Shown(self.front.image(picture.rgb), picture.origin) for picture in pictures)
         if read and shown:
-            next(self.runtime.generate(self._prompt("?", shown), replace(self.sampling, max_tokens=1)), None)
+            self._read(shown)
         self._waiting = shown
         return tuple(one.image for one in shown)
+
+    def read(self) -> None:
+        """Let the model read all of the conversation, and the pictures that wait: then the next answer starts at once.
+
+        Raises:
+            DataError: the conversation outgrew the context.
+        """
+        self._read(self._waiting)
 
     def fork(self, count: int) -> Session:
         """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it."""
@@ -135,7 +143,8 @@ class Session:
         return other
 
     def reset(self) -> None:
-        """Forget the conversation and its pictures."""
+        """Forget the conversation and its pictures, and let the model forget them."""
+        self.runtime.forget(self._prompt("?", self._waiting))
         self.exchanges.clear()
         self._waiting = ()
 
@@ -173,20 +182,28 @@ class Session:
         return self.confidence.of(exchange.probability)
 
     def save(self, path: Path) -> None:
-        """Write the transcript to a new file that only its owner can read.
+        """Write the conversation to a new file that only its owner can read: a DICOM SR for `.dcm`, else JSON.
 
         Raises:
-            DataError: the file exists, or cannot be written.
+            DataError: the file exists, or cannot be written; or nothing was asked that a DICOM SR could report.
         """
-        text = json.dumps(self.transcript(), ensure_ascii=False, indent=1) + "\n"
+        if path.suffix.lower() == ".dcm":
+            from ldrt_edge.chat.structured_report import structured_report
+
+            content = structured_report(self)
+        else:
+            content = (json.dumps(self.transcript(), ensure_ascii=False, indent=1) + "\n").encode()
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode=0o600)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(content)
         except FileExistsError as error:
             raise DataError(f"{path} exists: choose another name") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+    def _read(self, shown: Sequence[Shown]) -> None:
+        next(self.runtime.generate(self._prompt("?", shown), replace(self.sampling, max_tokens=1)), None)
 
     def _prompt(self, question: str, shown: Sequence[Shown]) -> Prompt:
         history = [message for exchange in self.exchanges for message in exchange.messages]

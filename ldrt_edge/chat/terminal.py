@@ -1,7 +1,7 @@
 """`ldrt-edge chat`: one question, or a conversation on a terminal or through a pipe.
 
-Answers go to stdout as they are written, everything else to stderr. Nothing is written to disk unless /save asks for
-it; what was typed is remembered until the program ends. Ctrl-C stops an answer and not the program.
+Answers go to stdout as they are written, everything else to stderr. Nothing is written to disk unless /save or a
+history asks for it; what was typed is remembered until the program ends. Ctrl-C stops an answer and not the program.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import io
 import itertools
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from ldrt_edge import artifact
 from ldrt_edge.artifact import Input
 from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.burned_in import text_lines
+from ldrt_edge.chat import preview
+from ldrt_edge.chat.history import History
 from ldrt_edge.chat.session import NOTICE, Finish, Session
+from ldrt_edge.chat.typed import COMMANDS, typed
 from ldrt_edge.confidence import Sure, read_confidence
 from ldrt_edge.console import say, stderr
 from ldrt_edge.errors import DataError, LdrtError
@@ -33,17 +37,14 @@ from ldrt_edge.image import Picture, Window, read_image
 from ldrt_edge.release import read_verdict
 from ldrt_edge.runtimes.base import Sampling, Timings, load
 
-if TYPE_CHECKING:
-    from prompt_toolkit.completion import Completer
-
 HELP = """\
 Type a question. Commands:
   /image FILE [CENTER,WIDTH] [FRAME]  show a picture (PNG, JPEG, TIFF, DICOM) with the next question
   /reset                              forget the conversation and its pictures
-  /save FILE                          write the conversation to a new JSON file
+  /save FILE                          write the conversation to a new file: DICOM SR if it ends in .dcm, else JSON
   /help                               this
   /quit                               leave (or Ctrl-D); Ctrl-C stops an answer"""
-_COMMANDS = ("/image", "/reset", "/save", "/help", "/quit")
+_MOST_CONVERSATIONS = 100  # that earlier questions are taken from
 _WINDOW = re.compile(r"(-?\d+(?:\.\d+)?),(\d+(?:\.\d+)?)")
 _UNPRINTABLE = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t"}
 
@@ -113,12 +114,15 @@ def run_chat(
     sampling: Sampling | None = None,
     threads: int | None = None,
     report: Path | None = None,
+    history: History | None = None,
 ) -> None:
     """Hold a conversation until /quit or the end of input; one question a line where stdin is no terminal.
 
+    history: keeps the conversation, and has earlier questions for the arrow keys.
+
     Raises:
-        LdrtError: the model does not load, or the first picture cannot be read. Later errors are shown, and the
-            conversation goes on.
+        LdrtError: the model does not load, or the first picture or the history cannot be read. Later errors are shown,
+            and the conversation goes on.
     """
     picture = read_image(image, window, frame) if image else None
     with _opened(folder, sampling, threads, report) as session:
@@ -127,13 +131,15 @@ def run_chat(
                 stream.reconfigure(errors="replace")  # a terminal's or a pipe's encoding must not end the conversation
         interactive = sys.stdin.isatty()
         with _Interrupts(interactive) as interrupts:
-            conversation = Conversation(session, interrupts)
+            conversation = Conversation(session, interrupts, history)
             if picture:
                 conversation.show(picture)
             if interactive:
                 room = session.runtime.context_length
                 say(f"{folder.name} on {session.runtime.name}, {room} tokens. {NOTICE} /help shows the commands")
-            for line in _typed(conversation) if interactive else sys.stdin:
+            past = history.read(artifact.identity(folder), _MOST_CONVERSATIONS) if history and interactive else ()
+            asked = [exchange.question for _, exchanges in past for exchange in exchanges]
+            for line in typed(conversation, asked) if interactive else sys.stdin:
                 if not conversation.take(line):
                     break
 
@@ -144,8 +150,9 @@ class Conversation:
     unanswered: the last question, if it is not in the conversation: refused, or stopped before its first word.
     """
 
-    def __init__(self, session: Session, interrupts: _Interrupts) -> None:
-        self._session, self._interrupts = session, interrupts
+    def __init__(self, session: Session, interrupts: _Interrupts, history: History | None = None) -> None:
+        self._session, self._interrupts, self._history = session, interrupts, history
+        self._name = secrets.token_urlsafe(12)  # in the history
         self.unanswered = ""
 
     def take(self, line: str) -> bool:
@@ -170,6 +177,7 @@ class Conversation:
         """Show a picture with the next question."""
         with self._interrupts.raised(), _busy("reading the picture"):
             (image,) = self._session.attach(picture, read=True)
+        preview.show(image.tiles[0], stderr)
         say(f"picture: {_describe(picture)}, {image.token_count} tokens")
         if text_lines(picture.rgb):
             say("text seems to be burned into it: should it name a patient, /reset forgets the picture")
@@ -181,6 +189,8 @@ class Conversation:
             self.show(read_image(*_image_options(rest)))
         elif command == "/reset":
             self._session.reset()
+            if self._history:
+                self._history.forget(self._name)
             say("forgotten")
         elif command == "/save":
             path = _path(_words(rest), "/save FILE: name the file")
@@ -189,7 +199,7 @@ class Conversation:
         elif command == "/help":
             say(HELP)
         elif command != "/quit":
-            raise DataError(f"{command}: no such command; there are {', '.join(_COMMANDS)}")
+            raise DataError(f"{command}: no such command; there are {', '.join(COMMANDS)}")
         return command != "/quit"
 
     def _answer(self, question: str) -> None:
@@ -205,6 +215,8 @@ class Conversation:
         finally:
             if len(self._session.exchanges) > answered:
                 self.unanswered = ""
+                if self._history:
+                    self._history.keep(self._name, self._session)
         if self.unanswered:
             say("the model gave no answer")
         elif self._session.exchanges[-1].finish == "length":
@@ -251,49 +263,6 @@ class _Interrupts:
         if self._armed:
             self._armed = False
             raise Stopped
-
-
-def _typed(conversation: Conversation) -> Iterator[str]:
-    """Lines from a terminal, with editing, completion and this conversation's history; never from or to a file."""
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import InMemoryHistory
-    from prompt_toolkit.output import create_output
-
-    prompts: PromptSession[str] = PromptSession(
-        history=InMemoryHistory(),
-        completer=_completer(),
-        complete_while_typing=False,
-        output=create_output(always_prefer_tty=True),  # stdout may go to a file
-    )
-    while True:
-        try:
-            line = prompts.prompt("> ", default=conversation.unanswered)
-        except KeyboardInterrupt:
-            if not prompts.default_buffer.text:
-                say("Ctrl-D or /quit leaves")
-            conversation.unanswered = ""
-            continue
-        except EOFError:
-            return
-        yield line
-
-
-def _completer() -> Completer:
-    """Completes commands, and paths behind those that take one."""
-    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-    from prompt_toolkit.document import Document
-
-    paths = PathCompleter(expanduser=True)
-
-    class Commands(Completer):
-        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-            command, space, rest = document.text_before_cursor.partition(" ")
-            if command in ("/image", "/save") and space:
-                yield from paths.get_completions(Document(rest, len(rest)), complete_event)
-            elif not space:
-                yield from (Completion(c, -len(command)) for c in _COMMANDS if command and c.startswith(command))
-
-    return Commands()
 
 
 @contextmanager

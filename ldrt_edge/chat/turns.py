@@ -1,4 +1,8 @@
-"""One model, one answer at a time: work waits in the order in which it came, and can be stopped.
+"""One model, one answer at a time: clients take turns, and what is taken can be stopped.
+
+However much one client asks, another waits for the answer that is being written, and for one of each client before it.
+All have the same token, so this keeps programs from starving people; it is no defence against a program that pretends
+to be many.
 
 The model runs in a thread of its own, so that the server stays awake while it thinks; what it makes comes back event
 by event. Stopping is the Ctrl-C of the terminal: what was written so far stays.
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,7 +21,8 @@ from typing import Any, Generic, TypeVar
 from ldrt_edge.runtimes.base import Runtime
 
 T = TypeVar("T")
-MOST_WAITING = 8
+MOST_WAITING, MOST_WAITING_OF_ONE = 32, 8
+"""Of all clients, and of one."""
 
 
 class Busy(Exception):
@@ -24,39 +30,46 @@ class Busy(Exception):
 
 
 class Turns:
-    """The queue before one model."""
+    """The queues before one model, one for each client."""
 
-    def __init__(self, runtime: Runtime, most_waiting: int = MOST_WAITING) -> None:
-        self._runtime, self._most_waiting = runtime, most_waiting
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         self._thread = ThreadPoolExecutor(1, "model")
         self._lock = threading.Lock()
         self._running: Turn[Any] | None = None
-        self._taken: set[Turn[Any]] = set()
+        self._waiting: OrderedDict[str, deque[Turn[Any]]] = OrderedDict()  # by client, whose turn is next first
+        self._served = ""
 
-    def take(self, work: Callable[[], Generator[T, None, None]]) -> Turn[T]:
-        """Put work at the end of the queue; it starts when its turn comes. Called on the event loop.
+    def take(self, client: str, work: Callable[[], Generator[T, None, None]]) -> Turn[T]:
+        """Put work at the end of a client's queue; it starts when its turn comes. Called on the event loop.
 
         Raises:
-            Busy: too much waits already.
+            Busy: too much waits already, of this client or of all.
         """
+        turn = Turn(self, client, work)
         with self._lock:
-            if len(self._taken) > self._most_waiting:
+            own = self._waiting.get(client, ())
+            if len(own) >= MOST_WAITING_OF_ONE or sum(map(len, self._waiting.values())) >= MOST_WAITING:
                 raise Busy
-            turn = Turn(self, work)
-            self._taken.add(turn)
-        self._thread.submit(turn.run)
+            self._waiting.setdefault(client, deque()).append(turn)
+        self._thread.submit(self._run_next)
         return turn
+
+    def tidy(self, work: Callable[[], None]) -> None:
+        """Run in the model's thread, when it comes to that, what takes no time."""
+        self._thread.submit(work)
 
     @property
     def idle(self) -> bool:
         """Whether all work is done, or about to end."""
         with self._lock:
-            return all(turn.stopped for turn in self._taken)
+            return not self._waiting and (self._running is None or self._running.stopped)
 
     def stop(self) -> None:
         """Stop all work that runs or waits."""
         with self._lock:
-            taken = list(self._taken)
+            taken = [turn for queue in self._waiting.values() for turn in queue]
+            taken += [self._running] if self._running else []
         for turn in taken:
             turn.stop()
 
@@ -65,25 +78,43 @@ class Turns:
         self.stop()
         self._thread.shutdown()
 
-    def _begin(self, turn: Turn[T]) -> None:
+    def _run_next(self) -> None:
+        """In the model's thread."""
         with self._lock:
-            self._running = turn
-
-    def _end(self, turn: Turn[T]) -> None:
+            if not self._waiting:  # it was stopped while it waited
+                return
+            if self._served in self._waiting:
+                self._waiting.move_to_end(self._served)
+            client = self._served = next(iter(self._waiting))
+            turn = self._running = self._waiting[client][0]
+            self._drop(turn)
+        error = turn.run()
         with self._lock:
             self._running = None
-            self._taken.discard(turn)
+        turn.end(error)
 
-    def _interrupt(self, turn: Turn[T]) -> None:
+    def _stop(self, turn: Turn[Any]) -> None:
+        """Interrupt a turn, or take it out of its queue."""
         with self._lock:
             if self._running is turn:
                 self._runtime.interrupt()
+            waits = turn in self._waiting.get(turn.client, ())
+            if waits:
+                self._drop(turn)
+        if waits:
+            turn.end()
+
+    def _drop(self, turn: Turn[Any]) -> None:
+        self._waiting[turn.client].remove(turn)
+        if not self._waiting[turn.client]:
+            del self._waiting[turn.client]
 
 
 class Turn(Generic[T]):
-    """Work for the model. Its events are read once; leaving them stops it."""
+    """Work for the model, of a client. Its events are read once; leaving them stops it."""
 
-    def __init__(self, turns: Turns, work: Callable[[], Generator[T, None, None]]) -> None:
+    def __init__(self, turns: Turns, client: str, work: Callable[[], Generator[T, None, None]]) -> None:
+        self.client = client
         self._turns, self._work = turns, work
         self._loop = asyncio.get_running_loop()
         self._made: asyncio.Queue[tuple[T] | BaseException | None] = asyncio.Queue()
@@ -98,7 +129,7 @@ class Turn(Generic[T]):
     def stop(self) -> None:
         """End it as Ctrl-C would; the events end when it has ended."""
         self._stopped.set()
-        self._turns._interrupt(self)
+        self._turns._stop(self)
 
     async def events(self) -> AsyncIterator[T]:
         """What the work yields, as it comes; what it raises is raised here."""
@@ -110,24 +141,26 @@ class Turn(Generic[T]):
         finally:
             self.stop()
 
-    def run(self) -> None:
-        """In the model's thread."""
+    def run(self) -> BaseException | None:
+        """In the model's thread; what it raised."""
+        if self.stopped:
+            return None
         try:
-            if not self._stopped.is_set():
-                self._turns._begin(self)
-                with closing(self._work()) as events:
-                    for event in events:
-                        self._pass_on((event,))
-                        if self._stopped.is_set():
-                            break
+            with closing(self._work()) as events:
+                for event in events:
+                    self._pass_on((event,))
+                    if self._stopped.is_set():
+                        break
         except KeyboardInterrupt:  # a runtime's way of stopping half-way
             pass
         except BaseException as error:
-            self._pass_on(error)
-        finally:
-            self.ended = True
-            self._turns._end(self)
-            self._pass_on(None)
+            return error
+        return None
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Let its reader know that nothing more comes, and why."""
+        self.ended = True
+        self._pass_on(error)
 
     def _pass_on(self, made: tuple[T] | BaseException | None) -> None:
         if not self._loop.is_closed():

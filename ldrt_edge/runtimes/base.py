@@ -149,8 +149,12 @@ class Runtime(Protocol):
         """`generate` of several prompts; where the runtime can, those about one picture side by side."""
         ...
 
-    def forget(self) -> None:
-        """Hold neither pictures nor a prefix any longer, as after loading."""
+    def remember(self, most_bytes: int) -> None:
+        """Keep what was read for other conversations too, in at most so many bytes: they go on as if not left."""
+        ...
+
+    def forget(self, prompt: Prompt | None = None) -> None:
+        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given."""
         ...
 
     def interrupt(self) -> None:
@@ -246,21 +250,21 @@ def generate_tokens(
         yield token
 
 
+Key = int | tuple[str, int]
+"""Of a cell in the key-value cache: a text token's id, or an image token's (hash, index). Equal keys, equal cells."""
+
+
 @dataclass
 class PrefixCache:
-    """Which tokens the runtime's key-value cache holds, so that a second question about a picture starts at once.
+    """Which tokens the runtime's key-value cache holds, so that a second question about a picture starts at once."""
 
-    A text token is its id, an image token the (hash, index) of its place: equal keys mean equal cache cells.
-    """
+    keys: list[Key] = field(default_factory=list)
 
-    keys: list[int | tuple[str, int]] = field(default_factory=list)
-
-    def shared(self, prompt: Prompt, extra: Sequence[int] = (), last: int = 1) -> int:
-        """How many leading tokens of `prompt` + `extra` are held already.
+    def shared(self, wanted: Sequence[Key], last: int = 1) -> int:
+        """How many leading tokens of `wanted` are held already.
 
         Whole images or none; and never the `last` ones, whose logits are wanted.
         """
-        wanted = keys_of(prompt, extra)
         count = 0
         for held, new in zip(self.keys, wanted, strict=False):
             if held != new:
@@ -272,13 +276,13 @@ class PrefixCache:
         return max(count, 0)
 
 
-def _within_image(key: int | tuple[str, int]) -> bool:
+def _within_image(key: Key) -> bool:
     return isinstance(key, tuple) and key[1] > 0
 
 
-def keys_of(prompt: Prompt, extra: Sequence[int] = ()) -> list[int | tuple[str, int]]:
+def keys_of(prompt: Prompt, extra: Sequence[int] = ()) -> list[Key]:
     """Cache keys of a prompt followed by `extra` text tokens."""
-    keys: list[int | tuple[str, int]] = []
+    keys: list[Key] = []
     for part in prompt.segments():
         if isinstance(part, FrontImage):
             keys.extend((part.sha256, i) for i in range(part.token_count))

@@ -1,23 +1,26 @@
 """What every runtime does around its model: keep image embeddings and the prompt's prefix, count time, generate.
 
 A second question about a picture finds the picture's embeddings, and the keys and values of everything up to the
-question, in memory: only the question itself is computed.
+question, in memory: only the question itself is computed. A server that `remember`s keeps them for each of its
+conversations, so that several go on side by side.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
+from ldrt_edge.kept import Kept
 from ldrt_edge.runtimes.base import (
     FloatArray,
     FrontImage,
+    Key,
     PrefixCache,
     Prompt,
     Sampling,
@@ -31,21 +34,31 @@ from ldrt_edge.runtimes.base import (
 
 CONTEXT = 4096
 """Tokens that a laptop's runtime makes room for, where the model knows more."""
-_IMAGES_KEPT = 8
+_EMBEDDINGS_BYTES = 256 << 20
+"""Of image embeddings: 27 pictures of a LLaVA-1.5-7B, hundreds of the starter's."""
 
 Part = FloatArray | tuple[int, ...]
 """A run of token ids, or image embeddings (image_tokens, hidden)."""
 
 
+@dataclass(frozen=True)
+class State:
+    """What a context held: keys and values as the runtime has them, and how many bytes these are."""
+
+    content: Any
+    bytes: int
+
+
 class CachedRuntime(ABC):
-    """The `Runtime` protocol over two operations of a model: encode a picture, append to the context."""
+    """The `Runtime` protocol over a model's operations: encode a picture, append to the context, change contexts."""
 
     context_length: int
 
     def __init__(self) -> None:
         self.timings = Timings()
-        self._embeddings: OrderedDict[str, FloatArray] = OrderedDict()
         self._prefix = PrefixCache()
+        self._embeddings = Kept[str, FloatArray](_EMBEDDINGS_BYTES, lambda packed: packed.nbytes)
+        self._left = Kept[tuple[Key, ...], State](0, lambda state: state.bytes)
 
     @abstractmethod
     def _encode(self, image: FrontImage) -> FloatArray:
@@ -55,14 +68,20 @@ class CachedRuntime(ABC):
     def _append(self, parts: Sequence[Part], held: int, last: int) -> FloatArray:
         """Keep the first `held` positions, run `parts` behind them; logits of the `last` positions."""
 
+    @abstractmethod
+    def _leave(self, held: int, most_bytes: int) -> State | None:
+        """Give away the context's first `held` positions, unless they are more bytes, and leave it empty."""
+
+    @abstractmethod
+    def _enter(self, state: State, held: int) -> None:
+        """Take back what `_leave` gave, `held` positions."""
+
     def encode(self, image: FrontImage) -> FloatArray:
-        """Image embeddings, packed: (image_tokens, hidden) float32; the last few pictures' are kept."""
-        packed = self._embeddings.pop(image.sha256, None)
+        """Image embeddings, packed: (image_tokens, hidden) float32; the last pictures' are kept."""
+        packed = self._embeddings.get(image.sha256)
         if packed is None:
             packed = self._encode(image)
-        self._embeddings[image.sha256] = packed
-        if len(self._embeddings) > _IMAGES_KEPT:
-            self._embeddings.popitem(last=False)
+            self._embeddings.put(image.sha256, packed)
         return packed
 
     def score(self, prompt: Prompt, answer: Sequence[int]) -> FloatArray:
@@ -86,10 +105,25 @@ class CachedRuntime(ABC):
         """`generate` of several prompts, one after the other."""
         return [list(self.generate(prompt, sampling)) for prompt in prompts]
 
-    def forget(self) -> None:
-        """Hold neither pictures nor a prefix any longer, as after loading."""
-        self._embeddings.clear()
-        self._prefix.keys = []
+    def remember(self, most_bytes: int) -> None:
+        """Keep what was read for other conversations too, in at most so many bytes: they go on as if not left."""
+        self._left.most_bytes = most_bytes
+
+    def forget(self, prompt: Prompt | None = None) -> None:
+        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given."""
+        if prompt is None:
+            self._embeddings.clear()
+            self._left.clear()
+            self._prefix.keys = []
+            return
+        wanted = keys_of(prompt)
+        for keys in self._left:
+            if 2 * PrefixCache(list(keys)).shared(wanted) > len(keys):
+                self._left.take(keys)
+        if 2 * self._prefix.shared(wanted) > len(self._prefix.keys):
+            self._prefix.keys = []
+        for image in prompt.images:
+            self._embeddings.take(image.sha256)
 
     def interrupt(self) -> None:  # noqa: B027 - a runtime without a way to stop half-way stops after its prefill
         """Called from another thread: let a prefill that runs raise KeyboardInterrupt, where the runtime can."""
@@ -99,14 +133,15 @@ class CachedRuntime(ABC):
 
     def _hold(self, prompt: Prompt, length: int) -> None:
         """Let the cache hold the first `length` tokens of a prompt, all its pictures among them."""
-        if self._prefix.shared(prompt) < length:
+        if self._prefix.shared(keys_of(prompt)) < length:
             self._prefill(replace(prompt, ids=prompt.ids[:length]), (), last=1)
 
     def _prefill(self, prompt: Prompt, extra: Sequence[int], last: int) -> FloatArray:
         """Run what the context does not hold already; logits of the `last` positions."""
         wanted = keys_of(prompt, extra)
-        held = self._prefix.shared(prompt, extra, last)
         before = time.perf_counter()
+        self._change_to(wanted)
+        held = self._prefix.shared(wanted, last)
         parts = [
             self.encode(part) if isinstance(part, FrontImage) else part for part in remaining(prompt, extra, held)
         ]
@@ -119,6 +154,26 @@ class CachedRuntime(ABC):
         self.timings.prefill_tokens = len(wanted) - held
         self.timings.reused_tokens = held
         return logits
+
+    def _change_to(self, wanted: list[Key]) -> None:
+        """Go back to the conversation that `wanted` goes on with, if it was left; remember the one that is left now."""
+        if not self._left.most_bytes:
+            return
+        held = self._prefix.shared(wanted)
+        known = {keys: PrefixCache(list(keys)).shared(wanted) for keys in self._left}
+        best = max(known, key=known.__getitem__, default=())
+        found = self._left.take(best) if known.get(best, 0) > held else None
+        keys = tuple(self._prefix.keys)
+        if keys and (found or 2 * held < len(keys)):  # not for an answer that is asked for again
+            self._prefix.keys = []
+            for older in self._left:
+                if keys[: len(older)] == older:  # the same conversation, earlier
+                    self._left.take(older)
+            if left := self._leave(len(keys), self._left.most_bytes):
+                self._left.put(keys, left)
+        if found:
+            self._enter(found, len(best))
+            self._prefix.keys = list(best)
 
     def _step(self, token: int) -> FloatArray:
         logits = self._append([(token,)], len(self._prefix.keys), last=1)

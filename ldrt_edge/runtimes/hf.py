@@ -18,7 +18,7 @@ import numpy as np
 from ldrt_edge.errors import RuntimeLoadError, require
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
-from ldrt_edge.runtimes.cached import CachedRuntime, Part
+from ldrt_edge.runtimes.cached import CachedRuntime, Part, State
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,14 @@ class HfRuntime(CachedRuntime):
             self._cache = DynamicCache(config=self.model.config.text_config)
         embeddings = [self._embed(part) if isinstance(part, tuple) else part for part in parts]
         return self._forward(np.concatenate(embeddings), last)
+
+    def _leave(self, held: int, most_bytes: int) -> State | None:
+        left, self._cache = self._cache, None
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in left.layers)
+        return State(left, size) if size <= most_bytes else None
+
+    def _enter(self, state: State, held: int) -> None:
+        self._cache = state.content
 
     def _embed(self, ids: Sequence[int]) -> FloatArray:
         with self._torch.inference_mode():

@@ -23,7 +23,7 @@ from ldrt_edge.errors import RuntimeLoadError
 from ldrt_edge.front_config import read_json
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, Prompt, Sampling, Token, common_prefix, pack
 from ldrt_edge.runtimes.branches import Branches
-from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part
+from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part, State
 from ldrt_edge.runtimes.llamacpp_bindings import Watch, library
 from ldrt_edge.runtimes.llamacpp_models import Inputs, LanguageModel, VisionModel
 from ldrt_edge.runtimes.processor import free_cores
@@ -123,6 +123,15 @@ class LlamaCppRuntime(CachedRuntime):
             return None
         self._hold(prompts[0], held)
         return held
+
+    def _leave(self, held: int, most_bytes: int) -> State | None:
+        self._text.keep(held)
+        content = self._text.copy() if self._text.copy_bytes <= most_bytes else None
+        self._text.keep(0)
+        return None if content is None else State(content, content.nbytes)
+
+    def _enter(self, state: State, held: int) -> None:
+        self._text.restore(state.content, held)
 
     def close(self) -> None:
         """Free the model."""

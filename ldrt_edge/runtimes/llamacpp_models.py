@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,34 @@ class LanguageModel:
         if length < self._length:
             self._llama.llama_memory_seq_rm(self._llama.llama_get_memory(self.context), 0, length, -1)
         self._length = length
+
+    @property
+    def copy_bytes(self) -> int:
+        """How large a `copy` is."""
+        return int(self._llama.llama_state_seq_get_size(self.context, 0))
+
+    def copy(self) -> Inputs:
+        """Keys and values of all that the cache holds, as llama.cpp packs them: (bytes,) uint8.
+
+        Raises:
+            RuntimeLoadError: llama.cpp failed.
+        """
+        packed = np.empty(self.copy_bytes, np.uint8)
+        self._check_copied(self._llama.llama_state_seq_get_data, packed)
+        return packed
+
+    def restore(self, packed: Inputs, length: int) -> None:
+        """Let the cache hold what `copy` gave, `length` positions, and nothing else.
+
+        Raises:
+            RuntimeLoadError: llama.cpp failed; `keep` is due next.
+        """
+        self._length = length
+        self._check_copied(self._llama.llama_state_seq_set_data, packed)
+
+    def _check_copied(self, move: Callable[..., int], packed: Inputs) -> None:
+        if move(self.context, _pointer(packed, ctypes.c_uint8), packed.nbytes, 0) != packed.nbytes:
+            raise RuntimeLoadError(f"llama.cpp could not copy its cache: {self._loaded.log.last_error()}")
 
     def run(self, inputs: Inputs, first_wanted: int) -> FloatArray:
         """Append `inputs`; logits (n, vocab) of those at or behind position `first_wanted`.

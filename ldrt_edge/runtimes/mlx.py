@@ -20,7 +20,7 @@ from ldrt_edge import console
 from ldrt_edge.errors import RuntimeLoadError, require
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
-from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part
+from ldrt_edge.runtimes.cached import CONTEXT, CachedRuntime, Part, State
 
 _CHUNK = 512
 """Positions computed at once: Ctrl-C stops a prefill between two chunks."""
@@ -104,6 +104,15 @@ class MlxRuntime(CachedRuntime):
             if start + len(chunk) > first_wanted:
                 hidden.append(chunk[max(first_wanted - start, 0) :])
         return self._numpy(self.network.logits(self._mx.concatenate(hidden)))
+
+    def _leave(self, held: int, most_bytes: int) -> State | None:
+        self._keep(held)
+        left, self._cache = self._cache, []
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in left)
+        return State(left, size) if size <= most_bytes else None
+
+    def _enter(self, state: State, held: int) -> None:
+        self._cache = state.content
 
     def _keep(self, held: int) -> None:
         """Drop what lies behind the first `held` positions, layer by layer: a stopped run may leave them uneven."""

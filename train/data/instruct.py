@@ -24,18 +24,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ldrt_edge import artifact, console
 from ldrt_edge.artifact import Json
-from ldrt_edge.dataset import AnswerType, DatasetWriter, Row, Turn
+from ldrt_edge.dataset import ROWS, AnswerType, DatasetWriter, Row, Turn, read_rows
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.train.data.generators import Answers, Budget, Generator, Request, first_valid
 from ldrt_edge.train.data.grounding import ungrounded
 from ldrt_edge.train.data.pairs import Pair, Pairs
-from ldrt_edge.train.data.split import split_by_group
+from ldrt_edge.train.data.split import Groups, check_leakage
 from ldrt_edge.train.data.summary import summary
 
 TASKS = ("conversation", "detailed description", "complex reasoning", "closed")
 CAPTION_TASK = "caption"
 _ATTEMPTS = 3
-_KEPT = "answers.sqlite"
+_KEPT, _UNSPLIT = "answers.sqlite", ".unsplit.jsonl"
 _PROMPTS = Path(__file__).with_name("prompts.yaml")
 
 M = TypeVar("M", bound=BaseModel)
@@ -121,25 +121,30 @@ def instruct(
     with artifact.create(out, "dataset", config, inputs=[pairs], seed=seed, resumable=True) as draft:
         if draft.complete:
             return out
-        rows: list[Row] = []
-        counts = Counter[str]()
-        with DatasetWriter(draft.path) as writer:
+        counts, tasks_met, groups = Counter[str](), Counter[str](), Groups()
+        with DatasetWriter(draft.path, _UNSPLIT) as writer:
             made = (
                 _from_captions(source, prompts, seed) if generator is None
                 else _generated(source, prompts, generator, tasks, cache or draft.path / _KEPT, budget, parallel)
             )
             for pair, exchanges in made:
-                rows.extend(_rows(pair, exchanges, source, writer))
+                for row in _rows(pair, exchanges, source, writer):
+                    writer.add(row)
+                    groups.see(row)
+                    tasks_met[row.task] += 1
                 counts.update(f"dropped: {reason}" for reason in exchanges.dropped)
-            if not rows:
-                told = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
-                raise DataError(f"{pairs}: no rows to write; {told or 'there are no pairs'}")
-            rows = split_by_group(rows, test_fraction, seed)
-            for row in rows:
-                writer.add(row)
-        (draft.path / _KEPT).unlink(missing_ok=True)
-        draft.metrics.update(summary(rows))
-        draft.metrics.update(rows_by_task=dict(sorted(Counter(row.task for row in rows).items())), **counts)
+        if not groups:
+            told = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
+            raise DataError(f"{pairs}: no rows to write; {told or 'there are no pairs'}")
+        splits = groups.splits(test_fraction, seed)
+        with DatasetWriter(draft.path) as writer:
+            for row in read_rows(draft.path / _UNSPLIT):
+                writer.add(replace(row, split=splits[row.group]))
+        check_leakage(read_rows(draft.path / ROWS))
+        for name in (_KEPT, _UNSPLIT):
+            (draft.path / name).unlink(missing_ok=True)
+        draft.metrics.update(summary(read_rows(draft.path / ROWS)))
+        draft.metrics.update(rows_by_task=dict(sorted(tasks_met.items())), **counts)
     return out
 
 

@@ -7,30 +7,32 @@ same check on all of its datasets together, and refuses to start on a leak.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 
 from ldrt_edge.dataset import Row, Split, assign_splits
 from ldrt_edge.errors import DataError, all_problems
 
 
-def split_by_group(rows: Sequence[Row], test_fraction: float, seed: int) -> list[Row]:
-    """Rows with their split: whole groups, `test_fraction` of those of each language and mix of tasks.
+class Groups:
+    """The groups of rows that go by: of each, how many rows in which language, and which tasks."""
 
-    Raises:
-        DataError: a leak, which would be our bug.
-    """
-    languages: dict[str, Counter[str]] = {}
-    tasks: dict[str, set[str]] = {}
-    for row in rows:
-        languages.setdefault(row.group, Counter())[row.language] += 1
-        tasks.setdefault(row.group, set()).add(row.task)
-    groups = sorted(languages)
-    strata = [f"{_commonest(languages[group])} {' '.join(sorted(tasks[group]))}" for group in groups]
-    splits = assign_splits(groups, test_fraction, seed, strata)
-    divided = [replace(row, split=splits[row.group]) for row in rows]
-    check_leakage(divided)
-    return divided
+    def __init__(self) -> None:
+        self._languages: dict[str, Counter[str]] = {}
+        self._tasks: dict[str, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._languages)
+
+    def see(self, row: Row) -> None:
+        """Take note of a row."""
+        self._languages.setdefault(row.group, Counter())[row.language] += 1
+        self._tasks.setdefault(row.group, set()).add(row.task)
+
+    def splits(self, test_fraction: float, seed: int) -> dict[str, Split]:
+        """Each group's split: `test_fraction` of the groups of each language and mix of tasks are for testing."""
+        groups = sorted(self._languages)
+        strata = [f"{_commonest(self._languages[group])} {' '.join(sorted(self._tasks[group]))}" for group in groups]
+        return assign_splits(groups, test_fraction, seed, strata)
 
 
 def check_leakage(rows: Iterable[Row]) -> None:

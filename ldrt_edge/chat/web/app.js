@@ -54,6 +54,7 @@ async function open(name) {
   say("");
   showTalk();
   await showList();
+  if (name) post(`/api/conversations/${name}/read`).catch(fail); // so that it goes on at once
 }
 
 async function ask(question) {
@@ -148,7 +149,7 @@ function showTalk() {
     return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn), buttons(turn, i, turns.length));
   }));
   toEnd();
-  for (const id of ["export-json", "export-pdf", "forget"]) $(id).disabled = !turns.length;
+  for (const id of ["export-json", "export-sr", "export-pdf", "forget"]) $(id).disabled = !turns.length;
   showHint();
   showModel();
 }
@@ -194,10 +195,11 @@ function facts(turn) {
     t("timing", number(timings.ttft_ms / 1000, 2), number(timings.decode_tokens / (timings.decode_ms / 1000 || 1))),
   ];
   told.splice(1, 0, ...evidence());
-  if (turn.how_sure) told.unshift(howSure(turn.how_sure));
   if (model.unreleased) told.unshift(t("unreleased", model.unreleased));
   if (turn.finish !== "end") told.unshift(t(turn.finish === "stopped" ? "finishStopped" : "finishLength"));
-  const made = element("p", told.join(" · "), element("br"), t("notice"));
+  const sure = element("span", turn.how_sure ? howSure(turn.how_sure) : "");
+  sure.className = "sure";
+  const made = element("p", sure, told.join(" · "), element("br"), t("notice"));
   made.className = "facts";
   made.title = turn.images.map((image) => image.seen_sha256).join(" ");
   return made;
@@ -318,11 +320,11 @@ async function dropped(items) {
   return found;
 }
 
-function saveJson() {
-  const url = URL.createObjectURL(new Blob([JSON.stringify(transcript, null, 1)], { type: "application/json" }));
+function save(blob, ending) {
+  const url = URL.createObjectURL(blob);
   const link = element("a");
   link.href = url;
-  link.download = "ldrt-edge-conversation.json";
+  link.download = `ldrt-edge-conversation.${ending}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
@@ -371,7 +373,12 @@ function listen() {
     viewer.clear();
     await open(null);
   }));
-  $("export-json").addEventListener("click", saveJson);
+  $("export-json").addEventListener("click", () => {
+    save(new Blob([JSON.stringify(transcript, null, 1)], { type: "application/json" }), "json");
+  });
+  $("export-sr").addEventListener("click", doing(async () => {
+    save(await (await send("GET", `/api/conversations/${conversation}/report`)).blob(), "dcm");
+  }));
   $("export-pdf").addEventListener("click", () => window.print());
   $("menu").addEventListener("click", () => {
     $("menu").setAttribute("aria-expanded", document.body.classList.toggle("listed"));

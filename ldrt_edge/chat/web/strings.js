@@ -17,6 +17,9 @@ const STRINGS = {
   language: ["Language", "Sprache", "Idioma", "Langue", "语言"],
   theme: ["Light or dark", "Hell oder dunkel", "Claro u oscuro", "Clair ou sombre", "浅色或深色"],
   exportJson: ["Save as JSON", "Als JSON sichern", "Guardar como JSON", "Enregistrer en JSON", "保存为 JSON"],
+  exportSr: [
+    "Save as DICOM SR", "Als DICOM SR sichern", "Guardar como DICOM SR", "Enregistrer en DICOM SR", "保存为 DICOM SR",
+  ],
   exportPdf: ["Print or PDF", "Drucken oder PDF", "Imprimir o PDF", "Imprimer ou PDF", "打印或 PDF"],
   forget: ["Forget this conversation", "Dieses Gespräch vergessen", "Olvidar esta conversación", "Oublier cette conversation", "删除此对话"],
   nothingWritten: [

@@ -338,7 +338,7 @@ function key(slot) {
 
 function address(slot, rest = "") {
   const { name, frame, window, over, black_out } = shot(slot);
-  const query = new URLSearchParams({ frame, ...(window && { center: window[0], width: window[1] }) });
+  const query = new URLSearchParams({ frame, ...(window && { window }) });
   for (const one of over) query.append("over", one);
   if (black_out) query.set("black_out", 1);
   return `/api/pictures/${name}${rest}?${query}`;

@@ -1,0 +1,58 @@
+"""The training benchmark: all sides take the same step, ratios are of what decides, drawn bases suit processors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from ldrt_edge.bench import training
+from ldrt_edge.bench.mfu import Ceiling
+from ldrt_edge.bench.shapes import SHAPES, write_config
+from ldrt_edge.bench.training import CUDA_SWITCHES, SWITCHES, Found, Side, Size, compare, table
+from ldrt_edge.errors import ConfigError
+from ldrt_edge.front import Front
+from ldrt_edge.train.recipe import load_recipe
+
+SIDE = Side("trainer", 2.0, 1.0, 1.0, 1.0, 1.0, 4_000_000_000, 0.0, (2.0, 1.0), 7200)
+
+
+@pytest.mark.parametrize("questions", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [Size(), Size(48, 4, 4), Size(24, 8, 5)])
+def test_a_step_of_ours_has_as_many_questions_as_a_peers(questions: int, size: Size) -> None:
+    for off in [{}, *training._ladder(questions, {**SWITCHES, **CUDA_SWITCHES}).values()]:
+        recipe = load_recipe("starter", training._settings(questions, off, size, {**SWITCHES, **CUDA_SWITCHES}))
+        assert recipe.rows_per_step * recipe.accumulate * recipe.questions_per_row == size.step
+        assert recipe.rows_per_step <= size.rows
+
+
+def test_ratios_are_of_processor_time_on_a_cpu_and_of_the_clock_on_a_gpu() -> None:
+    ceiling = Ceiling("a GPU", 1e12)
+    curve = training.Curve(4.0, 9.0, (2.0, 1.1), 0.5, 3600, 3_000_000_000)
+    on_cpu = training._side("ours", [(curve, 2_000_000_000)], 36, 1_000_000, None)
+    on_gpu = training._side("ours", [(curve, curve.gpu_peak_bytes)], 36, 1_000_000, ceiling)
+    assert (on_cpu.rate, on_cpu.mfu) == (9.0, None)
+    assert on_gpu.rate == 4.0 and on_gpu.mfu == pytest.approx(4 * 1e6 * 4.0 * 100 / 1e12)
+    found = Found("a GPU", ceiling, 6, 12, 3, 1, 1, (0.0,), (on_gpu, replace(SIDE, mfu=0.5)))
+    assert table(found)[2:] == [
+        "| trainer | 1.00 (1.00–1.00) | 1.00 | 4.00 | 1.00 | 200 | 50% | 1.0000 | 0.0000 |",
+        "| ours | 4.00 (4.00–4.00) | 4.00 | 3.00 | 0.75 | 100 | 0% | 1.1000 | 0.1000 |",
+    ]
+
+
+def test_what_does_not_divide_a_step_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--step 12: no multiple of --questions 5"):
+        compare(tmp_path, tmp_path / "out", questions=5)
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.6-vicuna-7b"])
+def test_a_stock_processor_lays_a_drawn_bases_picture_out_as_ours(tmp_path: Path, name: str) -> None:
+    write_config(tmp_path, SHAPES[name], ["How many beams?", "three"], 320)
+    picture = Image.new("RGB", (500, 300), "grey")
+    processor, front = AutoProcessor.from_pretrained(tmp_path), Front.load(tmp_path)
+    ids = processor(images=picture, text="USER: <image>\nHow many beams? ASSISTANT:")["input_ids"][0]
+    assert list(ids).count(front.config.image_token_id) == front.image(np.asarray(picture)).token_count
