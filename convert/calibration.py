@@ -32,7 +32,7 @@ class Calibration:
     data: Path
     rescale: bool = False
     feedback: bool = False
-    limit: int = 32
+    limit: int = 96
     seed: int = 0
     threads: int | None = None
 

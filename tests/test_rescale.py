@@ -17,9 +17,10 @@ from gguf import GGUFReader, dequantize
 from ldrt_edge import artifact
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.cli import cli
-from ldrt_edge.convert import awq, calibration, mlx
+from ldrt_edge.convert import awq, budget, calibration, mlx
 from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.awq import Reader, loss, search
+from ldrt_edge.convert.budget import quantize_to_budget
 from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.gguf import write_text
 from ldrt_edge.convert.importance import importance
@@ -39,6 +40,7 @@ from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
+from ldrt_edge.release import Verdict
 from ldrt_edge.runtimes.base import load
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.train.data.phantom import phantom
@@ -192,6 +194,22 @@ def test_plans_are_made_for_fitted_weights(uneven: Path, data: Path, tmp_path: P
     assert 0.2 < plan.expected["kld"] / artifact.read(out).metrics["fidelity"]["mean_kld"] < 2.5
 
 
+def test_a_search_fits_the_weights_of_every_candidate(
+    tiny: builders.Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "BITS", (8.5, 6.0))
+    judged: list[bytes] = []
+
+    def judge(folder: Path) -> Verdict:
+        judged.append((folder / SCALES).read_bytes())
+        return Verdict(len(judged) == 1, "as planned", 1.0, 0.0, 0.0, 0.0, None, 0.0, 0.0, 9, 9, None)
+
+    to, out = Mlx(Calibration(data, True, True, limit=8)), tmp_path / "edge"
+    assert quantize_to_budget(tiny("llava15", "llama"), out, data, to, judge, {"max_loss": 1.0}, limit=4).released
+    assert len(judged) == 2 and (out / SCALES).read_bytes() == judged[0]
+    assert artifact.verify(out, "mlx").config["rescale"] == "8" and not list(out.rglob("*.npy"))
+
+
 def test_importance_follows_the_inputs(uneven: Path, data: Path, tmp_path: Path) -> None:
     source, given = open_source(uneven), Importance(importance(uneven, data, tmp_path / "importance", limit=8))
     types = {"model": {"*": "Q4_K"}, "mmproj": {"*": "F16"}}
@@ -287,7 +305,7 @@ def test_on_the_command_line(uneven: Path, data: Path) -> None:
     done = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert done.stdout.strip() == str(folder / "model-mlx-q4-rescale-feedback")
     manifest = artifact.verify(Path(done.stdout.strip()), "mlx")
-    assert (manifest.config["rescale"], manifest.config["feedback"]) == ("32", "32")
+    assert (manifest.config["rescale"], manifest.config["feedback"]) == ("96", "96")
     assert set(manifest.metrics["quantized"]["types"]) == {"affine-4-g64", "f16"}
 
 
