@@ -2,7 +2,8 @@
 
 Every artefact folder holds `manifest.json`: kind, versions, resolved config, seed, inputs, files with their
 sha256, metrics. A stage writes into a temporary sibling (`.NAME.partial`), the manifest last, syncs, then
-renames; so a manifest means complete. Stages dispatch on `kind`, never on a folder's name.
+renames; so a manifest means complete. Names that begin with a dot are for what is being written, and end with the
+draft. Stages dispatch on `kind`, never on a folder's name.
 
     with artifact.create(out, kind="gguf", config=config, inputs=[merged]) as draft:
         (draft.path / "model.gguf").write_bytes(...)
@@ -135,7 +136,7 @@ def create(
             draft = Draft(partial)
             with _claimed(partial, out):
                 yield draft
-            (partial / _SETTINGS).unlink()
+            _sweep(partial)
             manifest = _describe(partial, kind, config, seed, tuple(described), draft.metrics)
             _write_synced(partial / MANIFEST, _dump(manifest))
             _sync_folder(partial)
@@ -317,6 +318,13 @@ def _reopen(out: Path, settings: Mapping[str, Json]) -> Draft:
         raise ArtifactError(f"{out} exists, made with other settings or inputs: choose another --out, or remove it")
     verify(out, quick=True)
     return Draft(out, dict(manifest.metrics), complete=True)
+
+
+def _sweep(partial: Path) -> None:
+    """Remove what begins with a dot: the settings, and scraps of writing, which a killed run or a library left."""
+    for path in partial.rglob(".*"):
+        if path.is_file() or path.is_symlink():
+            path.unlink()
 
 
 def _describe(

@@ -97,7 +97,9 @@ class Front:
         text = json.dumps(asdict(self.config), indent=1, ensure_ascii=False) + "\n"
         (folder / FRONT).write_text(text, encoding="utf-8")
         if not (folder / TOKENIZER).exists():
-            shutil.copyfile(self._tokenizer_path, folder / TOKENIZER)
+            partial = folder / f".{TOKENIZER}"  # a run that is killed here would find half of it, and keep that
+            shutil.copyfile(self._tokenizer_path, partial)
+            partial.rename(folder / TOKENIZER)
 
     def with_vision_tokens(self, count: int | None) -> Front:
         """The same front end with image features pooled to `count` tokens (None: all).

@@ -241,8 +241,9 @@ def _plane(header: Dataset) -> Plane | None:
     row_spacing, column_spacing = (float(value) for value in header.PixelSpacing)
     normal = np.cross(*directions)
     length = float(np.linalg.norm(normal))
-    if not (min(row_spacing, column_spacing) > 0 and abs(length - 1) < 1e-2 and np.isfinite(corner).all()):
-        raise DataError("a DICOM file whose geometry is damaged: directions or spacings are none")
+    placed = corner.shape == (3,) and np.isfinite(corner).all()
+    if not (min(row_spacing, column_spacing) > 0 and abs(length - 1) < 1e-2 and placed):
+        raise DataError("a DICOM file whose geometry is damaged: its place, directions or spacings are none")
     thickness = float(header.get("SliceThickness") or _THINNEST_MM)
     return Plane(
         str(header.FrameOfReferenceUID), corner, directions[0] * column_spacing, directions[1] * row_spacing,

@@ -35,6 +35,10 @@ _XML_PARTS = (
     b"</p>", b"<fig>", b'<graphic xlink:href="../../x"/>', b'<xref rid="f1"/>', b"\xff\xfe", b"\0",
     b"<year>99999999999</year>",
 )  # fmt: skip
+_NUMBERS = (
+    b"0", b"-1", b"1e9", b"-1e9", b"1e30", b"1e300", b"-1e300", b"1e999", b"1e-300", b"NaN", b"inf", b"9999999999", b"",
+    b"x", b"1\\2", b"\\\\",
+)  # fmt: skip
 Random = random.Random
 _TEMPLATE_PARTS = (
     b"{% set x = x ~ x %}", b"{{ 'x' * 9999999999 }}", b"{% for a in messages %}", b"{% endfor %}", b"|join", b"[::-1]",
@@ -401,6 +405,32 @@ def _elements(data: bytes) -> list[tuple[int, int, int]]:
     return found
 
 
+def _overlay() -> Door:
+    """Dose and structures, read and laid over the slice that they were planned on."""
+    from test_overlay import ct, dose, ramp, structures
+
+    from ldrt_edge.image import read_image_bytes
+    from ldrt_edge.overlay import lay_over, read_overlay
+
+    slice_ = ct()
+    picture = read_image_bytes(slice_)
+    seeds = [dose(ramp()), structures(digits=12)]
+    numbers = [[found.span() for found in re.finditer(rb"-?\d[\d.]+", seed)] for seed in seeds]
+
+    def make(rng: Random) -> bytes:
+        which = rng.randrange(len(seeds))
+        data = bytearray(seeds[which])
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            start, end = rng.choice(numbers[which])
+            data[start:end] = rng.choice(_NUMBERS).ljust(end - start)[: end - start]
+        return changed(rng, bytes(data)) if rng.random() < 0.4 else bytes(data)
+
+    def opened(data: bytes) -> None:
+        lay_over(picture, slice_, [read_overlay(data)])
+
+    return Door(opened, make)
+
+
 def _jats() -> Door:
     from ldrt_edge.train.data.articles import read_articles
 
@@ -443,6 +473,7 @@ DOORS: dict[str, Callable[[], Door]] = {
     "golden": _golden,
     "front": _front,
     "jats": _jats,
+    "overlay": _overlay,
     "pictures": _pictures,
     "dicom": lambda: _dicom(("CT_small.dcm", "MR_small.dcm", "rtdose_1frame.dcm", "SC_rgb_small_odd.dcm")),
     "compressed": lambda: _dicom(("MR_small_RLE.dcm", "JPEG2000.dcm", "SC_rgb_jpeg_dcmtk.dcm")),

@@ -73,6 +73,7 @@ from ldrt_edge import artifact
 with artifact.create(Path({str(tmp_path)!r}) / "out", "report", {{}}, resumable={resumable}) as draft:
     count = len(list(draft.path.glob("part-*")))
     (draft.path / f"part-{{count}}").write_text("x")
+    (draft.path / f".tmp{{count}}").write_text("what a library had not renamed yet")
     if count == 0:
         print("ready", flush=True)
         time.sleep(60)

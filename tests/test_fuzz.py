@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,12 @@ from fuzzing import REGRESSIONS, Door, door_open, fuzz
 SHARES = {
     "gguf": 250_000, "safetensors": 150_000, "manifest": 150_000, "statement": 100_000, "rows": 100_000,
     "bundle": 70_000, "pictures": 70_000, "golden": 50_000, "dicom": 38_000, "front": 20_000, "compressed": 2_000,
-    "jats": 50_000,
+    "jats": 50_000, "overlay": 30_000,
 }  # fmt: skip
 """More than a million in all; a picture costs a hundred times what a manifest does. Half an hour on one core."""
+
+GUIDED = 15_000
+"""Of each door; a compressed picture is decoded in a process of its own, so its door gets few."""
 
 
 def test_every_door_has_its_share_of_a_million() -> None:
@@ -33,6 +39,17 @@ def test_a_few_inputs_of_each_door(door: str) -> None:
 def test_a_million_inputs(door: str) -> None:
     finds, _ = fuzz(door, 0, SHARES[door])
     assert finds == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+def test_inputs_that_coverage_guides(door: str, tmp_path: Path) -> None:
+    pytest.importorskip("atheris")
+    runs = GUIDED // 30 if door == "compressed" else GUIDED
+    command = [sys.executable, Path(__file__).with_name("fuzz_guided.py"), door, str(runs), tmp_path / door]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"new_units_added:\s+[1-9]", done.stderr), "nothing was found to go on from"
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def dose(values: np.ndarray, **changes: Any) -> bytes:
     return saved(header)
 
 
-def structures(**changes: Any) -> bytes:
+def structures(digits: int = 0, **changes: Any) -> bytes:
     """pydicom's, with a square from (40, 50) to (60, 80) at z = 0 for its first region's contours."""
     header = pydicom.dcmread(str(get_testdata_file("rtstruct.dcm")), force=True)
     header.file_meta = pydicom.dataset.FileMetaDataset()
@@ -59,7 +59,8 @@ def structures(**changes: Any) -> bytes:
     first = header.ROIContourSequence[0]
     first.ROIDisplayColor = [255, 0, 255]
     first.ContourSequence = first.ContourSequence[:1]
-    first.ContourSequence[0].ContourData = [40, 50, 0, 60, 50, 0, 60, 80, 0, 40, 80, 0]
+    square = [40, 50, 0, 60, 50, 0, 60, 80, 0, 40, 80, 0]
+    first.ContourSequence[0].ContourData = [f"{value:0{digits}.{digits // 2}f}" for value in square]
     if "contour" in changes:
         first.ContourSequence[0].ContourData = changes["contour"]
         header.ROIContourSequence = [first]
