@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", choices=list(FORMATS), default="gguf")
     parser.add_argument("--bases", help="llama.cpp's presets, or MLX's")
     parser.add_argument("--weightings", default=",".join(WEIGHTINGS), help="GGUF's: of our importance")
-    parser.add_argument("--ways", default=",".join(WAYS), help="ours")
+    parser.add_argument("--ways", default=",".join(WAYS), help="ours; an empty word for none of them")
     parser.add_argument(
         "--calibration", action="append", default=[], metavar="NAME=DATASET",
         help="training rows to calibrate on, instead of --data's; may be given several times",
@@ -141,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = compare(
             given.merged, given.data, given.out, given.to, given.bases.split(",") if given.bases else None,
-            given.weightings.split(","), given.ways.split(","), _named(given.calibration, "--calibration NAME=DATASET"),
-            _named(given.other, "--other NAME=PATH"), given.questions, given.calibration_rows, given.sensitivity_rows,
-            given.seed, given.threads,
+            given.weightings.split(","), [way for way in given.ways.split(",") if way],
+            _named(given.calibration, "--calibration NAME=DATASET"), _named(given.other, "--other NAME=PATH"),
+            given.questions, given.calibration_rows, given.sensitivity_rows, given.seed, given.threads,
         )  # fmt: skip
     except LdrtError as error:
         print(error, file=sys.stderr)

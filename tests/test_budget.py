@@ -277,7 +277,7 @@ def test_mlx_goes_through_the_same_gate(
     assert isinstance(done.exception, ArtifactError) and "would be needed" in str(done.exception)
     manifest = artifact.verify(tmp_path / "edge", "mlx")
     verdict = read_verdict(manifest.metrics)
-    assert manifest.config["feedback"] == "32"
+    assert manifest.config["feedback"] == "96"
     assert verdict is not None and not verdict.released and verdict.questions > 0
 
 

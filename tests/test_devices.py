@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -108,6 +110,38 @@ def test_fsdp2_trains_what_one_process_trains(tiny: Tiny, data: Path, tmp_path: 
     run([*TORCHRUN, "--nproc-per-node", "2", *program], **launch_environment("fsdp2", 2))
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     same_adapter(tmp_path / "one", tmp_path / "sharded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_killed_run_goes_on_with_as_many_processes_or_fewer(
+    tiny: Tiny, data: Path, tmp_path: Path, kind: str, processes: int
+) -> None:
+    base, settings = tiny("llava15", "smollm2"), ["devices=2", "save_steps=10", "instruct.epochs=12"]
+    program = FSDP_ON_CPU if kind == "fsdp2" else CLI
+
+    def started(number: int) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*TORCHRUN, "--nproc-per-node", str(number), *program, *command(base, data, tmp_path / "out", settings)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(launch_environment(kind, number) if kind == "fsdp2" else {})},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", settings)])
+    killed, written = started(2), tmp_path / ".out.partial" / "instruct"
+    deadline = time.monotonic() + 240
+    while not list(written.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        assert killed.poll() is None
+        time.sleep(0.005)
+    launcher = psutil.Process(killed.pid)
+    for process in (launcher, *launcher.children(recursive=True)):  # they are in sessions of their own
+        process.kill()
+    killed.communicate()
+    told, _ = started(processes).communicate(timeout=300)
+    assert "going on from step" in told
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    same_adapter(tmp_path / "one", tmp_path / "out")
 
 
 @pytest.mark.slow
