@@ -72,12 +72,12 @@ class Endpoint:
             def do_POST(self) -> None:
                 endpoint.bodies.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
                 found = reply(endpoint.bodies[-1], len(endpoint.bodies))
-                self.close_connection = True
+                self.close_connection = True  # and say so, or a client asks on it again
                 if found is None:
                     return
                 status, headers, body = found
                 self.send_response(status)
-                for name, value in ({"content-length": str(len(body))} | headers).items():
+                for name, value in ({"content-length": str(len(body)), "connection": "close"} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(body)

@@ -266,7 +266,8 @@ def test_kill_9_in_training_then_the_same_command_ends_in_the_same_adapter(
     process = subprocess.Popen([*command, "--out", tmp_path / "killed"], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / ".killed.partial" / "instruct"
-    while not list(checkpoints.glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
+    whole_one = "checkpoint-*/trainer_state.json"  # which is written last
+    while not list(checkpoints.glob(whole_one)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
