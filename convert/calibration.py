@@ -17,6 +17,8 @@ from ldrt_edge.convert.moments import Moments, measure
 from ldrt_edge.convert.rescale import SCALES, Rescaled, Scales, read_scales, write_scales
 from ldrt_edge.convert.source import Source
 from ldrt_edge.convert.type_plan import PlannedMatrix, block_weights
+from ldrt_edge.dataset import Dataset, Row, choose_rows
+from ldrt_edge.errors import DataError
 from ldrt_edge.runtimes.base import FloatArray
 
 if TYPE_CHECKING:
@@ -44,6 +46,21 @@ class Calibration:
         """For the manifest."""
         return [artifact.identity(self.data)]
 
+    def rows(self) -> list[Row]:
+        """The rows that weights are fitted to.
+
+        Raises:
+            DataError: no training rows.
+        """
+        rows = Dataset(self.data).rows("train")
+        if not rows:
+            raise DataError(f"{self.data}: no rows in split 'train': weights are not fitted to test rows")
+        return choose_rows(rows, self.limit, self.seed)
+
+    def for_plans(self) -> Calibration:
+        """The same with half of the training rows at most, so that a plan can be tried on others."""
+        return replace(self, limit=min(self.limit, len(Dataset(self.data).rows("train")) // 2))
+
     def fitted(
         self, source: Source, to: F, matrices: Sequence[PlannedMatrix], types: Mapping[str, str], work: Path,
         folder: Path | None = None,
@@ -57,7 +74,7 @@ class Calibration:
             ArtifactError: the disk is too small.
             DataError: no training rows, or one that cannot be asked.
         """
-        moments = measure(source, self.data, work / "moments", self.limit, self.seed, self.threads)
+        moments = measure(source, self.data, self.rows(), work / f"moments-{self.limit}", self.seed, self.threads)
         if self.rescale:
             scales: Scales
             if folder is not None and (folder / SCALES).exists():
@@ -105,6 +122,11 @@ class Fitted(Generic[F]):
             return rounding.rounded(rows, 0)
 
         return rounded
+
+    def unscaled(self, matrix: PlannedMatrix, values: FloatArray, rows: slice) -> FloatArray:
+        """Rows of a matrix of the source, or what was added to them, as they belong to the checkpoint's own."""
+        weights = self.source.weights
+        return weights.unscaled(matrix.source, values, rows) if isinstance(weights, Rescaled) else values
 
     def _rounding(self, name: str, type_: str) -> Rounding:
         return Rounding(block_weights(type_), lambda values, start: self.to.rounded(name, values, type_, start))

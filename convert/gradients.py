@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldrt_edge import console
 from ldrt_edge.convert.weights import canonical
-from ldrt_edge.dataset import Dataset, choose_rows
+from ldrt_edge.dataset import Dataset, Row, choose_rows
 from ldrt_edge.errors import DataError, require
 from ldrt_edge.front import conversation
 from ldrt_edge.image import read_image
@@ -27,22 +27,38 @@ if TYPE_CHECKING:
 Asked = tuple[Prompt, tuple[int, ...]]
 
 
-def questions(runtime: HfRuntime, data: Path, limit: int, seed: int) -> list[Asked]:
+def questions(runtime: HfRuntime, data: Path, limit: int, seed: int, but: Sequence[Row] = ()) -> list[Asked]:
     """About `limit` training rows, as whole pictures: prompts and answers.
+
+    but: rows of pictures and groups that are left out.
 
     Raises:
         DataError: no training rows, or one that cannot be asked.
     """
-    dataset, front = Dataset(data), runtime.front
-    asked = []
-    for row in choose_rows(dataset.rows("train"), limit, seed):
+    pictures, groups = {row.image_sha256 for row in but}, {row.group for row in but}
+    rows = [
+        row for row in Dataset(data).rows("train") if row.image_sha256 not in pictures and row.group not in groups
+    ]
+    if but and not rows:
+        raise DataError(f"{data}: weights are fitted to all training pictures: none is left to try a plan on")
+    if not rows:
+        raise DataError(f"{data}: no rows in split 'train': sensitivity is not measured on test rows")
+    return prompts(runtime, data, choose_rows(rows, limit, seed))
+
+
+def prompts(runtime: HfRuntime, data: Path, rows: Sequence[Row]) -> list[Asked]:
+    """Prompts and answers of a dataset's rows.
+
+    Raises:
+        DataError: a row cannot be asked.
+    """
+    dataset, front, asked = Dataset(data), runtime.front, []
+    for row in rows:
         try:
             messages = conversation(row.turns[:-1], front.image(read_image(dataset.image_path(row)).rgb))
             asked.append((front.prompt(messages), front.answer_ids(messages, row.answer)))
         except DataError as error:
             raise DataError(f"row {row.id}: {error}") from error
-    if not asked:
-        raise DataError(f"{data}: no rows in split 'train': sensitivity is not measured on test rows")
     return asked
 
 

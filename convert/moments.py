@@ -21,8 +21,9 @@ import psutil
 from numpy.typing import NDArray
 
 from ldrt_edge.convert.gguf import check_room
-from ldrt_edge.convert.gradients import Asked, gradients, linears, questions
+from ldrt_edge.convert.gradients import Asked, gradients, linears, prompts
 from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, is_tied
+from ldrt_edge.dataset import Row
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.hf import HfRuntime
 
@@ -54,16 +55,15 @@ class Moments:
 
 
 def measure(
-    source: Source, data: Path, folder: Path, limit: int, seed: int = 0, threads: int | None = None
+    source: Source, data: Path, rows: Sequence[Row], folder: Path, seed: int = 0, threads: int | None = None
 ) -> Moments:
     """Measure H of every matrix of the language model into `folder`; what is there is not done again.
 
-    data: a dataset artefact; limit: about how many of its training rows are asked, again for as many matrices as
-    memory holds.
+    rows: of the dataset artefact `data`; asked again for as many matrices as memory holds.
 
     Raises:
         ArtifactError: the disk is too small.
-        DataError: no training rows, or one that cannot be asked.
+        DataError: a row cannot be asked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     widths = _widths(source)
@@ -74,7 +74,7 @@ def measure(
     check_room(folder, 4 * sum(width**2 for width in missing.values()))
     runtime = HfRuntime(source.folder, threads=threads)
     try:
-        asked = questions(runtime, data, limit, seed)
+        asked = prompts(runtime, data, rows)
         for names in _batches(missing, int(_MEMORY_SHARE * _free_bytes(runtime))):
             for name, moments in _moments(runtime, source, names, asked, seed).items():
                 part = files[name].with_suffix(".part")

@@ -82,6 +82,12 @@ class Rescaled(Weights):
             values = values / (scales if values.ndim == 1 else scales[:, None])
         return values
 
+    def unscaled(self, name: str, values: FloatArray, rows: slice) -> FloatArray:
+        """Rows of a matrix as `read` gives them, or what was added to them, without the scales."""
+        if name in self._rows:
+            values = values * self._rows[name][rows, None]
+        return values / self.columns[name] if name in self.columns else values
+
 
 def groups(source: Source) -> Iterator[Group]:
     """The groups of a language model, layer by layer."""

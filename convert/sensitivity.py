@@ -2,18 +2,20 @@
 
 Rounding a matrix W by E moves its output by E·x. To second order that moves the next-token distribution by
 
-    KLD ≈ ½ Σ_t gₜᵀ (E xₜ) (E xₜ)ᵀ gₜ ≈ Σ_j c_j · mean_i e²_ij,    c_j = ½ Σ_t ‖gₜ‖² x²_tj / answer tokens
+    KLD ≈ ½ Σ_t gₜᵀ (E xₜ) (E xₜ)ᵀ gₜ ≈ ½ Σ_t ‖gₜ‖² mean_i (eᵢ·xₜ)² ≈ Σ_j c_j · mean_i e²_ij, over answer tokens
 
-with gₜ the gradient, at the matrix's output for token t, of the log-likelihood of answers drawn from the model itself
-(whose mean square is the Fisher information), and with errors taken as independent. One backward pass over a few
-training rows gives c for every matrix at once, the tower's and the projector's too, and weighs each token by what it
-does to an answer: what MBQ does with two weights, for picture and text, is done here token by token.
+with eᵢ the rows of E, gₜ the gradient, at the matrix's output for token t, of the log-likelihood of answers drawn from
+the model itself (whose mean square is the Fisher information), and c_j = ½ Σ_t ‖gₜ‖² x²_tj where errors are taken as
+independent. One backward pass over a few training rows gives c for every matrix at once, the tower's and the
+projector's too, and weighs each token by what it does to an answer: what MBQ does with two weights, for picture and
+text, is done here token by token.
 
-What independence leaves out is made good by measuring: each kind of matrix is rounded as a whole, the divergence of the
-answers is measured, and the kind's estimates are scaled to it.
+Weights that are fitted before they are rounded (`calibration`) are so here too. Their errors are not independent, which
+is what they are fitted for: some rows of each are rounded first, and meet the inputs in that pass. The questions are
+others than those they were fitted to, of which little is lost.
 
-Where weights will be rescaled or get feedback before they are rounded (`calibration`), the language model's are here
-too; then Σ e H eᵀ of what rounding leaves, without the assumption of independence, is the estimate.
+What one matrix does to another's damage is made good by measuring: each kind of matrix is rounded as a whole, the
+divergence of the answers is measured, and the kind's estimates are scaled to it.
 
 Source: Kunstner et al., "Limitations of the empirical Fisher approximation", NeurIPS 2019, section 2 (Fisher and KLD);
 Li et al., "MBQ: Modality-balanced quantization", CVPR 2025.
@@ -22,7 +24,7 @@ Li et al., "MBQ: Modality-balanced quantization", CVPR 2025.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldrt_edge import console
-from ldrt_edge.convert.calibration import Fitted
+from ldrt_edge.convert.calibration import Calibration, Fitted
 from ldrt_edge.convert.gradients import Asked, answers, gradients, linears, questions
 from ldrt_edge.convert.planned import Format
 from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, check_values, is_tied
@@ -44,8 +46,8 @@ from ldrt_edge.runtimes.hf import HfRuntime
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS_ROUNDED = 32
-"""Of each matrix, evenly spread: rows of one matrix hardly differ in how well they round."""
+_ROWS_ROUNDED, _ROWS_FITTED = 32, 128
+"""Of each matrix, evenly spread: rows of one matrix hardly differ in how well they round, but as to single tokens."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,23 @@ def sensitivities(
         DataError: no training rows, or one that cannot be asked.
     """
     parts = to.matrices(source)
-    planned = [matrix for members in parts.values() for matrix in members]
-    fitted = _fitted(source, to, parts["model"], work)
+    planned = [(part, matrix) for part, members in parts.items() for matrix in members]
+    calibration = to.calibration and to.calibration.for_plans()
+    fitted = _fitted(source, to, calibration, parts["model"], work)
     runtime = HfRuntime(source.folder, threads=threads)
     try:
-        asked = questions(runtime, data, limit, seed)
-        curvature = _curvature(runtime, source, {matrix.source for matrix in planned}, asked, seed)
+        asked = questions(runtime, data, limit, seed, but=calibration.rows() if calibration else ())
+        errors = [_errors(fitted, part, matrix) for part, matrix in console.track(planned, "rounding")]
+        met = {m.source: moved for (_, m), moved in zip(planned, errors, strict=True) if m.source in fitted.moments}
+        sums = _sums(runtime, source, {matrix.source for _, matrix in planned}, met, asked, seed)
         found = [
-            _options(fitted, part, matrix, curvature[matrix.source])
-            for part, members in parts.items()
-            for matrix in console.track(members, f"rounding {part}")
+            _options(part, matrix, moved, sums[matrix.source], matrix.source in met)
+            for (part, matrix), moved in zip(planned, errors, strict=True)
         ]
-        scales = _measure(runtime, fitted, list(zip(planned, found, strict=True)), asked)
+        scales = _measure(runtime, fitted, [(m, given) for (_, m), given in zip(planned, found, strict=True)], asked)
     finally:
         runtime.close()
-    return [given.scaled(scales[kind(matrix.source)]) for matrix, given in zip(planned, found, strict=True)]
+    return [given.scaled(scales[kind(matrix.source)]) for (_, matrix), given in zip(planned, found, strict=True)]
 
 
 def kind(source: str) -> str:
@@ -107,45 +111,60 @@ def kind(source: str) -> str:
     return path[-2] if path[0] == "language_model" else path[0]
 
 
-def _fitted(source: Source, to: Format, language: Sequence[PlannedMatrix], work: Path | None) -> Fitted[Format]:
+def _fitted(
+    source: Source, to: Format, calibration: Calibration | None, language: Sequence[PlannedMatrix], work: Path | None
+) -> Fitted[Format]:
     """The weights that will be rounded, with scales for the types of the probes."""
-    if to.calibration is None:
+    if calibration is None:
         return Fitted(source, to)
     assert work is not None
     types = {m.name: next((t for t in to.probes if fits(t, m.shape[-1])), "f16") for m in language}
-    return to.calibration.fitted(source, to, language, types, work)
+    return calibration.fitted(source, to, language, types, work)
 
 
-def _options(fitted: Fitted[Format], part: str, matrix: PlannedMatrix, curvature: FloatArray) -> Matrix:
+def _errors(fitted: Fitted[Format], part: str, matrix: PlannedMatrix) -> dict[str, FloatArray]:
+    """What rounding to each type does to some rows of a matrix of the checkpoint: (rows, row length) by type."""
     values = fitted.source.weights.read(matrix.source)
     check_values(values, matrix.source, fitted.source.folder, half=True)
-    rows = values[:: math.ceil(len(values) / _ROWS_ROUNDED)]
-    rounded, known, options = fitted.rounded(matrix), matrix.source in fitted.moments, []
-    moments = fitted.moments[matrix.source] if known else None
-    for type_ in fitted.to.types(part, matrix.name):
-        if fits(type_, rows.shape[1]):
-            error = np.asarray(rounded(rows, type_) - rows, np.float64)
-            each = np.square(error) @ curvature if moments is None else ((error @ moments) * error).sum(axis=1)
-            options.append(Option(type_, nbytes(type_, values.size), float(each.mean())))
-    return Matrix(matrix.name, part, values.size, tuple(sorted(options, key=lambda o: (o.nbytes, o.damage))))
+    wanted = _ROWS_FITTED if matrix.source in fitted.moments else _ROWS_ROUNDED
+    chosen = slice(None, None, math.ceil(len(values) / wanted))
+    rows, rounded = values[chosen], fitted.rounded(matrix)
+    types = [type_ for type_ in fitted.to.types(part, matrix.name) if fits(type_, rows.shape[1])]
+    return {type_: fitted.unscaled(matrix, rounded(rows, type_) - rows, chosen) for type_ in types}
 
 
-def _curvature(
-    runtime: HfRuntime, source: Source, wanted: Iterable[str], asked: Sequence[Asked], seed: int
+def _options(
+    part: str, matrix: PlannedMatrix, errors: Mapping[str, FloatArray], sums: FloatArray, met: bool
+) -> Matrix:
+    """A matrix's types with their estimates. met: whether `sums` are of each error, or c."""
+    weights, options = math.prod(matrix.shape), []
+    for type_, moved in errors.items():
+        damage = sums[: len(moved)] if met else np.square(moved, dtype=np.float64) @ sums
+        sums = sums[len(moved) :] if met else sums
+        options.append(Option(type_, nbytes(type_, weights), float(damage.mean())))
+    return Matrix(matrix.name, part, weights, tuple(sorted(options, key=lambda o: (o.nbytes, o.damage))))
+
+
+def _sums(
+    runtime: HfRuntime, source: Source, wanted: Collection[str], met: Mapping[str, Mapping[str, FloatArray]],
+    asked: Sequence[Asked], seed: int,
 ) -> dict[str, FloatArray]:
-    """The vector c of each wanted matrix, (row length,) float64, by its name in the checkpoint."""
+    """½ Σ_t ‖gₜ‖² (e·xₜ)² of all errors one after the other, where they are given, else c: float64, by source."""
+    torch = require("torch", "train")
+    device, tokens = runtime.model.device, sum(len(answer) for _, answer in asked)
+    stacked = {name: torch.from_numpy(np.concatenate(list(each.values()))).to(device) for name, each in met.items()}
+    sums: dict[str, Any] = {}
+
+    def add(name: str, inputs: Tensor, weights: Tensor) -> None:
+        moved = inputs @ stacked[name].T if name in stacked else inputs
+        sums[name] = sums.get(name, 0) + (weights @ moved.square()).double().cpu().numpy() / (2 * tokens)
+
     names = {name: name for name in wanted}
     if is_tied(source):  # then the head's damage is the embedding matrix's
         names[HEAD] = EMBEDDINGS
-    tokens = sum(len(answer) for _, answer in asked)
-    sums: dict[str, Any] = {}
-
-    def add(name: str, values: Tensor) -> None:
-        sums[name] = sums.get(name, 0) + values.double().cpu().numpy() / (2 * tokens)
-
-    with linears(runtime, names, lambda name, inputs, gradient: add(name, gradient.square().sum(-1) @ inputs.square())):
+    with linears(runtime, names, lambda name, inputs, gradient: add(name, inputs, gradient.square().sum(-1))):
         for words in gradients(runtime, asked, seed, "sensitivity"):
-            add(EMBEDDINGS, words.square().sum(0))
+            add(EMBEDDINGS, words, torch.ones(len(words), device=device))
     return sums
 
 

@@ -65,10 +65,10 @@ def test_what_was_changed_rounds_to_what_does_less_damage(to: Format, type_: str
 def test_moments_are_the_same_in_any_number_of_passes(
     tiny: builders.Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = open_source(tiny("llava15", "smollm2"))
-    measure(source, data, tmp_path / "one", 8)
+    source, rows = open_source(tiny("llava15", "smollm2")), Calibration(data, limit=8).rows()
+    measure(source, data, rows, tmp_path / "one")
     monkeypatch.setattr(moments_module, "_MEMORY_SHARE", 0)
-    measure(source, data, tmp_path / "many", 8)
+    measure(source, data, rows, tmp_path / "many")
 
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert "language_model.embed_tokens.weight.npy" in files, "the tied table is the head too"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,14 @@ from gguf import GGUFReader, dequantize
 from ldrt_edge import artifact
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.cli import cli
-from ldrt_edge.convert import awq, budget, calibration, mlx
+from ldrt_edge.convert import awq, budget, calibration, gradients, mlx
+from ldrt_edge.convert import moments as moments_module
 from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.awq import Reader, loss, search
 from ldrt_edge.convert.budget import quantize_to_budget
 from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.gguf import write_text
+from ldrt_edge.convert.gradients import Asked, prompts
 from ldrt_edge.convert.importance import importance
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import measure
@@ -36,8 +38,8 @@ from ldrt_edge.convert.sensitivity import Matrix, sensitivities
 from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.convert.type_plan import TypePlan
 from ldrt_edge.convert.weights import canonical
-from ldrt_edge.dataset import Dataset
-from ldrt_edge.errors import ArtifactError, ConfigError
+from ldrt_edge.dataset import Dataset, Row
+from ldrt_edge.errors import ArtifactError, ConfigError, DataError
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
 from ldrt_edge.release import Verdict
@@ -126,7 +128,7 @@ def test_no_group_loses_more_on_what_it_was_fitted_to(
     source = open_source(uneven)
     matrices = to.matrices(source)["model"]
     types = dict.fromkeys([matrix.name for matrix in matrices], type_)
-    moments = measure(source, data, tmp_path, 8)
+    moments = measure(source, data, Calibration(data, limit=8).rows(), tmp_path)
     monkeypatch.setattr(awq, "_ROWS", 1 << 20)
     found = search(source, to, matrices, types, moments)
 
@@ -192,6 +194,35 @@ def test_plans_are_made_for_fitted_weights(uneven: Path, data: Path, tmp_path: P
     plan = allocate("mlx", found, fixed, target_bytes=fixed + size)
     out = quantize_planned(uneven, tmp_path / "edge", plan, fitted)
     assert 0.2 < plan.expected["kld"] / artifact.read(out).metrics["fidelity"]["mean_kld"] < 2.5
+
+
+def test_plans_are_tried_on_pictures_that_weights_were_not_fitted_to(
+    tiny: builders.Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[str]] = []
+
+    def watched(runtime: HfRuntime, data: Path, rows: Sequence[Row]) -> list[Asked]:
+        asked.append({row.image_sha256 for row in rows})
+        return prompts(runtime, data, rows)
+
+    monkeypatch.setattr(gradients, "prompts", watched)
+    monkeypatch.setattr(moments_module, "prompts", watched)
+    source, calibration = open_source(tiny("llava15", "llama")), Calibration(data, feedback=True)
+    sensitivities(source, data, Mlx(calibration), work=tmp_path)
+    fitted_to, tried_on = asked
+    assert len(fitted_to) >= 2 and tried_on and not fitted_to & tried_on
+
+    one = phantom(tmp_path / "few", 2, 0, test_fraction=0.5, languages=("en",))
+    with pytest.raises(DataError, match="none is left"):
+        sensitivities(source, one, Mlx(Calibration(one, feedback=True)), work=tmp_path / "work")
+
+
+def test_what_was_scaled_can_be_unscaled(uneven: Path) -> None:
+    source = open_source(uneven)
+    rescaled, some = Rescaled(source, some_scales(source)), slice(None, None, 3)
+    for name in (f"{LAYER}.self_attn.{kind}_proj.weight" for kind in "qvo"):
+        given = rescaled.unscaled(name, rescaled.read(name)[some], some)
+        np.testing.assert_allclose(given, source.weights.read(name)[some], rtol=1e-5)
 
 
 def test_a_search_fits_the_weights_of_every_candidate(
