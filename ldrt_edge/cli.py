@@ -137,7 +137,10 @@ def train(
 @click.option("--out", required=True, type=PATH)
 @json_option
 def merge(base: str, adapter: Path, out: Path, as_json: bool) -> None:
-    """Merge an adapter into its base, and prove that the logits agree."""
+    """Merge an adapter into its base, and prove that the logits agree.
+
+    Also one that mlx-vlm or PEFT saved: LoRA on the language model, and a projector trained whole.
+    """
     require("torch", "train")
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.merge import merge as run

@@ -23,9 +23,11 @@ from ldrt_edge.convert.weights import Weights, canonical
 from ldrt_edge.errors import ArtifactError, all_problems
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
+from ldrt_edge.options import beside
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.train.base import Base
+from ldrt_edge.train.foreign import adopt, is_foreign
 
 _PREFIX = "base_model.model."
 _BIG_WEIGHTS = 2_000_000_000  # in float32 more than a laptop's memory
@@ -36,9 +38,13 @@ _TOLERANCE = {"F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 def merge(base: Base, adapter: Path, out: Path) -> Path:
     """Merge an adapter into its base; returns `out`, an artefact of kind "merged".
 
+    adapter: an artefact of ours, or another trainer's folder, which first becomes one beside it (`foreign`).
+
     Raises:
         ArtifactError: the adapter belongs to another base, changes nothing somewhere, or the logits disagree.
     """
+    if is_foreign(adapter):
+        adapter = adopt(base, adapter, beside(adapter, "adopted"))
     trained_on = artifact.verify(adapter, "adapter").inputs[0]
     if trained_on != base.identity:
         raise ArtifactError(
