@@ -24,7 +24,7 @@ Li et al., "MBQ: Modality-balanced quantization", CVPR 2025.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +92,10 @@ def sensitivities(
     runtime = HfRuntime(source.folder, threads=threads)
     try:
         asked = questions(runtime, data, limit, seed, but=calibration.rows() if calibration else ())
-        errors = [_errors(fitted, part, matrix) for part, matrix in console.track(planned, "rounding")]
-        met = {m.source: moved for (_, m), moved in zip(planned, errors, strict=True) if m.source in fitted.moments}
-        sums = _sums(runtime, source, {matrix.source for _, matrix in planned}, met, asked, seed)
-        found = [
-            _options(part, matrix, moved, sums[matrix.source], matrix.source in met)
-            for (part, matrix), moved in zip(planned, errors, strict=True)
-        ]
+        errors = {m.name: _errors(fitted, part, m) for part, m in console.track(planned, "rounding")}
+        met = {m.name: errors[m.name] for _, m in planned if m.source in fitted.moments}
+        sums = _sums(runtime, source, {m.name: m.source for _, m in planned}, met, asked, seed)
+        found = [_options(part, m, errors[m.name], sums[m.name], m.name in met) for part, m in planned]
         scales = _measure(runtime, fitted, [(m, given) for (_, m), given in zip(planned, found, strict=True)], asked)
     finally:
         runtime.close()
@@ -146,23 +143,30 @@ def _options(
 
 
 def _sums(
-    runtime: HfRuntime, source: Source, wanted: Collection[str], met: Mapping[str, Mapping[str, FloatArray]],
+    runtime: HfRuntime, source: Source, sources: Mapping[str, str], met: Mapping[str, Mapping[str, FloatArray]],
     asked: Sequence[Asked], seed: int,
 ) -> dict[str, FloatArray]:
-    """½ Σ_t ‖gₜ‖² (e·xₜ)² of all errors one after the other, where they are given, else c: float64, by source."""
+    """½ Σ_t ‖gₜ‖² (e·xₜ)² of all errors one after the other, where they are given, else c: float64, by matrix.
+
+    sources: the matrices' names in the checkpoint; an export may store a tied one twice.
+    """
     torch = require("torch", "train")
     device, tokens = runtime.model.device, sum(len(answer) for _, answer in asked)
     stacked = {name: torch.from_numpy(np.concatenate(list(each.values()))).to(device) for name, each in met.items()}
+    matrices: dict[str, list[str]] = {}
+    for name, key in sources.items():
+        matrices.setdefault(key, []).append(name)
     sums: dict[str, Any] = {}
 
-    def add(name: str, inputs: Tensor, weights: Tensor) -> None:
-        moved = inputs @ stacked[name].T if name in stacked else inputs
-        sums[name] = sums.get(name, 0) + (weights @ moved.square()).double().cpu().numpy() / (2 * tokens)
+    def add(key: str, inputs: Tensor, weights: Tensor) -> None:
+        for name in matrices.get(key, ()):
+            moved = inputs @ stacked[name].T if name in stacked else inputs
+            sums[name] = sums.get(name, 0) + (weights @ moved.square()).double().cpu().numpy() / (2 * tokens)
 
-    names = {name: name for name in wanted}
+    names = {key: key for key in matrices}
     if is_tied(source):  # then the head's damage is the embedding matrix's
         names[HEAD] = EMBEDDINGS
-    with linears(runtime, names, lambda name, inputs, gradient: add(name, inputs, gradient.square().sum(-1))):
+    with linears(runtime, names, lambda key, inputs, gradient: add(key, inputs, gradient.square().sum(-1))):
         for words in gradients(runtime, asked, seed, "sensitivity"):
             add(EMBEDDINGS, words, torch.ones(len(words), device=device))
     return sums

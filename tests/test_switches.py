@@ -38,7 +38,7 @@ def test_all_switches_end_where_the_plain_path_does(tiny: builders.Tiny, tmp_pat
     plain, fast = sweep(file, tmp_path / "out")
 
     print(f"accuracy {plain.accuracy.value:.3f}, {fast.accuracy.value:.3f}; losses {plain.losses}, {fast.losses}")
-    assert 0.5 < plain.accuracy.value, "there is something to learn, and some of it was learned"
+    assert plain.accuracy.value > 0.5, "there is something to learn, and some of it was learned"
     assert fast.difference is not None and fast.difference.ci_low <= 0 <= fast.difference.ci_high
     spread = np.hypot(np.std(plain.losses, ddof=1), np.std(fast.losses, ddof=1)) / np.sqrt(3)
     assert abs(np.mean(plain.losses) - np.mean(fast.losses)) <= 2 * spread
