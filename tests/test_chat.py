@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -324,7 +325,7 @@ class Terminal:
     """A child on a pseudo-terminal of its own, so that Ctrl-C is the terminal's and not ours."""
 
     def __init__(self, command: list[str], folder: Path, **more: str) -> None:
-        self.seen = ""
+        self.seen, self._cut, self._decoder = "", "", codecs.getincrementaldecoder("utf-8")("replace")
         self._pid, self._screen = pty.fork()
         if self._pid == 0:
             os.chdir(folder)
@@ -345,7 +346,10 @@ class Terminal:
             except OSError:  # Linux's end of file for a pseudo-terminal
                 data = b""
             assert data, f"it ended without {wanted!r}: {self.seen[-2000:]!r}"
-            self.seen += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", data.decode(errors="replace"))
+            text = self._cut + self._decoder.decode(data)
+            whole = re.sub(r"\x1b(\[[0-9;?]*)?$", "", text)  # a read ends where it likes, in a letter or a sequence
+            self._cut = text[len(whole) :]
+            self.seen += re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", whole)
         shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return shown
 
