@@ -54,7 +54,7 @@ class Client(threading.Thread):
         for question in ("What is this?", "And that?"):
             answer = self.answer(talk, question)
             assert self.server.json("GET", talk)["turns"][-1]["answer"] == answer, "every answer is whole"
-        assert self.server.send("DELETE", talk)[0] == 200
+        self.well("DELETE", talk)
 
     def program(self) -> None:
         """Ask as a program does, which brings its picture along."""
@@ -71,7 +71,7 @@ class Client(threading.Thread):
         if reply.status == 200:
             reply.readline()
         connection.close()
-        assert self.server.send("DELETE", talk)[0] == 200
+        self.well("DELETE", talk)
 
     def stop(self) -> None:
         talk = self.new()
@@ -80,15 +80,19 @@ class Client(threading.Thread):
         if reply.status == 200:
             assert "done" in json.loads(reply.read().splitlines()[-1])
         connection.close()
-        assert self.server.send("DELETE", talk)[0] == 200
+        self.well("DELETE", talk)
 
     def reload(self) -> None:
         for path in ("/", "/app.js", "/api/model", "/api/conversations", f"/api/pictures/{self.picture}/seen"):
-            assert self.server.send("GET", path)[0] == 200
+            self.well("GET", path)
 
     def rubbish(self) -> None:
         assert self.server.send("POST", "/api/pictures", self.chance.randbytes(5000))[0] == 400
         assert self.server.send("POST", "/v1/chat/completions", b"{")[0] == 400
+
+    def well(self, method: str, path: str) -> None:
+        status, _, data = self.server.send(method, path)
+        assert status == 200, (method, path, status, data)
 
     def new(self) -> str:
         return f"/api/conversations/{self.server.json('POST', '/api/conversations', {})['name']}"
@@ -129,7 +133,8 @@ def test_many_clients_for_a_while_leave_no_memory_and_no_stuck_slot(edge: Path) 
     warm = process.memory_info().rss
     for client in clients:
         client.join(SECONDS + 120)
-    assert not [client.fault for client in clients if client.fault]
+    if faults := [client.fault for client in clients if client.fault]:
+        raise AssertionError(f"{faults}; the server said: {server.close()}")
     assert not any(client.is_alive() for client in clients), "somebody still waits"
     did = sum((client.did for client in clients), Counter())
     assert all(did[act] > 0 for act in ("ask", "program", "leave", "stop", "reload", "rubbish")), did

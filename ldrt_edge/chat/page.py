@@ -102,9 +102,9 @@ class Page:
     async def conversations(self, _: Request) -> Response:
         """Names and first questions, the newest first."""
         listed = [
-            {"name": name, "title": conversation.session.exchanges[0].question[:200]}
-            for name, conversation in reversed(self._desk.conversations.items())
-            if conversation.session.exchanges
+            {"name": name, "title": exchanges[0].question[:200]}
+            for name, conversation in reversed(list(self._desk.conversations.items()))  # others forget theirs meanwhile
+            if (exchanges := list(conversation.session.exchanges))
         ]
         return json_reply(listed)
 
