@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from ldrt_edge.bench.energy import Meter
 from ldrt_edge.bench.feel import refuse
+from ldrt_edge.bench.latency import _read_a_token
 from ldrt_edge.bench.shapes import SHAPES, Shape, draw, tensor_shapes, write_config
 from ldrt_edge.cli import cli
 from ldrt_edge.doctor import _ARCHITECTURES
@@ -48,7 +49,10 @@ def test_a_drawn_model_runs_and_is_timed(tmp_path: Path, type_: str, tiled: bool
     assert found["image_tokens"] == (88 if tiled else 16), "five tiles of 4 × 4, and a newline behind each of 8 rows"
     assert found["cold_start_ms"] > 0 and found["end_to_end_ms"]["median"] > found["ttft_ms"]["median"]
     assert [at["threads"] for at in found["by_threads"]] == [1, 2]
-    assert found["roofline"] > 0 and found["model_bytes"] == sum(p.stat().st_size for p in out.glob("*.gguf"))
+    assert found["model_bytes"] == sum(p.stat().st_size for p in out.glob("*.gguf"))
+    read = found["decode_tok_per_s"]["median"] * _read_a_token(out) / 1e9
+    assert found["roofline"] == pytest.approx(read / found["bandwidth_gb_per_s"])
+    assert 0 < _read_a_token(out) < found["model_bytes"]
 
 
 def test_what_cannot_fit_is_refused_with_what_would(tmp_path: Path) -> None:

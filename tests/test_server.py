@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,6 +31,7 @@ from serving import Server, tiny_edge
 from ldrt_edge import artifact
 from ldrt_edge.chat.audit import verify
 from ldrt_edge.chat.desk import Desk, Model
+from ldrt_edge.chat.page import Page
 from ldrt_edge.chat.pictures import Shot
 from ldrt_edge.chat.session import Session
 from ldrt_edge.front import Front, Message
@@ -677,3 +679,16 @@ def test_its_only_sockets_are_on_loopback(edge: Path, ct: bytes, tmp_path: Path)
     server.process.communicate(timeout=30)
     internet = [line for line in trace.read_text().splitlines() if "AF_INET" in line]
     assert internet and all('"127.0.0.1"' in line or '"::1"' in line for line in internet), internet
+
+
+def test_conversations_are_listed_while_others_are_forgotten() -> None:
+    class Forgetting:
+        @property
+        def session(self) -> Any:
+            desk.conversations.pop("older", None)
+            return SimpleNamespace(exchanges=[SimpleNamespace(question="Why?")])
+
+    kept = SimpleNamespace(session=SimpleNamespace(exchanges=[]))
+    desk: Any = SimpleNamespace(conversations={"oldest": kept, "older": kept, "newest": Forgetting()})
+    listed = asyncio.run(Page(desk).conversations(cast(Any, None)))
+    assert json.loads(bytes(listed.body)) == [{"name": "newest", "title": "Why?"}]
