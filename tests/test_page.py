@@ -371,6 +371,18 @@ def test_bad_files_and_refused_questions_are_said_and_the_question_stays(page: A
     expect(page.locator("#question")).to_have_value("what is <image> here?")
 
 
+def test_a_file_can_be_picked_again_while_the_first_is_read(page: Any, ct: Path) -> None:
+    held: list[Any] = []
+    page.route("**/api/pictures", lambda route: held.append(route))
+    for _ in range(2):
+        with page.expect_request("**/api/pictures"):
+            page.set_input_files("#file", ct)
+        expect(page.locator("#file")).to_have_value("")
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("tab")).to_have_count(2)
+
+
 def test_several_pictures_of_a_paste(page: Any, tmp_path: Path) -> None:
     for seed in (1, 2):
         noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)

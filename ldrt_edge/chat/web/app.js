@@ -344,8 +344,9 @@ function listen() {
   $("stop").addEventListener("click", stop);
   document.addEventListener("keydown", (event) => event.key === "Escape" && busy && stop());
   $("file").addEventListener("change", doing(async (event) => {
-    await add(event.target.files);
-    event.target.value = "";
+    const files = [...event.target.files];
+    event.target.value = ""; // at once, so that whoever picks the same file while this one is read is heard
+    await add(files);
   }));
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
