@@ -46,6 +46,8 @@ def bench() -> None:
               help="Probe with so many pictures what the model makes up.")
 @click.option("--beside", type=PATH, multiple=True, help="Another model to ask the same (base, exports); repeatable.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
+@click.option("--samples/--no-samples", default=True, show_default=True,
+              help="Whether report.html shows pictures, questions and answers; without, it may be given away.")
 @trust_once_option
 @json_option
 def measure(

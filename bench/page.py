@@ -45,7 +45,7 @@ _THUMBNAIL_PIXELS, _THUMBNAIL_QUALITY = 144, 70
 
 
 def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Sequence[Row]) -> str:
-    """The page as HTML text."""
+    """The page as HTML text; of samples it shows those it is given."""
     files = {row.image_sha256: dataset.image_path(row) for row in rows}
     by_state: dict[str, list[Sample]] = {name: [] for name in _SHOWN}
     for sample in samples:

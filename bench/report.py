@@ -61,6 +61,7 @@ def bench(
     margin: float = 1.0,
     probes: int = 0,
     beside: Sequence[Path] = (),
+    samples: bool = True,
 ) -> Path:
     """Measure the model in `edge` on a dataset, beside the model it was made from, and write a report artefact.
 
@@ -77,6 +78,8 @@ def bench(
         margin: points of accuracy; a loss within it counts as none (non-inferiority).
         probes: pictures with which the subject is also probed for what it makes up.
         beside: further models to ask the same: the base, other quantisations.
+        samples: whether the page shows pictures, questions and answers; without them it may be given away where they
+            may not. They are in samples.jsonl in any case.
 
     Raises:
         ConfigError: an option is out of range, or two models have one name.
@@ -94,7 +97,7 @@ def bench(
     others = _named(beside)
     dataset = Dataset(data)
     rows = _questions(dataset, split, limit, seed)
-    settings = _Settings(split, limit, threads or physical_cores(), runs, seed, margin, probes)
+    settings = _Settings(split, limit, threads or physical_cores(), runs, seed, margin, probes, samples)
     inputs = [edge, data, *([reference] if reference else []), *beside]
     config = asdict(settings) | {"overlap": overlap_installed(), "similarity": similarity_installed()}
     with artifact.create(out, "report", config, inputs, seed, resumable=True) as draft:
@@ -104,12 +107,12 @@ def bench(
             console.say("ROUGE-L and chrF are left out; for them: pip install 'ldrt-edge[bench]', and another --out")
         environment = _environment(settings, _command(edge, data, out, reference, beside, settings))
         controls = draw_controls(rows, seed)
-        samples = _ask(edge, reference, dataset, rows, controls, draft.path / SAMPLES, settings)
+        asked = _ask(edge, reference, dataset, rows, controls, draft.path / SAMPLES, settings)
         made_up = _probe(edge, dataset, rows, controls, draft.path / PROBES, settings) if probes else []
         rungs = _ask_others(others, reference, dataset, rows, controls, draft.path / OTHERS, settings)
-        samples = _joined(samples, rungs)
-        write_samples(draft.path / SAMPLES, samples)
-        vqa = summarise(samples, (row for row in dataset if row.split != split), seed, margin / 100)
+        asked = _joined(asked, rungs)
+        write_samples(draft.path / SAMPLES, asked)
+        vqa = summarise(asked, (row for row in dataset if row.split != split), seed, margin / 100)
         exports = {"subject": edge} | {name: path for name, path in others.items() if _is_export(path)}
         latencies = {
             name: measure(path, data, split, runs, settings.threads, seed) for name, path in exports.items() if runs
@@ -122,16 +125,16 @@ def bench(
             dataset=_dataset(dataset, split, rows),
             environment=environment,
             vqa=vqa,
-            fidelity=fidelity(samples),
+            fidelity=fidelity(asked),
             latency=latencies.get("subject"),
-            calibration=_calibration(samples, seed),
-            hallucination=hallucination.summarise(made_up, samples, seed) if made_up else None,
-            hedging=hallucination.hedging(samples),
-            ladder=climb(samples, rungs, {n: _model(p) for n, p in models.items()}, latencies, seed) if others else (),
+            calibration=_calibration(asked, seed),
+            hallucination=hallucination.summarise(made_up, asked, seed) if made_up else None,
+            hedging=hallucination.hedging(asked),
+            ladder=climb(asked, rungs, {n: _model(p) for n, p in models.items()}, latencies, seed) if others else (),
         )
         text = json.dumps(asdict(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (draft.path / REPORT).write_text(text, encoding="utf-8")
-        (draft.path / PAGE).write_text(render(report, samples, dataset, rows), encoding="utf-8")
+        (draft.path / PAGE).write_text(render(report, asked if samples else (), dataset, rows), encoding="utf-8")
         draft.metrics.update(
             accuracy=vqa.overall.accuracy.value,
             blind=vqa.blind.accuracy.value,
@@ -152,6 +155,7 @@ class _Settings:
     seed: int = 0
     margin: float = 1.0
     probes: int = 0
+    samples: bool = True
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
@@ -271,7 +275,7 @@ def _command(
     standard = _Settings(threads=0)
     for name, value in asdict(settings).items():
         if value != getattr(standard, name):
-            words += [f"--{name}", str(value)]
+            words += [f"--no-{name}"] if value is False else [f"--{name}", str(value)]
     return shlex.join(words)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -88,6 +89,20 @@ def test_the_page_prints(browser: Any, report: Path) -> None:
     assert page.locator("fieldset").is_hidden() and page.locator(".card:visible").count() > 0
     assert page.pdf().startswith(b"%PDF")
     page.close()
+
+
+def test_a_page_to_give_away_shows_no_picture_question_or_answer(report: Path, tmp_path: Path) -> None:
+    edge, data = report.with_name("gguf"), report.with_name("phantom")
+    out = bench(edge, data, tmp_path / "report", edge.parent / "merged", beside=[edge], limit=20, threads=1, runs=0,
+                probes=2, samples=False)  # fmt: skip
+    samples = read_samples(out / "samples.jsonl")
+    shown, hidden = ((folder / "report.html").read_text() for folder in (report, out))
+    told = {html.escape(text) for sample in samples for text in (sample.question, sample.image_sha256[:8])}
+    assert any(text in shown for text in told) and "data:image/jpeg" in shown
+    assert not any(text in hidden for text in told) and "data:image/jpeg" not in hidden
+    assert "--no-samples" in hidden and "verdict" in hidden
+    figures = [json.loads((folder / "report.json").read_text())["vqa"] for folder in (report, out)]
+    assert figures[0] == figures[1]
 
 
 def test_export_as_logs_of_lmms_eval(report: Path, tmp_path: Path) -> None:
