@@ -13,13 +13,12 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
-from ldrt_edge.artifact import Json
 from ldrt_edge.errors import DataError
 from ldrt_edge.train.data.articles import Article, Figure, read_articles
 from ldrt_edge.train.data.duplicates import Marks, marks_of
@@ -71,8 +70,8 @@ class Told:
 
     def line(self) -> str:
         """As JSON, without what is not there."""
-        parts: dict[str, Json] = {name: value for name, value in asdict(self).items() if value is not None}
-        told = json.dumps(parts, ensure_ascii=False) + "\n"
+        parts = {name: value for name, value in vars(self).items() if value is not None}
+        told = json.dumps(parts, ensure_ascii=False, default=vars) + "\n"
         return told.encode("utf-8", "replace").decode()  # file names may be no text at all
 
 

@@ -29,8 +29,7 @@ class Terms:
 
     def score(self, headings: Iterable[str], texts: Iterable[str]) -> float:
         """The score of an article by its headings (title, keywords) and other texts (abstract, captions)."""
-        index = _index(self.concepts)
-        in_headings, elsewhere = index.found(" | ".join(headings)), index.found(" | ".join(texts))
+        in_headings, elsewhere = (self._index.found(" | ".join(said)) for said in (headings, texts))
         total = 0.0
         for number, (_, weight, _) in enumerate(self.concepts):
             if number in in_headings:
@@ -38,6 +37,10 @@ class Terms:
             elif number in elsewhere:
                 total += weight * _ELSEWHERE
         return round(total, 2)
+
+    @functools.cached_property
+    def _index(self) -> TermIndex:
+        return TermIndex([terms for _, _, terms in self.concepts])
 
 
 def load_terms(path: Path | None = None) -> Terms:
@@ -58,8 +61,3 @@ def load_terms(path: Path | None = None) -> Terms:
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         shape = "threshold, concepts: NAME: weight, terms: LANGUAGE: [..]"
         raise ConfigError(f"{path}: not a term list ({shape}): {error}") from error
-
-
-@functools.lru_cache(maxsize=4)
-def _index(concepts: tuple[tuple[str, float, tuple[str, ...]], ...]) -> TermIndex:
-    return TermIndex([terms for _, _, terms in concepts])

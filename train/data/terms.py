@@ -47,10 +47,10 @@ class TermIndex:
         words = re.findall(r"\w+", searched)
         unspaced = self._anywhere if _UNSPACED.search(searched) else ()
         found = {number for term, number in unspaced if term in searched}
+        phrases = {word: begun for word in set(words) if (begun := self._beginning(word))}
         for place, word in enumerate(words):
-            for phrase, number in self._beginning(word):
-                if number not in found and _fits(phrase, words, place):
-                    found.add(number)
+            if word in phrases:
+                found.update(number for phrase, number in phrases[word] if _fits(phrase, words, place))
         return found
 
     def _beginning(self, word: str) -> tuple[_Phrase, ...]:
