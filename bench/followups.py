@@ -4,6 +4,7 @@
 
     first        of a conversation: picture and question are read then
     next         nothing lies between
+    typed        it was read while it was typed, as the page has it read when the typing pauses
     after other  another conversation, about another picture, was asked in the meantime (`serve --cache`)
     restarted    the program was ended and started; what was said comes from its history, and is read then
     reopened     the same, but the page opened the conversation before the question, and it was read meanwhile
@@ -33,6 +34,7 @@ from ldrt_edge.image import Origin, Picture
 from ldrt_edge.runtimes.base import Runtime, Sampling, Timings, load
 
 _QUESTION, _NEXT = "Describe the plan.", "And what is the highest dose at the skin?"
+_OTHER = "And how deep does half of the dose come?"
 _ANSWER = (
     "Two opposing fields on the left knee. The total dose is three gray in six fractions of one half gray each, which "
     "is usual for benign diseases of joints."
@@ -78,6 +80,9 @@ def followups(edge: Path, threads: int | None = None, repeats: int = 7) -> Follo
         talk = _remembered(runtime, front, picture)
         talk.read()
         ask(talk, _NEXT, "next")
+        talk = _remembered(runtime, front, picture)
+        talk.read(_OTHER)
+        ask(talk, _OTHER, "typed")
         _remembered(runtime, front, other).read()
         ask(talk, "Is it a joint?", "after other")
         runtime.close()

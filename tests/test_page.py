@@ -383,6 +383,20 @@ def test_a_file_can_be_picked_again_while_the_first_is_read(page: Any, ct: Path)
     expect(page.get_by_role("tab")).to_have_count(2)
 
 
+def test_what_is_typed_is_read_when_the_typing_pauses(page: Any, ct: Path, tmp_path: Path) -> None:
+    question = "And how large is the largest of them?"
+    drop(page, ct)
+    answer(page, "What is this?")
+    with page.expect_response(lambda response: response.url.endswith("/read")) as read:
+        page.fill("#question", question)
+    assert read.value.ok and read.value.request.post_data_json == {"question": question}
+    answer(page, question)
+    with page.expect_download() as download:
+        page.click("#export-json")
+    download.value.save_as(tmp_path / "talk.json")
+    assert json.loads((tmp_path / "talk.json").read_text())["turns"][1]["timings"]["prefill_tokens"] == 1
+
+
 def test_several_pictures_of_a_paste(page: Any, tmp_path: Path) -> None:
     for seed in (1, 2):
         noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)

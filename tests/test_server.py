@@ -302,6 +302,25 @@ def test_pictures_are_read_while_the_question_is_typed(server: Server) -> None:
     assert turn["timings"]["reused_tokens"] > 16 and turn["timings"]["prefill_tokens"] < 20 and len(turn["images"]) == 1
 
 
+def test_a_question_is_read_as_far_as_it_is_typed(server: Server) -> None:
+    name = server.json("POST", "/api/pictures", film())["name"]
+    talk, asked = new(server), "of the beams that are drawn here meet each other in front of the joint?"
+    server.events(f"{talk}/ask", {"question": "How many?", "pictures": [{"name": name}], "max_tokens": 4})
+    prefilled = []
+    for number, typed in enumerate(("", "<image> is never typed", asked[:40], f"{asked} ")):
+        question = f"{number} {asked}"
+        if typed:
+            server.json("POST", f"{talk}/read", {"question": f"{number} {typed}"})
+            server.events(f"{new(server)}/ask", {"question": ""})  # waits for its turn: then it was read
+        server.events(f"{talk}/ask", {"question": question, "pictures": [], "max_tokens": 4})
+        turn = server.json("GET", talk)["turns"][-1]
+        prefilled.append(turn["timings"]["prefill_tokens"])
+        talk = f"/api/conversations/{server.json('POST', f'{talk}/branch', {'exchange': 1})['name']}"
+    _, unread, begun, whole = prefilled  # the first reads the answer before it too
+    assert unread > begun + 5 and begun > whole == 1
+    assert server.send("POST", f"{talk}/read", {"question": 3})[0] == 400
+
+
 def test_another_answer_takes_the_place_of_the_last_and_a_branch_leaves_it(server: Server, ct: bytes) -> None:
     name = server.json("POST", "/api/pictures", ct)["name"]
     talk = new(server)

@@ -96,9 +96,12 @@ class Desk:
             self._reading.stop()
         return self.turns.take(client, work)
 
-    def read_ahead(self, conversation: Conversation, read: Callable[[], object]) -> None:
-        """Let the model read while a question is thought of, if it has nothing else to do."""
-        if self._reading:
+    def read_ahead(self, conversation: Conversation, read: Callable[[], object], more: bool = False) -> None:
+        """Let the model read while a question is thought of, if it has nothing else to do.
+
+        more: what it reads already has to be read too, and is not stopped for this.
+        """
+        if self._reading and not more:
             self._reading.stop()
 
         def work() -> Generator[None, None, None]:

@@ -151,10 +151,14 @@ class Page:
         return self._stream(conversation, session, work)
 
     async def read(self, request: Request) -> Response:
-        """Let the model read before a question comes: pictures, or without a list of them what was said so far."""
+        """Let the model read before a question comes: pictures, what is typed of it, or what was said so far."""
         conversation = self._free(request)
-        shots, session = _shots(await read_object(request)), conversation.session
-        if shots is not None:
+        body = await read_object(request)
+        shots, session = _shots(body), conversation.session
+        typed = text_of(body["question"], "question") if body.get("question") is not None else ""
+        if typed and shots is None:
+            self._desk.read_ahead(conversation, lambda: session.read(typed), more=True)
+        elif shots is not None:
             self._desk.read_ahead(conversation, lambda: session.attach(*self._pictures(shots), read=True))
         elif session.exchanges:
             self._desk.read_ahead(conversation, session.read)

@@ -85,6 +85,7 @@ class Session:
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
         self._waiting: tuple[Shown, ...] = ()
+        self._typed = ""
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Answer a question, piece by piece; the pieces joined are the answer.
@@ -127,13 +128,15 @@ class Session:
         self._waiting = shown
         return tuple(one.image for one in shown)
 
-    def read(self) -> None:
-        """Let the model read all of the conversation, and the pictures that wait: then the next answer starts at once.
+    def read(self, typed: str = "") -> None:
+        """Let the model read all of the conversation, the pictures that wait, and what is typed of the next question.
+
+        Then its answer starts at once.
 
         Raises:
-            DataError: the conversation outgrew the context.
+            DataError: what is typed holds a control token, or the conversation outgrew the context.
         """
-        self._read(self._waiting)
+        self._read(self._waiting, typed.strip())
 
     def fork(self, count: int) -> Session:
         """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it."""
@@ -144,9 +147,9 @@ class Session:
 
     def reset(self) -> None:
         """Forget the conversation and its pictures, and let the model forget them."""
-        self.runtime.forget(self._prompt("?", self._waiting))
+        self.runtime.forget(self._prompt(self._typed or "?", self._waiting))
         self.exchanges.clear()
-        self._waiting = ()
+        self._waiting, self._typed = (), ""
 
     def transcript(self) -> dict[str, object]:
         """The conversation as JSON; pictures by their file's sha256, size and window, never by name."""
@@ -202,8 +205,10 @@ class Session:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
-    def _read(self, shown: Sequence[Shown]) -> None:
-        next(self.runtime.generate(self._prompt("?", shown), replace(self.sampling, max_tokens=1)), None)
+    def _read(self, shown: Sequence[Shown], typed: str = "") -> None:
+        prompt = self._prompt(typed or "?", shown)
+        self._typed = typed
+        next(self.runtime.generate(prompt, replace(self.sampling, max_tokens=1)), None)
 
     def _prompt(self, question: str, shown: Sequence[Shown]) -> Prompt:
         history = [message for exchange in self.exchanges for message in exchange.messages]

@@ -12,6 +12,8 @@ let conversation = null; // its name
 let transcript = null;
 let keepPictures = false; // of a branched question, which wait on the server
 let busy = false;
+let pause = 0; // a timer: when it ends, so did the typing
+const PAUSE_MS = 300;
 
 async function start() {
   for (const [code, name] of Object.entries(LANGUAGES)) $("language").append(new Option(name, code));
@@ -73,6 +75,15 @@ async function readAhead() {
   if (busy || !pictures.length) return;
   conversation ??= (await post("/api/conversations")).name;
   await post(`/api/conversations/${conversation}/read`, { pictures });
+}
+
+// And what is typed so far, whenever the typing pauses.
+function readTyped() {
+  clearTimeout(pause);
+  pause = setTimeout(() => {
+    const question = $("question").value;
+    if (!busy && conversation && question.trim()) post(`/api/conversations/${conversation}/read`, { question }).catch(fail);
+  }, PAUSE_MS);
 }
 
 async function again() {
@@ -335,6 +346,7 @@ function listen() {
     event.preventDefault();
     return ask($("question").value);
   }));
+  $("question").addEventListener("input", readTyped);
   $("question").addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
