@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,3 +85,26 @@ def test_energy_counters(tmp_path: Path) -> None:
     assert meter.joules() == pytest.approx(3.5)
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     assert meter.joules() is None, "no figure is better than half of one"
+
+
+def test_energy_as_powermetrics_prints_it(tmp_path: Path) -> None:
+    printing = (
+        "import time\n"
+        "for number, milliwatts in enumerate((4000, 8000, 8000)):\n"
+        "    print(f'*** Sampled system activity (Sat Nov 28 10:00:0{number} 2026 +0100) (50.00ms elapsed) ***')\n"
+        "    print(f'\\n**** Processor usage ****\\n\\nCPU Power: 9 mW\\nGPU Power: 7 mW\\nANE Power: 0 mW')\n"
+        "    print(f'Combined Power (CPU + GPU + ANE): {milliwatts} mW', flush=True)\n"
+        "print('*** Sampled system activity (Sat Nov 28 10:00:09 2026 +0100) (50.00ms elapsed) ***', flush=True)\n"
+        f"open({str(tmp_path / 'printed')!r}, 'w').close()\n"
+        "time.sleep(100)\n"
+    )
+    before = time.monotonic()
+    meter = Meter(tmp_path, (sys.executable, "-c", printing))
+    after = time.monotonic()
+    while not (tmp_path / "printed").exists():
+        assert time.monotonic() - before < 60
+        time.sleep(0.05)
+    least, joules, most = time.monotonic() - after, meter.joules(), time.monotonic() - before
+    assert joules is not None
+    assert least < joules / (20 / 3) < most, "the mean of whole intervals, for all of the time"
+    assert Meter(tmp_path, ("false",)).joules() is None
