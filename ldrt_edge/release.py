@@ -25,7 +25,7 @@ class Verdict:
         interval clustered by picture; below 0, something was won.
     max_flips, flips, flips_high: percent of answers that changed, for better or worse; max_flips may be None.
     questions, clusters: how many were asked, on how many groups of pictures.
-    needed: about how many questions would tell, if the loss stays what it is; None where more would not help.
+    needed: about how many questions would tell, if the loss stays what it is; None where it is beyond the budget.
     """
 
     released: bool

@@ -216,6 +216,19 @@ def test_the_number_of_questions_needed_is_about_enough() -> None:
     assert not ask(int(0.8 * needed)).released
 
 
+def test_chance_and_few_questions_are_told_apart_from_a_loss() -> None:
+    undecided = judge(samples([True] * 5 + [False] * 3 + [True] * 162), samples([False] * 5 + [True] * 165), 1.0, None)
+    assert undecided.loss_low < 0 < 1 < undecided.loss < undecided.loss_high and undecided.needed is None
+    assert "too few to tell" in undecided.reason and "over budget" not in undecided.reason
+    won = judge(samples([True] * 9 + [False]), samples([True] * 10), 1.0, None)
+    assert not won.released and won.needed and won.needed > 10
+    for count in (10, 50):
+        needed = judge(samples([True] * count), samples([True] * count), 1.0, None).needed
+        assert needed == 381
+    assert judge(samples([True] * 381), samples([True] * 381), 1.0, None).released
+    assert not judge(samples([True] * 380), samples([True] * 380), 1.0, None).released
+
+
 def test_changed_answers_count_too() -> None:
     right, texts = [True] * 300, ["same"] * 270 + ["other"] * 30
     assert judge(samples(right), samples(right, texts), 5.0, 20.0).released

@@ -102,6 +102,19 @@ def test_a_loss_at_the_margin_is_seldom_called_non_inferior() -> None:
     assert simulate(600, clusters=60, difference=0.05)["non-inferior"] < 0.045
 
 
+@pytest.mark.parametrize(("questions", "loss", "changed"), [(20, 0.03, 0.03), (20, 0.03, 0.09), (50, 0.02, 0.06)])
+def test_a_loss_that_few_answers_show_is_seldom_called_small(questions: int, loss: float, changed: float) -> None:
+    """One answer won by chance and none lost is no proof: a gate of one point must not open for it."""
+    rng, opened = np.random.default_rng(0), 0
+    for repeat in range(400):
+        drawn = rng.random(questions)
+        lost, won = drawn < (changed + loss) / 2, drawn > 1 - (changed - loss) / 2
+        found = paired_difference((~won).astype(float).tolist(), (~lost).astype(float).tolist(), range(questions), repeat)
+        opened += found.ci_high <= 0.01
+    assert opened / 400 < 0.025
+    assert paired_difference([1.0] * 9 + [0.0], [1.0] * 10, range(10)).ci_high > 0.15, "one won, none lost"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("clusters", [20, 40, 150])
 @pytest.mark.parametrize("difference", [0.0, 0.05])
