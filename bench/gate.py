@@ -80,7 +80,7 @@ def judge(
         for a, b in zip(reference, subject, strict=True)
     ]
     loss, flips = paired_difference(before, after, clusters, seed), rate(changed, clusters, seed)
-    held = [(loss, max_loss / 100, before, after)]
+    held: list[tuple[Difference | Rate, float, list[float], list[float]]] = [(loss, max_loss / 100, before, after)]
     told = f"loss {100 * loss.value:+.1f} points (at most {100 * loss.ci_high:+.1f}; budget {max_loss:g})"
     if max_flips is not None:
         held.append((flips, max_flips / 100, changed, [0.0] * len(changed)))

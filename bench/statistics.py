@@ -170,7 +170,7 @@ def clusters_for(bound: float) -> int:
     """How many clusters it takes, if all of them are alike, until no more than `bound` can be behind them."""
     from scipy.special import ndtri
 
-    return math.ceil(ndtri((1 + CONFIDENCE) / 2) ** 2 * (1 / bound - 1))
+    return math.ceil(float(ndtri((1 + CONFIDENCE) / 2)) ** 2 * (1 / bound - 1))
 
 
 def joined(*columns: Sequence[Hashable]) -> list[Hashable]:

@@ -105,8 +105,13 @@ class Fitted(Generic[F]):
         """The source with the weights that an export of these types gets."""
         if not self.feedback:
             return self.source
-        rounded = [matrix for matrix in matrices if types[matrix.name].lower() != "f16"]
-        planned = {matrix.source: self._rounding(matrix.name, types[matrix.name]) for matrix in rounded}
+        given: dict[str, set[str]] = {}
+        for matrix in matrices:
+            given.setdefault(matrix.source, set()).add(types[matrix.name])
+        planned = {
+            matrix.source: self._rounding(matrix.name, types[matrix.name]) for matrix in matrices
+            if types[matrix.name].lower() != "f16" and len(given[matrix.source]) == 1  # a tied one may be stored twice
+        }  # fmt: skip
         return replace(self.source, weights=Compensated(self.source.weights, self.moments, planned))
 
     def rounded(self, matrix: PlannedMatrix) -> Callable[[FloatArray, str], FloatArray]:
@@ -119,7 +124,7 @@ class Fitted(Generic[F]):
                 if rounding.block not in behind:
                     behind[rounding.block] = gains(self.moments[matrix.source], rounding.block)
                 rows = compensated(rows, behind[rounding.block], rounding)
-            return rounding.rounded(rows, 0)
+            return rounding.rounded(rows, slice(None))
 
         return rounded
 
@@ -129,4 +134,4 @@ class Fitted(Generic[F]):
         return weights.unscaled(matrix.source, values, rows) if isinstance(weights, Rescaled) else values
 
     def _rounding(self, name: str, type_: str) -> Rounding:
-        return Rounding(block_weights(type_), lambda values, start: self.to.rounded(name, values, type_, start))
+        return Rounding(block_weights(type_), lambda rows, columns: self.to.rounded(name, rows, type_, columns))

@@ -229,7 +229,7 @@ def _to_budget(
 @click.option("--importance", type=PATH, help="What `ldrt-edge importance` measured; MLX rounds without.")
 @_weighting_option
 @click.option("--target-size", type=float, metavar="MB", help="Of all weights, of vision tower and projector too.")
-@click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over all of them.")
+@click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over all matrices of the export.")
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
 @click.option("--min-speed", type=float, metavar="TOKENS", help="A second, when decoding; with or without the others.")
 @click.option("--bandwidth", type=float, metavar="GB/S", help="With --min-speed: the laptop's, as doctor tells there.")

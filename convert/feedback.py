@@ -4,7 +4,9 @@ Inputs go together (`moments`); so the error of one block of a row can be made g
 are rounded themselves: W_rest += E_block H_block,rest H_rest,rest⁻¹.
 
 The blocks are a type's own, and the format's own quantiser rounds each. Given the changed weights, it rounds them just
-so again: nothing about the files or their making is special.
+so again: nothing about the files or their making is special. (With an importance, ggml's Q4_0, Q4_1, Q5_0 and Q5_1 also
+ask how large a row's weights are on the whole, and those behind are still to change: a few of their blocks come out
+otherwise.)
 
 Source: Frantar et al., "GPTQ", ICLR 2023 (column by column; here whole blocks).
 """
@@ -25,8 +27,8 @@ from ldrt_edge.runtimes.base import FloatArray
 _DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: GPTQ's."""
 
-Rounded = Callable[[FloatArray, int], FloatArray]
-"""Columns of a matrix, (rows, block) float32, and the number of the first: as they come back from the export."""
+Rounded = Callable[[FloatArray, slice], FloatArray]
+"""Rows of a matrix, (rows, row length) float32, and a block's columns: these as they come back from the export."""
 
 
 class Rounding(NamedTuple):
@@ -70,9 +72,9 @@ def compensated(values: FloatArray, behind: list[FloatArray], rounding: Rounding
     """
     changed, block = values.copy(), rounding.block
     for i, gain in enumerate(behind):
-        start, end = i * block, (i + 1) * block
-        error = changed[:, start:end] - rounding.rounded(np.ascontiguousarray(changed[:, start:end]), start)
-        changed[:, end:] += error @ gain
+        columns = slice(i * block, (i + 1) * block)
+        error = changed[:, columns] - rounding.rounded(changed, columns)
+        changed[:, columns.stop :] += error @ gain
     return changed
 
 

@@ -94,8 +94,9 @@ class Mlx:
         """All of the part's."""
         return PLAN_TYPES["mlx"][part]
 
-    def rounded(self, name: str, values: FloatArray, type_: str, start: int = 0) -> FloatArray:
+    def rounded(self, name: str, rows: FloatArray, type_: str, columns: slice = slice(None)) -> FloatArray:
         """Rows as MLX's quantiser rounds them."""
+        values = rows[:, columns]
         return round_half(values) if type_ == "f16" else round_mlx(values, AFFINE[type_])
 
     def rescaled(self, columns: Mapping[str, FloatArray]) -> Mlx:

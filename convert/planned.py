@@ -56,10 +56,10 @@ class Format(Protocol):
     def types(self, part: str, name: str) -> Sequence[str]:
         """The types that a matrix could have if its rows divided into them."""
 
-    def rounded(self, name: str, values: FloatArray, type_: str, start: int = 0) -> FloatArray:
+    def rounded(self, name: str, rows: FloatArray, type_: str, columns: slice = slice(None)) -> FloatArray:
         """Rows of a matrix, (rows, row length) float32, as they would come back from the export.
 
-        start: the first column's number, where `values` are whole blocks of the rows and not all of them.
+        columns: those that are wanted, whole blocks.
         """
 
     def rescaled(self, columns: Mapping[str, FloatArray]) -> Self:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from ldrt_edge.convert.quantizer import BIG_BLOCK, Wanted, base_type, preset_typ
 from ldrt_edge.convert.rounding import round_ggml, round_half
 from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.convert.type_plan import PLAN_TYPES, FormatName, PlannedMatrix, TypePlan, assign, nbytes
+from ldrt_edge.errors import ArtifactError
 from ldrt_edge.runtimes.base import FloatArray
 
 _FULL = ".full-precision.gguf"
@@ -84,6 +85,8 @@ def quantize(
         if not draft.complete:
             source = open_source(merged)
             text, vision = text_plan(source, lossless(source)), mmproj_plan(source, vision_type)
+            if importance:
+                check_widths(importance, _matrices(text))
             model = draft.path / f"model-{type_}.gguf"
             check_room(draft.path, text.nbytes + _estimate(text, type_) + vision.nbytes)
             if not model.exists():
@@ -124,8 +127,15 @@ class Gguf:
         return importance + (self.calibration.inputs() if self.calibration else [])
 
     def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
-        """The tensors of both files that llama.cpp quantises."""
-        return {part: _matrices(file) for part, file in _files(source).items()}
+        """The tensors of both files that llama.cpp quantises.
+
+        Raises:
+            ArtifactError: the importance is of a model of another size.
+        """
+        found = {part: _matrices(file) for part, file in _files(source).items()}
+        if self.importance:
+            check_widths(self.importance, [matrix for members in found.values() for matrix in members])
+        return found
 
     def fixed_bytes(self, source: Source) -> int:
         """Bytes of both files' other tensors."""
@@ -135,12 +145,11 @@ class Gguf:
         """All of the part's, but for those that llama.cpp does not make without an importance."""
         return [t for t in PLAN_TYPES["gguf"][part] if t not in _NEED_IMPORTANCE or name in self._mean_squares]
 
-    def rounded(self, name: str, values: FloatArray, type_: str, start: int = 0) -> FloatArray:
+    def rounded(self, name: str, rows: FloatArray, type_: str, columns: slice = slice(None)) -> FloatArray:
         """Rows as llama.cpp's quantiser rounds them."""
-        if type_ == "F16":
-            return round_half(values)
-        importance = self._mean_squares.get(name)
-        return round_ggml(values, type_, None if importance is None else importance[start : start + values.shape[1]])
+        if type_.upper() == "F16":
+            return round_half(rows[:, columns])
+        return round_ggml(rows, type_, self._mean_squares.get(name), columns)
 
     def rescaled(self, columns: Mapping[str, FloatArray]) -> Gguf:
         """The same with the importance of inputs that were divided."""
@@ -161,13 +170,13 @@ class Gguf:
 
     def write(self, source: Source, plan: TypePlan, folder: Path, work: Path) -> Quantized:
         """Write a pair; `work` keeps the full-precision files, unless a calibration changes them for this plan."""
-        files = _files(source)
-        matrices = {part: _matrices(file) for part, file in files.items()}
+        files, matrices = _files(source), self.matrices(source)
         types = assign(plan, matrices)
-        imatrix = self.imatrix
+        exported, imatrix = source, self.imatrix
         if self.calibration:
             fitted = self.calibration.fitted(source, self, matrices["model"], types, work, folder)
-            files, imatrix = _files(fitted.exported(matrices["model"], types)), fitted.to._imatrix_in(work)
+            exported, imatrix = fitted.exported(matrices["model"], types), fitted.to._imatrix_in(work)
+            files = _files(exported)
         wanted = sum(
             nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else tensor.nbytes
             for file in files.values() for tensor in file.tensors
@@ -183,7 +192,7 @@ class Gguf:
                 if self.calibration:
                     full.unlink()
             else:
-                write(file, target, part)
+                write(text_plan(exported, "f16") if part == "model" else file, target, part)
         finish(source, folder)
         return read_back(folder / _PLANNED["model"])
 
@@ -205,6 +214,21 @@ class Gguf:
     def _mean_squares(self) -> MeanSquares:
         given = self.importance.mean_squares if self.importance else {}
         return given | {name: given[name] / self.columns[name] ** 2 for name in self.columns if name in given}
+
+
+def check_widths(importance: Importance, matrices: Sequence[PlannedMatrix]) -> None:
+    """Refuse the importance of a model of another size.
+
+    Raises:
+        ArtifactError: it is.
+    """
+    given = importance.mean_squares
+    for matrix in matrices:
+        if matrix.name in given and given[matrix.name].shape != matrix.shape[-1:]:
+            raise ArtifactError(
+                f"{importance.folder} is of another model: {matrix.name} has {matrix.shape[-1]} inputs, not "
+                f"{len(given[matrix.name])}"
+            )
 
 
 def lossless(source: Source) -> TextType:

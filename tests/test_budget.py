@@ -262,6 +262,61 @@ def test_the_smallest_within_budget_is_released(
     assert again == verdict
 
 
+def test_a_killed_search_goes_on_behind_what_was_judged(
+    wide: tuple[Path, Importance], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged, given = wide
+    monkeypatch.setattr(budget, "BITS", (8.5, 7.0, 6.6))
+    gate, judged, estimated = Gate(merged, data, max_loss=60.0, limit=8), [], []
+    monkeypatch.setattr(budget, "sensitivities", lambda *a, **k: estimated.append(1) or sensitivities(*a, **k))
+
+    def dying(at: int) -> budget.Judge:
+        def judge(edge: Path) -> budget.Verdict:
+            judged.append(edge)
+            if len(judged) == at:
+                raise KeyboardInterrupt
+            return replace(gate(edge), released=len(list(edge.glob("*.gguf"))) == 2)
+
+        return judge
+
+    def search(name: str, at: int = 0) -> artifact.Manifest:
+        budget.quantize_to_budget(merged, tmp_path / name, data, Gguf(given), dying(at), {"max_loss": 60.0}, limit=8)
+        return artifact.verify(tmp_path / name, "gguf")
+
+    whole = search("whole")
+    assert [step["bits"] for step in whole.metrics["search"]] == [8.5, 7.0, 6.6] and len(judged) == 3
+    judged.clear()
+    for at in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            search("killed", at)
+    killed = search("killed")
+    assert len(judged) == 5 and len(estimated) == 2, "8.5 once, and 7.0 once more than it was cut off"
+    assert killed.files == whole.files and killed.metrics["search"] == whole.metrics["search"]
+    assert not [path.name for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")]
+
+
+def test_an_importance_of_another_model_is_refused(
+    tiny: builders.Tiny, wide: tuple[Path, Importance], data: Path, tmp_path: Path
+) -> None:
+    _, given = wide
+    other = tiny("llava15", "llama")
+    refused = pytest.raises(ArtifactError, match=r"is of another model: .* inputs, not \d+")
+    with refused:
+        quantize(other, tmp_path / "edge", "q4", importance=given)
+    with refused:
+        plan(other, data, Gguf(given), tmp_path / "plan.yaml", bits_per_weight=6)
+    eight = TypePlan("gguf", {"model": {"*": "Q8_0"}, "mmproj": {"*": "F16"}})
+    with refused:
+        quantize_planned(other, tmp_path / "edge", eight, Gguf(given))
+
+
+def test_half_precision_is_half_precision(wide: tuple[Path, Importance], tmp_path: Path) -> None:
+    half = TypePlan("gguf", {"model": {"*": "F16"}, "mmproj": {"*": "F16"}})
+    out = quantize_planned(wide[0], tmp_path / "edge", half, Gguf())
+    stored = {t.tensor_type.name for t in GGUFReader(out / "model-PLANNED.gguf").tensors if len(t.shape) == 2}
+    assert stored == {"F16"}
+
+
 def test_what_cannot_be_shown_is_not_released(
     wide: tuple[Path, Importance], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,9 @@ from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import Moments, measure
 from ldrt_edge.convert.planned import Format, quantize_planned
 from ldrt_edge.convert.quantize import Gguf
+from ldrt_edge.convert.rounding import round_ggml
 from ldrt_edge.convert.source import open_source
-from ldrt_edge.convert.type_plan import TypePlan
+from ldrt_edge.convert.type_plan import TypePlan, block_weights
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front
@@ -39,7 +40,7 @@ def correlated(width: int) -> np.ndarray:
 
 def test_the_weights_behind_do_the_best_they_can() -> None:
     moments, values = correlated(12), np.random.default_rng(2).normal(size=(5, 12)).astype(np.float32)
-    nothing = Rounding(4, lambda columns, start: np.zeros_like(columns) if start == 0 else columns)
+    nothing = Rounding(4, lambda rows, columns: rows[:, columns] * (columns.start > 0))
 
     changed = compensated(values, gains(moments, 4), nothing)
 
@@ -53,13 +54,47 @@ def test_the_weights_behind_do_the_best_they_can() -> None:
 @pytest.mark.parametrize(("to", "type_", "block"), [(Mlx(), "affine-4-g32", 32), (Gguf(), "Q4_0", 32)])
 def test_what_was_changed_rounds_to_what_does_less_damage(to: Format, type_: str, block: int) -> None:
     moments, values = correlated(128), np.random.default_rng(2).normal(size=(64, 128)).astype(np.float32)
-    rounding = Rounding(block, lambda columns, start: to.rounded("any", columns, type_, start))
+    rounding = Rounding(block, lambda rows, columns: to.rounded("any", rows, type_, columns))
 
     plain = to.rounded("any", values, type_) - values
     fed = to.rounded("any", compensated(values, gains(moments, block), rounding), type_) - values
 
     damage = [float(np.einsum("ri,ij,rj", error, moments, error)) for error in (plain, fed)]
     assert damage[1] < 0.5 * damage[0]
+
+
+@pytest.mark.parametrize("type_", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q6_K"])
+def test_a_block_rounds_as_in_its_row(type_: str) -> None:
+    """With an importance some types look at the whole row: a block of it alone would be rounded otherwise."""
+    rng, block = np.random.default_rng(3), block_weights(type_)
+    rows = (rng.normal(size=(48, 512)) * rng.lognormal(0, 1, (48, 1)) * rng.lognormal(0, 0.7, 512)).astype(np.float32)
+    importance = rng.lognormal(0, 2, 512).astype(np.float32)
+
+    whole = round_ggml(rows, type_, importance)
+    pieces = [round_ggml(rows, type_, importance, slice(i, i + block)) for i in range(0, 512, block)]
+
+    same = (np.concatenate(pieces, axis=1) == whole).reshape(48, -1, block).all(axis=2)
+    assert same.mean() > 0.98, "all but ties; alone, half to three quarters of them differ"
+    with pytest.raises(ValueError, match="importances"):
+        round_ggml(rows, type_, importance[:256])
+
+
+@pytest.mark.parametrize("type_", ["Q4_0", "Q5_0"])
+def test_feedback_reckons_with_the_rounding_that_a_file_gets(type_: str) -> None:
+    rng = np.random.default_rng(2)
+    values = (rng.normal(size=(64, 256)) * rng.lognormal(0, 0.7, 256)).astype(np.float32)
+    moments = correlated(256) * np.outer(*2 * [rng.lognormal(0, 1, 256)])
+    importance = np.diag(moments).astype(np.float32)
+
+    def alone(rows: np.ndarray, columns: slice) -> np.ndarray:
+        return round_ggml(np.ascontiguousarray(rows[:, columns]), type_, importance[columns])
+
+    damage = []
+    for rounded in (alone, lambda rows, columns: round_ggml(rows, type_, importance, columns)):
+        changed = compensated(values, gains(moments, 32), Rounding(32, rounded))
+        error = round_ggml(changed, type_, importance) - values
+        damage.append(float(np.einsum("ri,ij,rj", error, moments, error)))
+    assert damage[1] < 0.9 * damage[0]
 
 
 def test_moments_are_the_same_in_any_number_of_passes(
@@ -83,7 +118,7 @@ def test_rows_are_changed_alike_one_by_one(tiny: builders.Tiny, tmp_path: Path) 
     source, name = open_source(tiny("llava15", "llama")), "language_model.layers.0.mlp.down_proj.weight"
     width = source.weights.entries[name].shape[1]
     np.save(tmp_path / "H.npy", correlated(width))
-    rounding = Rounding(32, lambda columns, start: Gguf().rounded(name, columns, "Q4_0", start))
+    rounding = Rounding(32, lambda rows, columns: Gguf().rounded(name, rows, "Q4_0", columns))
     weights = Compensated(source.weights, Moments({name: tmp_path / "H.npy"}), {name: rounding})
 
     whole = weights.read(name)

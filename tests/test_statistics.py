@@ -109,7 +109,7 @@ def test_a_loss_that_few_answers_show_is_seldom_called_small(questions: int, los
     for repeat in range(400):
         drawn = rng.random(questions)
         lost, won = drawn < (changed + loss) / 2, drawn > 1 - (changed - loss) / 2
-        found = paired_difference((~won).astype(float).tolist(), (~lost).astype(float).tolist(), range(questions), repeat)
+        found = paired_difference((~won).tolist(), (~lost).tolist(), range(questions), repeat)
         opened += found.ci_high <= 0.01
     assert opened / 400 < 0.025
     assert paired_difference([1.0] * 9 + [0.0], [1.0] * 10, range(10)).ci_high > 0.15, "one won, none lost"
