@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -24,6 +24,9 @@ from ldrt_edge.convert.commands import convert, importance, parity, plan, quanti
 from ldrt_edge.errors import ConfigError, LdrtError, require
 from ldrt_edge.options import PATH, json_option, show_artifact
 from ldrt_edge.train.data.commands import data
+
+if TYPE_CHECKING:
+    from ldrt_edge.chat.intake import BurnedIn
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -153,6 +156,11 @@ _report_option = click.option(
 )
 
 
+_audit_option = click.option(
+    "--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`."
+)
+
+
 @cli.command()
 @_model_argument
 @click.option("--image", type=PATH, help="PNG, JPEG, TIFF or DICOM.")
@@ -161,6 +169,10 @@ _report_option = click.option(
 @click.option("--history", type=PATH, metavar="FOLDER", help="Keep conversations there, encrypted with a passphrase.")
 @click.option("--window", metavar="C,W", help="DICOM window centre and width, instead of the header's.")
 @click.option("--frame", default=0, show_default=True, type=click.IntRange(min=0), help="Of a multi-frame picture.")
+@click.option("--burned-in", type=click.Choice(["show", "black", "refuse"]), help=(
+    "What becomes of text in a picture, where a name may stand. Else you are asked; if you cannot be, it is shown."
+))  # fmt: skip
+@_audit_option
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
 @click.option("--seed", default=0, show_default=True)
@@ -169,8 +181,8 @@ _report_option = click.option(
 @json_option
 def chat(
     edge: Path, image: Path | None, ask: str | None, web: bool, history: Path | None, window: str | None, frame: int,
-    max_tokens: int, temperature: float, seed: int, threads: int | None,
-    report: Path | None, as_json: bool,
+    burned_in: BurnedIn | None, audit: Path | None, max_tokens: int, temperature: float, seed: int,
+    threads: int | None, report: Path | None, as_json: bool,
 ) -> None:
     """Ask about a picture, offline. Research use, not for diagnosis."""
     from dataclasses import asdict
@@ -182,29 +194,32 @@ def chat(
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     level = _window(window)
     if web:
-        if ask or image or as_json:
-            raise ConfigError("--web opens a page: leave out --ask, --image and --json")
+        if ask or image or window or frame or burned_in or as_json:
+            others = "--ask, --image, --window, --frame, --burned-in and --json"
+            raise ConfigError(f"--web opens a page, which asks for all the rest: leave out {others}")
         from ldrt_edge.chat.server import serve as run
 
         passphrase = _passphrase(history) if history else ""
-        run(edge, 0, sampling, threads, browser=True, history=history, passphrase=passphrase, report=report)
+        run(edge, 0, sampling, threads, audit, browser=True, history=history, passphrase=passphrase, report=report)
         return
+    if audit:
+        raise ConfigError("--audit is for the page: add --web, or leave it out")
     if ask is None:
         if as_json:
             raise ConfigError("--json answers one question: add --ask TEXT")
         past = History(history, _passphrase(history)) if history else None
-        run_chat(edge, image, level, frame, sampling, threads, report, past)
+        run_chat(edge, image, level, frame, sampling, threads, report, past, burned_in)
         return
     if history:
         raise ConfigError("--history keeps conversations: leave out --ask")
-    answer = ask_once(edge, ask, image, level, frame, sampling, threads, report)
+    answer = ask_once(edge, ask, image, level, frame, sampling, threads, report, burned_in)
     click.echo(json.dumps(asdict(answer), ensure_ascii=False) if as_json else answer.answer)
 
 
 @cli.command()
 @_model_argument
 @click.option("--port", default=8420, show_default=True, type=click.IntRange(0, 65535), help="0 takes any free one.")
-@click.option("--audit", type=PATH, metavar="FILE", help="Add a line to this log with each answer; see `audit verify`.")
+@_audit_option
 @click.option("--history", type=PATH, metavar="FOLDER", help="Keep conversations there, encrypted with a passphrase.")
 @click.option("--max-tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Of an answer.")
 @click.option("--cache", default=1024, show_default=True, type=click.IntRange(min=0), metavar="MIB", help=(
@@ -232,18 +247,19 @@ def serve(
 
 
 def _passphrase(history: Path) -> str:
-    """From LDRT_EDGE_PASSPHRASE, else typed; twice for a new history."""
+    """From LDRT_EDGE_PASSPHRASE, else typed; twice for a new history, which a slip would lock for good."""
+    from ldrt_edge.chat.history import exists
+
     if given := os.environ.pop("LDRT_EDGE_PASSPHRASE", ""):  # not for processes that this one starts
         return given
     if not sys.stdin.isatty():
         raise ConfigError("--history wants a passphrase: type it on a terminal, or set LDRT_EDGE_PASSPHRASE")
-    new = not history.exists()
-    return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=new, err=True))
+    return str(click.prompt("Passphrase", hide_input=True, confirmation_prompt=not exists(history), err=True))
 
 
 @cli.group()
 def audit() -> None:
-    """Logs that `serve --audit` wrote."""
+    """Logs that `serve --audit` or `chat --web --audit` wrote."""
 
 
 @audit.command()

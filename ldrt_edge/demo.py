@@ -60,7 +60,7 @@ def demo(folder: Path, images: int = IMAGES, questions: int = QUESTIONS, setting
     test = Dataset(data)
     row = next(row for row in test.rows("test") if row.task == "beam count")
     picture = test.image_path(row)
-    answer = ask_once(edge, row.question, picture, None, 0, Sampling(max_tokens=32), None)
+    answer = ask_once(edge, row.question, picture, sampling=Sampling(max_tokens=32), burned_in="show")
     console.say(f"     {picture}\n     Q: {row.question}\n     A: {answer.answer}   (right: {row.answer})")
     _summary(report)
     return report

@@ -10,6 +10,7 @@ import io
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,6 +83,18 @@ def slice_position(data: bytes) -> float | None:
         return None if number is None else float(number)
 
 
+def series_of(data: bytes) -> tuple[str, str, tuple[float, ...]] | None:
+    """What slices that can be scrolled as one stack share: series, frame of reference and directions; None if unknown.
+
+    The identifiers may lead to a patient. Source: DICOM PS3.3 C.7.3.1, C.7.4.1 and C.7.6.2.
+    """
+    with decoding("a damaged DICOM file"):
+        header = read_header(data)
+        series, frame = str(header.get("SeriesInstanceUID") or ""), str(header.get("FrameOfReferenceUID") or "")
+        directions = tuple(round(float(value), 3) + 0.0 for value in header.get("ImageOrientationPatient") or ())
+        return (series, frame, directions) if series else None
+
+
 def declares_text(data: bytes) -> bool:
     """Whether a file says that what names the patient is burned into its pixels (PS3.3 C.7.6.1.1)."""
     with decoding("a damaged DICOM file"):
@@ -137,10 +150,10 @@ def decode(data: bytes, header: Dataset, frame: int) -> Values:
     return decode_apart(data, frame)
 
 
-def _display_settings(header: Dataset, frame: int) -> Dataset:
-    """The grey transformation of one frame as a flat dataset: enhanced objects nest it in functional groups.
+def of_frame(header: Dataset, frame: int, sequences: Sequence[str], names: Sequence[str]) -> Dataset:
+    """The elements `names` of one frame as a flat dataset: enhanced objects nest them in functional groups' sequences.
 
-    Source: DICOM PS3.3 C.7.6.16.2.9 (pixel value transformation) and C.7.6.16.2.10 (frame VOI LUT).
+    Source: DICOM PS3.3 C.7.6.16 (multi-frame functional groups).
     """
     from pydicom import Dataset
 
@@ -148,20 +161,30 @@ def _display_settings(header: Dataset, frame: int) -> Dataset:
     flat.file_meta = header.file_meta
     shared = header.get("SharedFunctionalGroupsSequence") or []
     per_frame = header.get("PerFrameFunctionalGroupsSequence") or []
-    names = (
-        "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
-        "VOILUTFunction", "PixelPaddingValue", "DoseGridScaling",
-    )
     for group in (header, *shared[:1], *per_frame[frame : frame + 1]):
-        nested = [
-            item for sequence in ("PixelValueTransformationSequence", "FrameVOILUTSequence")
-            for item in (group.get(sequence) or [])[:1]
-        ]
+        nested = [item for sequence in sequences for item in (group.get(sequence) or [])[:1]]
         for source in (group, *nested):
             for name in names:
                 if name in source:
                     flat.add(source[name])
     return flat
+
+
+def _display_settings(header: Dataset, frame: int) -> Dataset:
+    """The grey transformation of one frame.
+
+    Source: DICOM PS3.3 C.7.6.16.2.9 (pixel value transformation) and C.7.6.16.2.10 (frame VOI LUT).
+    """
+    names = (
+        "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
+        "VOILUTFunction", "PixelPaddingValue", "DoseGridScaling",
+    )
+    display = of_frame(header, frame, ("PixelValueTransformationSequence", "FrameVOILUTSequence"), names)
+    if "RescaleSlope" in display or "RescaleIntercept" in display:  # pydicom passes over one without the other
+        for name, neutral in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
+            if display.get(name) in (None, ""):
+                setattr(display, name, neutral)
+    return display
 
 
 def _grey(
@@ -180,8 +203,8 @@ def _grey(
         values = stored * float(display.DoseGridScaling)
     if window is None and display.get("VOILUTSequence"):
         return _through_voi_lut(values, display), None, "lookup table", image.levels_of(values)
-    used = window or _header_window(display)
-    function = str(display.get("VOILUTFunction", "LINEAR")).upper() if window is None else image.GIVEN
+    function = str(display.get("VOILUTFunction") or "LINEAR").upper() if window is None else image.GIVEN
+    used = window or _header_window(display, function)
     visible = stored != int(display.PixelPaddingValue) if "PixelPaddingValue" in display else None
     scaled = "ModalityLUTSequence" in display or "RescaleSlope" in display or "DoseGridScaling" in display
     stored_max = 2.0**small_bits - 1 if small_bits and not scaled else None
@@ -189,13 +212,17 @@ def _grey(
     return grey, used, mapping, image.levels_of(values)
 
 
-def _header_window(display: Dataset) -> Window | None:
-    """The header's first window, if it has a usable one."""
+def _header_window(display: Dataset, function: str) -> Window | None:
+    """The header's first window, if it has a usable one.
+
+    Source: DICOM PS3.3 C.11.2.1.2.1 (LINEAR is for widths from 1) and C.11.2.1.3 (the others from above 0).
+    """
     values = [display.get(name) for name in ("WindowCenter", "WindowWidth")]
     if any(value in (None, "") for value in values):
         return None
     center, width = (float(np.atleast_1d(value)[0]) for value in values)
-    return (center, width) if width >= 1 and math.isfinite(center) and math.isfinite(width) else None
+    wide_enough = width >= 1 if function == "LINEAR" else width > 0
+    return (center, width) if wide_enough and math.isfinite(center) and math.isfinite(width) else None
 
 
 def _through_voi_lut(values: Values, display: Dataset) -> NDArray[np.uint8]:

@@ -88,6 +88,15 @@ def read_image(path: Path, window: Window | None = None, frame: int = 0) -> Pict
     Raises:
         DataError: no such file, not a picture that can be read, too large, or no such frame.
     """
+    return read_image_bytes(read_file(path), window, frame, name=str(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of what may be a picture file.
+
+    Raises:
+        DataError: no such file, no regular one, or too large.
+    """
     path = Path(path)
     try:
         if path.is_dir():
@@ -97,10 +106,9 @@ def read_image(path: Path, window: Window | None = None, frame: int = 0) -> Pict
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise DataError(f"{path}: {size >> 20} MiB, the limit is {MAX_BYTES >> 20} MiB")
-        data = path.read_bytes()
+        return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    return read_image_bytes(data, window, frame, name=str(path))
 
 
 def read_image_bytes(

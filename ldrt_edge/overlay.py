@@ -7,7 +7,8 @@ called by its type ("PTV 1", "ORGAN 2").
 
     picture = lay_over(read_image_bytes(ct), ct, [read_overlay(dose), read_overlay(structures)])
 
-Source: DICOM PS3.3 C.7.6.2.1.1 (pixel to patient), C.8.8.3 (dose), C.8.8.5, C.8.8.6 and C.8.8.8 (structures).
+Source: DICOM PS3.3 C.7.6.2.1.1 (pixel to patient), C.7.6.16.2.1, C.7.6.16.2.3 and C.7.6.16.2.4 (the same of frames),
+C.8.8.3 (dose), C.8.8.5, C.8.8.6 and C.8.8.8 (structures).
 """
 
 from __future__ import annotations
@@ -45,13 +46,19 @@ _TYPES = {  # PS3.3 C.8.8.8.1; another word is free text
 _COLOURS: tuple[Colour, ...] = ((255, 80, 200), (120, 255, 120), (255, 255, 255), (150, 190, 255), (255, 200, 120))
 _THINNEST_MM = 1.0  # of a slice that does not say how thick it is
 _ROUNDING = 1e-6  # coordinates come as decimal text
+_ONE_PLANE_MM = 0.1  # contours that are no farther from each other lie in one plane
+_PLACES = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+_PLACE = (
+    "FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
+    "SpacingBetweenSlices",
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Plane:
     """Where a grid's pixels lie: pixel (row, column) is at `corner` + column · `across` + row · `down`, in mm.
 
-    normal: unit vector. thickness_mm: of the slice.
+    normal: unit vector. thickness_mm: of the slice, or the distance to the next where that is less: slices may overlap.
     """
 
     frame_of_reference: str
@@ -135,6 +142,20 @@ class Structure:
 
 
 @dataclass(frozen=True, eq=False)
+class _Lying:
+    """A contour over a slice: (points, 3) as `Plane.pixel` gives them, and whether it is closed."""
+
+    places: FloatArray
+    closed: bool
+
+    @cached_property
+    def away_mm(self) -> float:
+        """From the slice to its farthest point, along the normal."""
+        along = self.places[:, 2]
+        return float(along[np.abs(along).argmax()])
+
+
+@dataclass(frozen=True, eq=False)
 class Structures:
     """The regions of a structure set."""
 
@@ -147,27 +168,26 @@ class Structures:
         return frozenset(region.frame_of_reference for region in self.regions)
 
     def draw(self, rgb: NDArray[np.uint8], on: Plane) -> tuple[NDArray[np.uint8], Overlay]:
-        """Draw the contours that lie in a slice; the legend has those that do."""
+        """Draw the contours that lie in a slice; the legend has those that do.
+
+        Of each region, those of its plane nearest to the slice. A contour stands for half of the way to the next plane
+        and no more than half of the slice, so that a region that ends before the slice is not drawn on it.
+        """
         canvas = Image.fromarray(rgb)
         pen = ImageDraw.Draw(canvas)
         legend = []
-        for region in self.regions:
-            if region.frame_of_reference != on.frame_of_reference:
-                continue
-            drawn = False
-            for contour, closed in region.contours:
-                places = on.pixel(contour)
-                if np.abs(places[:, 2]).max() > on.thickness_mm / 2 + _ROUNDING:
-                    continue
-                drawn = True
-                corners = [(float(column), float(row)) for row, column, _ in np.clip(places, -1e5, 1e5)]
-                if len(corners) == 1:
-                    ((x, y),) = corners
-                    pen.line([(x - 3, y), (x + 3, y)], region.colour)
-                    pen.line([(x, y - 3), (x, y + 3)], region.colour)
-                else:
-                    pen.line([*corners, corners[0]] if closed else corners, region.colour)
-            if drawn:
+        lying = [
+            (region, [_Lying(on.pixel(contour), closed) for contour, closed in region.contours])
+            for region in self.regions
+            if region.frame_of_reference == on.frame_of_reference
+        ]
+        spacings_mm = [_spacing(contours) for _, contours in lying]
+        for (region, contours), spacing_mm in zip(lying, spacings_mm, strict=True):
+            reach_mm = min(on.thickness_mm, spacing_mm if spacing_mm < np.inf else min(spacings_mm)) / 2
+            near = _nearest(contours, reach_mm)
+            for contour in near:
+                _trace(pen, contour, region.colour)
+            if near:
                 legend.append((region.label, _hex(region.colour)))
         return np.asarray(canvas), Overlay("RTSTRUCT", self.sha256, tuple(legend))
 
@@ -208,11 +228,11 @@ def lay_over(picture: Picture, data: bytes, overlays: Sequence[Dose | Structures
     """Draw over a picture that was read from the DICOM file `data`, the dose first.
 
     Raises:
-        DataError: the picture does not say where it lies, or an overlay lies in another frame of reference.
+        DataError: the picture does not say where it, or its frame, lies, or an overlay has another frame of reference.
     """
     if not overlays:
         return picture
-    on = plane(data)
+    on = plane(data, picture.origin.frame)
     if on is None:
         raise DataError("the picture does not say where in the patient it lies: nothing can be laid over it")
     rgb, drawn = picture.rgb, []
@@ -225,16 +245,25 @@ def lay_over(picture: Picture, data: bytes, overlays: Sequence[Dose | Structures
     return replace(picture, rgb=np.ascontiguousarray(rgb), origin=replace(picture.origin, overlays=tuple(drawn)))
 
 
-def plane(data: bytes) -> Plane | None:
-    """Where a DICOM slice lies, if it is one and says so."""
+def plane(data: bytes, frame: int = 0) -> Plane | None:
+    """Where a DICOM slice lies, if it is one and says so; of several frames, this one.
+
+    Raises:
+        DataError: what it says is damaged.
+    """
     header = dicom.read_header(data)
     with decoding("a DICOM file whose geometry is damaged"):
-        return _plane(header)
+        lies = _plane(dicom.of_frame(header, frame, _PLACES, _PLACE))
+        frames = int(header.get("NumberOfFrames") or 1)
+        if lies is None or frames == 1 or "ImagePositionPatient" not in header:  # each frame has told its own place
+            return lies
+        if "GridFrameOffsetVector" not in header:
+            return None
+        return replace(lies, corner=lies.corner + lies.normal * _offsets(header, lies, frames)[frame])
 
 
 def _plane(header: Dataset) -> Plane | None:
-    names = ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-    if any(header.get(name) in (None, "") for name in names):
+    if any(header.get(name) in (None, "") for name in _PLACE[:4]):
         return None
     corner = np.array([float(value) for value in header.ImagePositionPatient])
     directions = np.array([float(value) for value in header.ImageOrientationPatient]).reshape(2, 3)
@@ -244,11 +273,27 @@ def _plane(header: Dataset) -> Plane | None:
     placed = corner.shape == (3,) and np.isfinite(corner).all()
     if not (min(row_spacing, column_spacing) > 0 and abs(length - 1) < 1e-2 and placed):
         raise DataError("a DICOM file whose geometry is damaged: its place, directions or spacings are none")
-    thickness = float(header.get("SliceThickness") or _THINNEST_MM)
+    told = (float(header.get(name) or 0) for name in ("SliceThickness", "SpacingBetweenSlices"))
+    thickness = min((mm for mm in told if mm > 0), default=_THINNEST_MM)
     return Plane(
         str(header.FrameOfReferenceUID), corner, directions[0] * column_spacing, directions[1] * row_spacing,
         normal / length, max(thickness, _ROUNDING),
     )
+
+
+def _offsets(header: Dataset, lies: Plane, frames: int) -> FloatArray:
+    """(frames,) mm along the normal, of a dose grid's frames from the first.
+
+    Raises:
+        DataError: they are not as many, or no places.
+    """
+    given = [float(value) for value in header.get("GridFrameOffsetVector") or [0.0]]
+    offsets = np.array(given)
+    if len(offsets) != frames or len(set(given)) != frames or not np.isfinite(offsets).all():
+        raise DataError("a dose grid whose planes are not where its header says")
+    if offsets[0] != 0:  # positions along the patient's z instead of distances: C.8.8.3.2
+        offsets = (offsets - lies.corner[2]) * np.sign(lies.normal[2])
+    return offsets
 
 
 def _dose(data: bytes, header: Dataset) -> Dose:
@@ -256,16 +301,12 @@ def _dose(data: bytes, header: Dataset) -> Dose:
         lies = _plane(header)
         frames, rows, columns = int(header.get("NumberOfFrames") or 1), int(header.Rows), int(header.Columns)
         scaling, in_gray = float(header.DoseGridScaling), str(header.get("DoseUnits")) == "GY"
-        given = [float(value) for value in header.get("GridFrameOffsetVector") or [0.0]]
     if lies is None:
         raise DataError("a dose grid that does not say where it lies")
     if frames * rows * columns > image.MAX_PIXELS:
         raise DataError(f"a dose grid of more than {image.MAX_PIXELS // 10**6} million points: too large")
-    offsets = np.array(given)
-    if len(offsets) != frames or len(set(given)) != frames or not np.isfinite(offsets).all():
-        raise DataError("a dose grid whose planes are not where its header says")
-    if offsets[0] != 0:  # positions along the patient's z instead of distances: C.8.8.3.2
-        offsets = (offsets - lies.corner[2]) * np.sign(lies.normal[2])
+    with decoding("a DICOM RTDOSE object whose header is damaged"):
+        offsets = _offsets(header, lies, frames)
     with decoding("a DICOM RTDOSE object whose pixels cannot be decoded: damaged, truncated or not supported"):
         stored = np.stack([dicom.decode(data, header, frame) for frame in range(frames)])
         values = (stored * scaling).astype(np.float32)
@@ -301,6 +342,32 @@ def _structures(data: bytes, header: Dataset) -> Structures:
     if not any(region.contours for region in regions):
         raise DataError("a DICOM RTSTRUCT object without contours that say where they lie")
     return Structures(tuple(regions), image.sha256(data))
+
+
+def _spacing(contours: Sequence[_Lying]) -> float:
+    """The least distance between the planes of contours, in mm; infinite where there is one plane or none."""
+    offsets = np.sort([contour.away_mm for contour in contours])
+    gaps = np.diff(offsets)
+    return float(gaps[gaps > _ONE_PLANE_MM].min(initial=np.inf))
+
+
+def _nearest(contours: Sequence[_Lying], reach_mm: float) -> list[_Lying]:
+    """The contours of the plane that is nearest to the slice, if it is in reach; half-way between slices, of one."""
+    inside = [one for one in contours if -reach_mm - _ROUNDING <= one.away_mm < reach_mm - _ROUNDING]
+    nearest_mm = min((one.away_mm for one in inside), key=abs, default=0.0)
+    return [one for one in inside if abs(one.away_mm - nearest_mm) <= _ONE_PLANE_MM]
+
+
+def _trace(pen: ImageDraw.ImageDraw, contour: _Lying, colour: Colour) -> None:
+    """Draw its line, a single point as a cross. Pillow cuts fractions off: pixels are rounded before."""
+    pixels = np.floor(np.clip(contour.places[:, :2], -1e5, 1e5) + 0.5).astype(int)
+    corners = [(int(column), int(row)) for row, column in pixels]
+    if len(corners) == 1:
+        ((x, y),) = corners
+        pen.line([(x - 3, y), (x + 3, y)], colour)
+        pen.line([(x, y - 3), (x, y + 3)], colour)
+    else:
+        pen.line([*corners, corners[0]] if contour.closed else corners, colour)
 
 
 def _hex(colour: Colour) -> str:

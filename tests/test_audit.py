@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -85,17 +87,65 @@ def test_two_processes_never_write_one_log(log: Path) -> None:
 
 
 @pytest.mark.parametrize("room", [0, 40])
-def test_a_full_disk_is_said(log: Path, room: int) -> None:
+def test_a_full_disk_is_said_and_leaves_the_log_whole(log: Path, room: int) -> None:
     """A limit on the size of files stands for it; with some room, a part of the line is written."""
-    opened = AuditLog(log)
+    opened, content = AuditLog(log), log.read_bytes()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (log.stat().st_size + room, before[1]))
     try:
         with pytest.raises(DataError, match="not in it"):
             opened.record("m", [], "?", "!")
+        assert log.read_bytes() == content, "no half line stays"
+        with pytest.raises(DataError, match="not in it"):
+            opened.record("m", [], "?", "!")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        opened.close()
+    opened.record("m", [], "?", "!")
+    opened.close()
+    assert verify(log) == opened.chain and opened.chain.lines == 5
+    AuditLog(log).close()
+
+
+def test_what_cannot_be_cut_off_at_once_is_before_the_next_line(log: Path) -> None:
+    opened, room = AuditLog(log), log.stat().st_size + 40
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writable = opened._stream
+
+    class Gone:
+        """A disk that goes in the middle of a line: what is written stays, and nothing else can be done."""
+
+        write, fileno = writable.write, writable.fileno
+
+        def truncate(self, _: int) -> None:
+            raise OSError(5, "Input/output error")
+
+    opened._stream = Gone()  # type: ignore[assignment]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(DataError, match="not in it"):
+            opened.record("m", [], "?", "!")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.stat().st_size == room
+    with pytest.raises(DataError, match="Input/output error"):
+        opened.record("m", [], "?", "!")
+    opened._stream = writable
+    opened.record("m", [], "?", "!")
+    opened.close()
+    assert verify(log).lines == 5
+
+
+def test_a_user_without_a_name_is_a_number(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that was started with a number: getpass finds no name, and raises."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987_654)
+    with pytest.raises((KeyError, OSError)):
+        getpass.getuser()
+    opened = AuditLog(log)
+    opened.record("m", [], "?", "!")
+    opened.close()
+    assert verify(log).lines == 5 and json.loads(log.read_text().splitlines()[-1])["who"] == "987654"
 
 
 def test_the_command(log: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,11 @@ import pytest
 from click.testing import CliRunner
 from pydicom.data import get_testdata_file
 from serving import Server, tiny_edge
+from test_chat import Terminal
 
+from ldrt_edge.artifact import Input
 from ldrt_edge.chat.history import History
+from ldrt_edge.chat.session import Session
 from ldrt_edge.cli import cli
 from ldrt_edge.errors import DataError
 
@@ -108,3 +113,40 @@ def test_without_a_passphrase_or_a_conversation_it_is_one_line(edge: Path, tmp_p
         done = runner.invoke(cli, command)
         assert done.exit_code == 1 and said in str(done.exception)
     assert not (tmp_path / "new").exists()
+
+
+def test_another_models_newer_conversations_hide_none(tmp_path: Path) -> None:
+    history = History(tmp_path / "history", PASSPHRASE)
+    own, other = (Input("gguf", letter * 64) for letter in "ab")
+    talk: Any = Session(None, None)  # type: ignore[arg-type] # nothing is asked
+    for number, model in enumerate((own, own, own, *[other] * 4)):
+        talk.model = model
+        history.keep(f"talk-{number:04}", talk)
+        os.utime(tmp_path / "history" / f"talk-{number:04}.talk", ns=(number, number))
+    assert [name for name, _ in history.read(own, 3)] == ["talk-0000", "talk-0001", "talk-0002"]
+    assert [name for name, _ in history.read(own, 2)] == ["talk-0001", "talk-0002"], "the last ones"
+    assert [name for name, _ in history.read(other, 1)] == ["talk-0006"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_new_historys_passphrase_is_typed_twice(edge: Path, tmp_path: Path, there: bool) -> None:
+    """In an empty folder too: a slip would lock what is kept there for good."""
+    folder = tmp_path / "history"
+    if there:
+        folder.mkdir()
+    command = [sys.executable, "-m", "ldrt_edge.cli", "chat", str(edge), "--threads", "1", "--history", str(folder)]
+    typed = (("Passphrase", "corect horse"), ("Repeat", PASSPHRASE), ("do not match", ""), ("Passphrase", PASSPHRASE))
+    terminal = Terminal(command, tmp_path)
+    for wanted, text in (*typed, ("Repeat", PASSPHRASE)):
+        terminal.until(wanted)
+        if text:
+            terminal.type(f"{text}\r")
+    terminal.until("/help shows the commands")
+    terminal.close()
+    History(folder, PASSPHRASE)
+
+    terminal = Terminal(command, tmp_path)  # now it is known, and typed once
+    terminal.until("Passphrase")
+    terminal.type(f"{PASSPHRASE}\r")
+    assert "Repeat" not in terminal.until("/help shows the commands")
+    terminal.close()

@@ -104,6 +104,39 @@ def test_a_useless_window_in_the_header_is_passed_over(width: str) -> None:
     assert picture.origin.mapping == "full range" and (picture.rgb.min(), picture.rgb.max()) == (0, 255)
 
 
+@pytest.mark.parametrize(
+    ("function", "used"), [("LINEAR_EXACT", True), ("SIGMOID", True), ("LINEAR", False), ("", False)]
+)
+def test_a_window_below_1_is_for_values_that_are_no_whole_numbers(function: str, used: bool) -> None:
+    grid = dicom("rtdose.dcm")
+    low, high = np.percentile(grid.pixel_array[3] * float(grid.DoseGridScaling), [25, 75])
+    grid.WindowCenter, grid.WindowWidth = f"{(low + high) / 2:.8g}", f"{high - low:.8g}"
+    grid.VOILUTFunction = function
+    picture = read_image_bytes(saved(grid), frame=3)
+    assert high - low < 1 and (picture.origin.mapping == "window") is used
+    if function == "LINEAR_EXACT":
+        by_hand = read_image_bytes(saved(grid), window=picture.origin.window, frame=3)
+        assert np.array_equal(picture.rgb, by_hand.rgb)
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "line"),
+    [("2", None, (2, 0)), (None, "-1024", (1, -1024)), ("2", "", (2, 0)), ("", "5", (1, 5))],
+)
+def test_a_slope_without_an_intercept_counts_and_the_other_way_round(
+    slope: str | None, intercept: str | None, line: tuple[int, int]
+) -> None:
+    scan = dicom("CT_small.dcm")
+    for name, value in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
+        if value is None:
+            delattr(scan, name)
+        else:
+            setattr(scan, name, value)
+    stored = scan.pixel_array.astype(float)
+    expected = (stored.min() * line[0] + line[1], stored.max() * line[0] + line[1])
+    assert read_image_bytes(saved(scan)).levels == expected
+
+
 def test_padding_does_not_spoil_the_full_range() -> None:
     data = dicom("CT_small.dcm")
     pixels = data.pixel_array.astype(np.int16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -66,6 +67,49 @@ def structures(digits: int = 0, **changes: Any) -> bytes:
         header.ROIContourSequence = [first]
     for region in header.StructureSetROISequence if "frame" in changes else ():
         region.ReferencedFrameOfReferenceUID = changes["frame"]
+    return saved(header)
+
+
+def squares(**planes: float) -> bytes:
+    """Regions by colour ("r", "g", "b"): squares of 20 mm whose left edge is at 10 · (1 + place), on planes at z."""
+    header = pydicom.dcmread(io.BytesIO(structures()), force=True)
+    (pattern, *_), regions = header.ROIContourSequence, []
+    for letter, heights in planes.items():
+        region = copy.deepcopy(pattern)
+        region.ReferencedROINumber = "rgb".index(letter) + 1
+        region.ROIDisplayColor = [255 if letter == other else 0 for other in "rgb"]
+        region.ContourSequence = [copy.deepcopy(pattern.ContourSequence[0]) for _ in heights]
+        for place, (contour, z) in enumerate(zip(region.ContourSequence, heights, strict=True)):
+            left = 10 * (1 + place)
+            contour.ContourData = [left, 20, z, left + 20, 20, z, left + 20, 40, z, left, 40, z]
+        regions.append(region)
+    header.ROIContourSequence = regions
+    return saved(header)
+
+
+def drawn_at(data: bytes, frame: int, overlay: bytes) -> dict[str, list[int]]:
+    """Of a picture with contours over it: by colour, the columns where lines from row 20 to 40 lie."""
+    over = lay_over(read_image_bytes(data, None, frame), data, [read_overlay(overlay)])
+    found = {}
+    for letter in "rgb":
+        colour = [255 if letter == other else 0 for other in "rgb"]
+        columns = np.flatnonzero((over.rgb[21:40] == colour).all(axis=2).all(axis=0))
+        if columns.size:
+            found[letter] = columns.tolist()
+    return found
+
+
+def volume(**changes: Any) -> bytes:
+    """pydicom's enhanced CT of two frames, with pixels of 1 mm; the frames at z = 0 and 5."""
+    header = pydicom.dcmread(str(get_testdata_file("eCT_Supplemental.dcm")))
+    header.FrameOfReferenceUID = FRAME
+    (shared,) = header.SharedFunctionalGroupsSequence
+    shared.PlaneOrientationSequence[0].ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    shared.PixelMeasuresSequence[0].PixelSpacing, shared.PixelMeasuresSequence[0].SliceThickness = [1, 1], 5
+    for frame, group in enumerate(header.PerFrameFunctionalGroupsSequence):
+        group.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 5 * frame]
+    for name, value in changes.items():
+        setattr(header, name, value)
     return saved(header)
 
 
@@ -134,6 +178,57 @@ def test_contours_are_drawn_on_their_slice_without_their_names() -> None:
             assert (rows.min(), rows.max(), columns.min(), columns.max()) == (50, 80, 40, 60)
             assert len(rows) == 2 * (31 + 21) - 4, "a closed line, not an area"
         assert SECRET not in str(over.origin)
+
+
+def test_a_contour_is_drawn_on_the_pixels_nearest_to_it() -> None:
+    contour = [40.9, 50.4, 0, 60.9, 50.4, 0, 60.9, 80.6, 0, 40.9, 80.6, 0]
+    data = ct()
+    over = lay_over(read_image_bytes(data), data, [read_overlay(structures(contour=contour))])
+    rows, columns = np.nonzero((over.rgb == (255, 0, 255)).all(axis=2))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (50, 81, 41, 61)
+
+
+def test_overlapping_slices_show_their_own_contours() -> None:
+    """5 mm thick and 2.5 mm apart: each slice reaches to its neighbours' planes."""
+    plan = squares(r=[0, 2.5, 5], g=[2.5])
+    shown = {z: drawn_at(ct(z=z, SliceThickness=5), 0, plan) for z in (-2.5, 0, 2.5, 5, 7.5)}
+    assert shown == {
+        -2.5: {}, 0: {"r": [10, 30]}, 2.5: {"r": [20, 40], "g": [10, 30]}, 5: {"r": [30, 50]}, 7.5: {}
+    }  # fmt: skip
+    alone = squares(r=[0])  # nothing tells how far its planes are apart, but the slices say how far they are
+    for z in (-2.5, 0, 2.5):
+        apart = ct(z=z, SliceThickness=5, SpacingBetweenSlices=2.5)
+        assert bool(drawn_at(apart, 0, alone)) is (z == 0)
+
+
+def test_a_contour_between_slices_is_on_the_nearest_and_half_way_on_one() -> None:
+    for at, on in ((2.4, [0]), (2.5, [5]), (2.6, [5])):
+        plan = squares(r=[at])
+        assert [z for z in (0, 5, 10) if drawn_at(ct(z=z, SliceThickness=5), 0, plan)] == on
+    # every second slice was contoured: the one between keeps what its reader left empty
+    plan = squares(r=[0, 5])
+    assert [z for z in (0, 2.5, 5) if drawn_at(ct(z=z, SliceThickness=2.5), 0, plan)] == [0, 5]
+    two_of_one_plane = squares(r=[0.02, -0.02])
+    assert drawn_at(ct(), 0, two_of_one_plane) == {"r": [10, 20, 30, 40]}
+
+
+def test_contours_lie_over_the_frames_that_they_belong_to() -> None:
+    plan, enhanced = squares(r=[0, 5, 10]), volume()
+    assert [drawn_at(enhanced, frame, plan) for frame in (0, 1)] == [{"r": [10, 30]}, {"r": [20, 40]}]
+    grid = dose(np.ones((3, 60, 60)), PixelSpacing=[1, 1], ImagePositionPatient=[0, 0, -10], SliceThickness=2)
+    assert [drawn_at(grid, frame, plan) for frame in range(3)] == [{}, {"r": [10, 30]}, {"r": [30, 50]}]
+    assert plane(enhanced, 1).corner.tolist() == [0, 0, 5]  # type: ignore[union-attr]
+
+
+def test_frames_that_do_not_say_where_each_lies_are_left_bare() -> None:
+    header = pydicom.dcmread(io.BytesIO(ct()))
+    header.NumberOfFrames, header.PixelData = 2, 2 * header.PixelData
+    film = saved(header)
+    for frame in (0, 1):
+        with pytest.raises(DataError, match="where in the patient"):
+            lay_over(read_image_bytes(film, None, frame), film, [read_overlay(structures())])
+    assert Pictures().add(film)["frames_of_reference"] == [], "so the page does not offer it"
+    assert Pictures().add(volume())["frames_of_reference"] != []
 
 
 def test_a_slanted_slice_is_washed_where_it_meets_the_dose() -> None:

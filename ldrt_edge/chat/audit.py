@@ -15,6 +15,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,7 +60,7 @@ class AuditLog:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._who = threading.Lock(), _user()
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, mode=0o600)
         except OSError as error:
@@ -67,13 +68,15 @@ class AuditLog:
         self._stream: BinaryIO = os.fdopen(descriptor, "r+b", buffering=0)
         try:
             _claim(path, descriptor)
-            self.chain = _verify(path, self._stream.read())
+            data = self._stream.read()
+            self.chain = _verify(path, data)
         except BaseException:
             self._stream.close()
             raise
+        self._whole_bytes, self._torn = len(data), False
 
     def record(self, model: str, images: Sequence[str], question: str, answer: str) -> None:
-        """Add a line, on disk before this returns.
+        """Add a line, on disk before this returns, or nothing.
 
         Args:
             model: sha256 of the model's manifest.
@@ -88,7 +91,7 @@ class AuditLog:
             line: dict[str, object] = {
                 "number": self.chain.lines + 1,
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "who": getpass.getuser(),
+                "who": self._who,
                 "model": model,
                 "images": list(images),
                 "question": hashlib.sha256(question.encode()).hexdigest(),
@@ -98,17 +101,28 @@ class AuditLog:
             head = _hash(line)
             content = _dump(line | {"sha256": head})
             try:
+                self._mend()
+                self._torn = True
                 if self._stream.write(content) != len(content):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(self._stream.fileno())
             except OSError as error:
+                with suppress(OSError):  # else the next record mends it
+                    self._mend()
                 problem = f"the audit log cannot be written ({error.strerror}): this answer is not in it"
                 raise DataError(problem) from error
             self.chain = Chain(self.chain.lines + 1, head)
+            self._whole_bytes, self._torn = self._whole_bytes + len(content), False
 
     def close(self) -> None:
         """Let another process write it."""
         self._stream.close()
+
+    def _mend(self) -> None:
+        """Cut off what a write that failed left behind: the next line would continue it."""
+        if self._torn:
+            self._stream.truncate(self._whole_bytes)
+            self._torn = False
 
 
 def _verify(path: Path, data: bytes) -> Chain:
@@ -136,6 +150,14 @@ def _hash(line: dict[str, object]) -> str:
 
 def _dump(line: dict[str, object]) -> bytes:
     return json.dumps(line, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+
+
+def _user() -> str:
+    """Who runs this: the name, or the number of one without a name, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, ImportError, OSError):  # by Python's version and system
+        return str(os.getuid()) if hasattr(os, "getuid") else "unknown"
 
 
 def _claim(path: Path, descriptor: int) -> None:

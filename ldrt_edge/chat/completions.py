@@ -1,7 +1,12 @@
 """OpenAI's chat-completions API: text and data-URL pictures in, whole or streamed answers out.
 
 What the model cannot do is refused, not ignored. A system message has no place in LLaVA's templates, so it goes before
-the first question. Requests of one `user` wait for each other, and so do all without one; different users take turns.
+the question behind it. Requests of one `user` wait for each other, and so do all without one; different users take
+turns. An answer that the server's end cuts off is an error, never half a completion.
+
+Nobody is asked about text that is burned into a picture, since there is nobody to ask: a client that sends pictures
+decides for itself, and what it sends is shown to the model as it is. The page and the terminal ask.
+
 Source: https://platform.openai.com/docs/api-reference/chat (request, response and stream chunk objects).
 """
 
@@ -24,8 +29,9 @@ from starlette.routing import Route
 from ldrt_edge.chat.desk import Desk
 from ldrt_edge.chat.replies import aside, follow, json_reply, read_object, sampling_of, text_of
 from ldrt_edge.chat.session import TextStream
+from ldrt_edge.chat.spelling import Spelled, Speller
 from ldrt_edge.chat.turns import Turn
-from ldrt_edge.errors import DataError, LdrtError, NotThere
+from ldrt_edge.errors import ConfigError, DataError, LdrtError, NotThere
 from ldrt_edge.front import Front, Message
 from ldrt_edge.image import read_image_bytes
 from ldrt_edge.runtimes.base import FrontImage, Prompt, Sampling, check_room
@@ -45,16 +51,18 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that a token made certain, and the token: its own text and its log-probability."""
+    """Text that became certain, and tokens that did: joined, both are the answer, but a piece's may not be equal."""
 
     text: str
-    token: str = ""
-    logprob: float = 0.0
+    tokens: tuple[Spelled, ...]
 
 
 @dataclass
 class Completion:
-    """An answer to be written: what was asked, and the state of the answer."""
+    """An answer to be written: what was asked, and the state of the answer.
+
+    finish: why it ends there; None until it is whole.
+    """
 
     prompt: Prompt
     question: str
@@ -68,7 +76,7 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
     pieces: list[Piece] = field(default_factory=list)
     tokens: int = 0
-    finish: Literal["stop", "length"] = "stop"
+    finish: Literal["stop", "length"] | None = None
 
     @property
     def text(self) -> str:
@@ -120,20 +128,20 @@ class Api:
             if await request.is_disconnected():
                 turn.stop()
         written.result()
+        _refuse_half(asked)
         return json_reply(_whole(asked))
 
     def _write(self, asked: Completion) -> Generator[Piece, None, None]:
         front, runtime = self._desk.front, self._desk.runtime
-        written = TextStream(front.decode)
+        written, speller = TextStream(front.decode), Speller(front.tokenizer)
         try:
             for token in runtime.generate(asked.prompt, asked.sampling):
                 asked.tokens += 1
-                yield _kept(asked, Piece(written.add(token.id), front.decode([token.id]), token.logprob))
-            if rest := written.finish():
-                yield _kept(asked, Piece(rest))
-        finally:
+                yield _kept(asked, Piece(written.add(token.id), speller.add(token)))
+            yield _kept(asked, Piece(written.finish(), speller.finish()))
             limit = min(asked.sampling.max_tokens, runtime.context_length - len(asked.prompt.ids))
             asked.finish = "stop" if asked.tokens < limit else "length"
+        finally:
             if asked.text:
                 self._desk.record([image.sha256 for image in asked.prompt.images], asked.question, asked.text)
 
@@ -149,6 +157,11 @@ class Api:
 async def _wait_for(turn: Turn[Piece]) -> None:
     async for _ in turn.events():
         pass
+
+
+def _refuse_half(asked: Completion) -> None:
+    if asked.finish is None:
+        raise LdrtError("the answer was stopped before it was whole: the server ends")
 
 
 def _kept(asked: Completion, piece: Piece) -> Piece:
@@ -198,6 +211,8 @@ def _messages(listed: object, front: Front) -> list[Message]:
         if role == "user" and before:
             text, before = "\n\n".join([*before, text]), []
         found.append(Message(role, text, tuple(images)))
+    if before:
+        raise DataError("messages: a system message has no question behind it: put it before the last one")
     return found
 
 
@@ -248,6 +263,7 @@ async def _chunks(asked: Completion, pieces: AsyncIterator[Piece]) -> AsyncItera
         yield chunk({"role": "assistant", "content": ""})
         async for piece in pieces:
             yield chunk({"content": piece.text}, made=[piece])
+        _refuse_half(asked)
         yield chunk({}, asked.finish)
         if asked.with_usage:
             yield _event(head | {"choices": [], "usage": asked.usage})
@@ -260,9 +276,12 @@ def _logprobs(asked: Completion, pieces: list[Piece]) -> dict[str, object] | Non
     if not asked.with_logprobs:
         return None
     told = [
-        {"token": p.token, "logprob": p.logprob, "bytes": list(p.token.encode()), "top_logprobs": []}
-        for p in pieces
-        if p.token
+        {
+            "token": token.spelled.decode("utf-8", "backslashreplace"), "logprob": token.logprob,
+            "bytes": list(token.spelled), "top_logprobs": [],
+        }
+        for piece in pieces
+        for token in piece.tokens
     ]
     return {"content": told, "refusal": None}
 
@@ -271,8 +290,9 @@ def _head(asked: Completion, kind: str) -> dict[str, object]:
     return {"id": asked.id, "object": kind, "created": asked.created, "model": asked.model}
 
 
-def _error(error: Exception) -> dict[str, object]:
-    return {"error": {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}}
+def _error(error: LdrtError) -> dict[str, object]:
+    kind = "invalid_request_error" if isinstance(error, (DataError, ConfigError)) else "server_error"
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": None}}
 
 
 def _event(value: Mapping[str, object]) -> str:

@@ -50,7 +50,7 @@ class History:
         self._folder = folder
         lock = folder / _LOCK
         try:
-            if not lock.exists():
+            if not exists(folder):
                 if folder.exists() and any(folder.iterdir()):
                     raise DataError(f"{folder}: neither empty nor a history: choose another folder")
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -102,13 +102,17 @@ class History:
             DataError: a file was changed, or cut off; the message names it.
         """
         files = [path for path in self._folder.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.stem)]
-        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns)[-most:]:
+        found: list[tuple[str, list[Exchange]]] = []
+        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            if len(found) == most:
+                break
             plain = self._open(path.stem, path.read_bytes())
             if plain is None:
                 raise DataError(f"{path}: was changed or cut off since it was written: delete it to go on")
             told = json.loads(zlib.decompress(plain))
             if told["model"] == asdict(model):
-                yield path.stem, [_exchange_of_json(exchange) for exchange in told["exchanges"]]
+                found.append((path.stem, [_exchange_of_json(exchange) for exchange in told["exchanges"]]))
+        yield from reversed(found)
 
     def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
@@ -136,6 +140,14 @@ class History:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
+
+
+def exists(folder: Path) -> bool:
+    """Whether a folder is a history already, so that it has its passphrase."""
+    try:
+        return (folder / _LOCK).exists()
+    except OSError:  # it may not be looked into
+        return False
 
 
 def _cipher(passphrase: str, salt: bytes) -> Any:

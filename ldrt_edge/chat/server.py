@@ -1,9 +1,10 @@
 """`ldrt-edge serve`, `chat --web`: one model on the loopback interface, with a page for people and an API for programs.
 
-Nothing leaves this machine and nothing is written to disk, unless an audit log or a history is asked for. Every
-request but those for the page's own files and for `/openapi.json` needs the token of this start; the Host and Origin
-headers must be ours, so that no web page elsewhere reaches it through the browser. Nothing in a request becomes a path:
-the page's files are read at the start, and a conversation's file is found by the name that the server gave it.
+Nothing leaves this machine and nothing is written to disk, unless an audit log or a history is asked for, but for
+what leads the browser to the page, which goes again. Every request but those for the page's own files and for
+`/openapi.json` needs the token of this start; the Host and Origin headers must be ours, so that no web page elsewhere
+reaches it through the browser. Nothing in a request becomes a path: the page's files are read at the start, and a
+conversation's file is found by the name that the server gave it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import hmac
 import json
 import secrets
 import socket
-import threading
-import webbrowser
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from importlib import resources
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ldrt_edge.chat import completions, page
 from ldrt_edge.chat.audit import AuditLog
+from ldrt_edge.chat.browser import in_browser
 from ldrt_edge.chat.desk import Desk, Model
 from ldrt_edge.chat.history import History
 from ldrt_edge.chat.replies import error_reply
@@ -121,9 +121,7 @@ def run(
     )
     address = f"http://{HOST}:{listener.getsockname()[1]}/#token={token}"
     print(json.dumps({"page": address, **(api or {})}) if as_json else address, flush=True)
-    if browser:
-        threading.Timer(0.3, webbrowser.open, (address,)).start()
-    with suppress(KeyboardInterrupt):  # the way to end it
+    with in_browser(address) if browser else nullcontext(), suppress(KeyboardInterrupt):  # the way to end it
         server(config).run(sockets=[listener])
 
 

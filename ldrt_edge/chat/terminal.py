@@ -24,16 +24,16 @@ from typing import Self
 from ldrt_edge import artifact
 from ldrt_edge.artifact import Input
 from ldrt_edge.bundle.open import unreleased
-from ldrt_edge.burned_in import text_lines
 from ldrt_edge.chat import preview
 from ldrt_edge.chat.history import History
+from ldrt_edge.chat.intake import BurnedIn, take_in
 from ldrt_edge.chat.session import NOTICE, Finish, Session
 from ldrt_edge.chat.typed import COMMANDS, typed
 from ldrt_edge.confidence import Sure, read_confidence
 from ldrt_edge.console import say, stderr
 from ldrt_edge.errors import DataError, LdrtError
 from ldrt_edge.front import Front
-from ldrt_edge.image import Picture, Window, read_image
+from ldrt_edge.image import Picture, Window
 from ldrt_edge.release import read_verdict
 from ldrt_edge.runtimes.base import Sampling, Timings, load
 
@@ -79,13 +79,16 @@ def ask_once(
     sampling: Sampling | None = None,
     threads: int | None = None,
     report: Path | None = None,
+    burned_in: BurnedIn | None = None,
 ) -> Answer:
     """Ask a model artefact one question, about a picture if there is one.
 
+    burned_in: what becomes of a picture with text in it; None asks, on a terminal, and shows it elsewhere.
+
     Raises:
-        LdrtError: the model does not load, the picture cannot be read, or the question cannot be asked.
+        LdrtError: the model does not load, the picture cannot be read or is refused, or the question cannot be asked.
     """
-    picture = read_image(image, window, frame) if image else None
+    picture = take_in(image, window, frame, burned_in) if image else None
     with _opened(folder, sampling, threads, report) as session:
         with _busy("answering"):
             if picture:
@@ -115,23 +118,24 @@ def run_chat(
     threads: int | None = None,
     report: Path | None = None,
     history: History | None = None,
+    burned_in: BurnedIn | None = None,
 ) -> None:
     """Hold a conversation until /quit or the end of input; one question a line where stdin is no terminal.
 
-    history: keeps the conversation, and has earlier questions for the arrow keys.
+    history: keeps the conversation, and has earlier questions for the arrow keys. burned_in: see `ask_once`.
 
     Raises:
-        LdrtError: the model does not load, or the first picture or the history cannot be read. Later errors are shown,
-            and the conversation goes on.
+        LdrtError: the model does not load, the first picture cannot be read or is refused, or the history cannot be
+            read. Later errors are shown, and the conversation goes on.
     """
-    picture = read_image(image, window, frame) if image else None
+    picture = take_in(image, window, frame, burned_in) if image else None
     with _opened(folder, sampling, threads, report) as session:
         for stream in (sys.stdin, sys.stdout):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a terminal's or a pipe's encoding must not end the conversation
         interactive = sys.stdin.isatty()
         with _Interrupts(interactive) as interrupts:
-            conversation = Conversation(session, interrupts, history)
+            conversation = Conversation(session, interrupts, history, burned_in)
             if picture:
                 conversation.show(picture)
             if interactive:
@@ -150,8 +154,11 @@ class Conversation:
     unanswered: the last question, if it is not in the conversation: refused, or stopped before its first word.
     """
 
-    def __init__(self, session: Session, interrupts: _Interrupts, history: History | None = None) -> None:
-        self._session, self._interrupts, self._history = session, interrupts, history
+    def __init__(
+        self, session: Session, interrupts: _Interrupts, history: History | None = None,
+        burned_in: BurnedIn | None = None,
+    ) -> None:
+        self._session, self._interrupts, self._history, self._burned_in = session, interrupts, history, burned_in
         self._name = secrets.token_urlsafe(12)  # in the history
         self.unanswered = ""
 
@@ -161,7 +168,7 @@ class Conversation:
         self.unanswered = ""
         try:
             if dropped := _dropped_file(line):
-                self.show(read_image(dropped, None, 0))
+                self.show(self._take_in(dropped))
             elif line.startswith("/"):
                 return self._run(*line.partition(" ")[::2])
             elif line:
@@ -179,14 +186,16 @@ class Conversation:
             (image,) = self._session.attach(picture, read=True)
         preview.show(image.tiles[0], stderr)
         say(f"picture: {_describe(picture)}, {image.token_count} tokens")
-        if text_lines(picture.rgb):
-            say("text seems to be burned into it: should it name a patient, /reset forgets the picture")
         if any(exchange.shown for exchange in self._session.exchanges):
             say("earlier pictures stay in the conversation; /reset forgets them")
 
+    def _take_in(self, path: Path, window: Window | None = None, frame: int = 0) -> Picture:
+        with self._interrupts.raised():
+            return take_in(path, window, frame, self._burned_in)
+
     def _run(self, command: str, rest: str) -> bool:
         if command == "/image":
-            self.show(read_image(*_image_options(rest)))
+            self.show(self._take_in(*_image_options(rest)))
         elif command == "/reset":
             self._session.reset()
             if self._history:
@@ -336,4 +345,6 @@ def _describe(picture: Picture) -> str:
         parts.append("window {:g},{:g}".format(*origin.window))
     if origin.frames > 1:
         parts.append(f"frame {origin.frame} of {origin.frames}")
+    if origin.blacked_out:
+        parts.append(f"{origin.blacked_out} lines of text blacked out")
     return ", ".join(parts)
