@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +143,21 @@ def test_a_picture_read_before_its_question_changes_no_answer(session: Session, 
         answers.append("".join(session.ask("How many beams are used?")))
         prefilled.append(session.exchanges[0].timings.prefill_tokens)
     assert answers[0] == answers[1] and prefilled[1] <= prefilled[0] - 16
+
+
+def test_what_is_read_ahead_changes_neither_what_waits_nor_what_is_asked(session: Session, film: Path) -> None:
+    (waits,) = session.attach(read_image(film))
+    other = session.see(replace(read_image(film), rgb=np.zeros((60, 80, 3), np.uint8)))
+    session.read("How many beams", other)
+    assert [shown.image for shown in session.waiting] == [waits] and not session.exchanges
+    list(session.ask("How many beams are used?"))
+    assert [shown.image for shown in session.exchanges[0].shown] == [waits]
+    branch = session.fork(0)
+    with pytest.raises(DataError):
+        list(branch.ask("<image>", other))
+    list(branch.ask("What differs?", other))
+    assert [shown.image for shown in branch.exchanges[0].shown] == [waits, other[0].image], "nothing that waits is lost"
+    assert branch.waiting == ()
 
 
 def test_the_answer_depends_on_the_picture(session: Session, film: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,73 @@ def test_a_forgotten_conversation_leaves_nothing_and_the_others_stay(
     assert sessions[0].exchanges[-1].timings.reused_tokens > IMAGE_TOKENS
 
 
+def held_text(runtime: CachedRuntime, front: Front) -> str:
+    """All text that some context still holds."""
+    return "\n".join(
+        front.decode([key for key in keys if isinstance(key, int)]) for keys in (*runtime._left, runtime._prefix.keys)
+    )
+
+
+def held_images(runtime: CachedRuntime) -> set[str]:
+    """Hashes of the pictures that some context, or the store of embeddings, still holds."""
+    contexts = (*runtime._left, runtime._prefix.keys)
+    return {key[0] for keys in contexts for key in keys if isinstance(key, tuple)} | set(runtime._embeddings)
+
+
+def test_windows_that_were_only_read_ahead_take_no_others_place_and_are_forgotten(
+    runtime: CachedRuntime, merged: Path, films: list[Path]
+) -> None:
+    front = Front.load(merged)
+    runtime.remember(64 << 20)
+    other, session = Session(runtime, front), Session(runtime, front)
+    (kept,) = other.attach(read_image(films[0]), read=True)
+    session.read(shown=session.see(read_image(films[1])))
+    runtime.remember(int(2.5 * runtime._left.bytes))
+    for seed in range(10, 16):
+        window = np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+        shown = session.see(replace(read_image(films[1]), rgb=window))
+        session.read(shown=shown)
+        assert held_images(runtime) == {kept.sha256, shown[0].image.sha256}, "the last one only"
+    assert session.waiting == () and len(list(runtime._left)) == 1
+    session.reset()
+    assert held_images(runtime) == {kept.sha256}
+    other.read()
+    assert runtime.timings.reused_tokens > IMAGE_TOKENS
+
+
+def test_what_was_typed_and_not_sent_is_forgotten_with_the_rest(runtime: CachedRuntime, merged: Path) -> None:
+    front = Front.load(merged)
+    runtime.remember(64 << 20)
+    session, other = (Session(runtime, front, Sampling(max_tokens=2)) for _ in range(2))
+    typed = "Mister Miller of Hamburg has a very bad knee since the year of the great flood" * 2
+    list(session.ask("Hi"))
+    for leave in (False, True):
+        session.read(typed)
+        assert "Miller" in held_text(runtime, front)
+        if leave:
+            list(other.ask("Elsewhere"))
+        list(session.ask("What?"))
+        assert "Miller" not in held_text(runtime, front), "it was rewritten before it was sent"
+    session.read(typed)
+    list(other.ask("And there?"))
+    session.reset()
+    assert "Miller" not in held_text(runtime, front) and "What?" not in held_text(runtime, front)
+    assert "there?" in held_text(runtime, front)
+
+
+def test_an_answer_that_another_takes_the_place_of_is_forgotten(runtime: CachedRuntime, merged: Path) -> None:
+    front = Front.load(merged)
+    runtime.remember(64 << 20)
+    session = Session(runtime, front, Sampling(max_tokens=80))
+    list(session.ask("Who is it?"))
+    other = session.fork(0, instead=True)
+    other.sampling = Sampling(max_tokens=80, temperature=3.0, seed=1)
+    list(other.ask("Who is it?"))
+    assert other.exchanges[0].answer != session.exchanges[0].answer
+    other.reset()
+    assert list(runtime._left) == [] and runtime._prefix.keys == []
+
+
 def test_values_go_in_the_order_of_their_last_use() -> None:
     kept = Kept[str, bytes](10, len)
     for name, size in (("a", 4), ("b", 4), ("c", 2)):
@@ -177,5 +245,5 @@ def test_conversations_on_the_server_go_on_at_once_after_a_restart_too(
 def test_how_soon_the_next_question_is_answered_is_measured(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert followups.main([str(merged.with_name("gguf")), "--threads", "1", "--repeats", "2"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(told["ttft_ms"]) == ["first", "next", "after other", "restarted", "reopened"]
+    assert list(told["ttft_ms"]) == ["first", "next", "typed", "after other", "restarted", "reopened"]
     assert all(one["median"] > 0 and one["runs"] == 2 for one in (*told["ttft_ms"].values(), told["reading_ms"]))

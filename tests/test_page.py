@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pydicom
@@ -129,11 +130,43 @@ def seen(page: Any) -> str:
     return str(page.locator("#seen-facts").get_attribute("title"))
 
 
+class Held:
+    """Requests that wait on their way, until they are let go; later ones of the kind are not held then."""
+
+    def __init__(self, page: Any, pattern: str, method: str = "GET") -> None:
+        self._page, self._method, self.routes, self._gone = page, method, list[Any](), False
+        page.route(pattern, self._take)
+
+    def _take(self, route: Any) -> None:
+        if self._gone or route.request.method != self._method:
+            route.continue_()
+        else:
+            self.routes.append(route)
+
+    def wait(self) -> None:
+        """Until one is held."""
+        for _ in range(300):
+            if self.routes:
+                return
+            self._page.wait_for_timeout(100)
+        raise AssertionError("no request came")
+
+    def go(self) -> None:
+        self._gone = True
+        for route in self.routes:
+            route.continue_()
+
+
 def answer(page: Any, question: str) -> None:
     """Ask, and stop the answer when it has begun, unless it is whole by then."""
     before = page.locator(".facts").count()
     page.fill("#question", question)
     page.press("#question", "Enter")
+    stop(page, before)
+
+
+def stop(page: Any, before: int = 0) -> None:
+    """Stop the answer behind `before` others, when it has begun."""
     page.wait_for_function(
         "n => document.querySelector('.answer[aria-busy]')?.textContent.trim().length > 3"
         " || document.querySelectorAll('.facts').length > n",
@@ -337,6 +370,279 @@ def test_frames_and_a_series_in_the_order_of_its_slices(page: Any, edge: Path, t
     expect(page.locator("#frame-label")).to_have_text("Frame 2 of 15")
 
 
+def test_a_series_comes_with_its_dose_its_contours_and_a_stray_picture(page: Any, tmp_path: Path) -> None:
+    from test_overlay import ct, dose, structures
+
+    files = {f"slice{z}": ct(z=z) for z in (-2, 0, 2)}
+    files |= {"dose": dose(np.ones((3, 9, 8))), "plan": structures()}
+    paths = [tmp_path / f"{name}.dcm" for name in files]
+    for path, data in zip(paths, files.values(), strict=True):
+        path.write_bytes(data)
+    Image.new("RGB", (40, 40)).save(tmp_path / "stray.png")
+    page.set_input_files("#file", [tmp_path / "stray.png", *paths])
+    expect(page.get_by_role("tab")).to_have_count(2)
+    expect(page.locator("#hint")).to_contain_text("2 picture(s) go with")
+    page.get_by_role("tab", name="1").click()
+    expect(page.locator("#frame-label")).to_have_text("Frame 2 of 3")
+    expect(page.locator("#legend")).to_contain_text("EXTERNAL 1")
+    expect(page.locator("#legend")).to_contain_text("95%")
+    page.get_by_role("tab", name="2").click()
+    expect(page.locator("#reading")).to_contain_text("PNG · 40×40")
+
+
+def test_two_series_of_one_size_stay_two(page: Any, edge: Path, tmp_path: Path) -> None:
+    from test_overlay import ct
+
+    paths = []
+    for number in range(4):
+        paths.append(tmp_path / f"{number}.dcm")
+        paths[-1].write_bytes(ct(z=number, SeriesInstanceUID=f"1.2.{number % 2}"))
+    page.set_input_files("#file", paths)
+    expect(page.get_by_role("tab")).to_have_count(2)
+    expect(page.locator("#frame-label")).to_have_text("Frame 2 of 2")
+    expect(page.locator("#seen-facts")).to_have_attribute(
+        "title", Front.load(edge).image(read_image(paths[2]).rgb).sha256
+    )
+
+
+def test_a_picture_that_was_removed_is_not_asked_about(page: Any, edge: Path, ct: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "other.png")
+    drop(page, ct)
+    answer(page, "Which film?")
+    asked = page.locator(".facts").get_attribute("title")
+    page.get_by_role("button", name="Ask differently").click()
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
+    with page.expect_response(lambda response: response.url.endswith("/read") and "pictures" in
+                              (response.request.post_data_json or {})):  # fmt: skip
+        page.set_input_files("#file", tmp_path / "other.png")
+    expect(page.locator("#hint")).to_contain_text("2 picture(s) go with")
+    other = Front.load(edge).image(read_image(tmp_path / "other.png").rgb).sha256
+    with page.expect_request(lambda request: request.method == "DELETE" and "/pictures/" in request.url):
+        page.click("#remove")
+    answer(page, "Which other?")
+    expect(page.locator(".facts")).to_have_attribute("title", asked)
+    page.get_by_role("button", name="Ask differently").click()
+    page.set_input_files("#file", tmp_path / "other.png")
+    expect(page.locator("#hint")).to_contain_text("2 picture(s) go with")
+    answer(page, "Which of both?")
+    expect(page.locator(".facts")).to_have_attribute("title", f"{asked} {other}")
+
+
+def looked_at(page: Any, path: Path) -> tuple[str, str]:
+    """Drop a picture, which the model reads ahead: where the server has it, and the conversation's /read."""
+    named = page.expect_response(lambda response: response.url.endswith("/api/pictures"))
+    with named as sent, page.expect_response(lambda response: response.url.endswith("/read")) as read:
+        drop(page, path)
+    return f"/api/pictures/{sent.value.json()['name']}", urlsplit(read.value.url).path
+
+
+def test_what_was_only_looked_at_can_be_forgotten(page: Any, server: Server, ct: Path) -> None:
+    expect(page.locator("#forget")).to_be_disabled()
+    file, read = looked_at(page, ct)
+    talk = read.removesuffix("/read")
+    assert [server.send("GET", path)[0] for path in (file, talk)] == [200, 200]
+    page.fill("#question", "Is this Mister Miller?")
+    with page.expect_response(lambda response: response.request.method == "DELETE" and file in response.url):
+        page.click("#forget")
+    expect(page.locator("#forget")).to_be_disabled()
+    expect(page.locator("#question")).to_have_value("")
+    assert [server.send("GET", path)[0] for path in (file, talk)] == [404, 404]
+
+
+@pytest.mark.parametrize("leave", ["new", "remove", "reload"])
+def test_what_is_left_is_gone_from_the_server(page: Any, server: Server, ct: Path, leave: str) -> None:
+    file, read = looked_at(page, ct)
+    gone = [file]
+    if leave == "remove":
+        with page.expect_request(f"**{read}") as again:
+            page.click("#remove")
+        assert again.value.post_data_json == {}, "the model reads on without it"
+    else:
+        gone.append(read.removesuffix("/read"))
+        page.reload() if leave == "reload" else page.click("#new")
+    for _ in range(100):
+        if {server.send("GET", path)[0] for path in gone} == {404}:
+            break
+        page.wait_for_timeout(100)
+    assert {server.send("GET", path)[0] for path in gone} == {404}
+
+
+def test_the_model_sees_frame_is_of_the_last_window_whatever_comes_last(page: Any, edge: Path, ct: Path) -> None:
+    held = Held(page, "**/seen?frame=0")
+    page.set_input_files("#file", ct)
+    held.wait()
+    expect(page.locator("#seen")).to_have_attribute("aria-busy", "true")
+    page.select_option("#preset", "lung")
+    expected = Front.load(edge).image(read_image(ct, (-600, 1500)).rgb).sha256
+    expect(page.locator("#seen-facts")).to_have_attribute("title", expected)
+    expect(page.locator("#seen")).to_have_attribute("aria-busy", "false")
+    with page.expect_response("**/seen?frame=0"):
+        held.go()
+    page.wait_for_timeout(300)
+    assert seen(page) == expected
+    page.select_option("#preset", "asStored")
+    expect(page.locator("#seen-facts")).to_have_attribute("title", Front.load(edge).image(read_image(ct).rgb).sha256)
+
+
+def test_text_that_a_header_declares_and_nobody_finds_is_asked_about(page: Any, edge: Path, ct: Path) -> None:
+    header = pydicom.dcmread(ct)
+    header.BurnedInAnnotation = "YES"
+    header.save_as(ct)
+    for choice in ("Leave out", "Show as it is"):
+        page.set_input_files("#file", ct)
+        expect(page.locator("#worded")).to_contain_text("none was found: look for yourself")
+        expect(page.locator("#worded img[src^='blob:']")).to_have_count(1)
+        expect(page.get_by_role("button", name="Black the text out")).to_be_hidden()
+        page.get_by_role("button", name=choice).click()
+        if choice == "Leave out":
+            expect(page.locator("#hint")).to_contain_text("No picture")
+    expect(page.locator("#seen-facts")).to_have_attribute("title", Front.load(edge).image(read_image(ct).rgb).sha256)
+
+
+def test_text_on_a_later_frame_is_asked_about_before_the_model_sees_it(page: Any, edge: Path, tmp_path: Path) -> None:
+    from PIL import ImageDraw, ImageFont
+
+    from ldrt_edge.burned_in import black_out, text_lines
+
+    plain, path = Image.new("L", (300, 200)), tmp_path / "frames.tiff"
+    worded = plain.copy()
+    ImageDraw.Draw(worded).text((20, 20), "DOE JANE 1950", 255, ImageFont.load_default(20))
+    plain.save(path, "TIFF", save_all=True, append_images=[worded, worded])
+    read, front = read_image(path, None, 1).rgb, Front.load(edge)
+    told: list[Any] = []
+    page.on("request", lambda request: told.append((request.url, request.post_data)))
+    drop(page, path)
+    page.locator("#frame").fill("1")
+    expect(page.locator("#worded")).to_contain_text("burned into 1 picture")
+    page.get_by_role("button", name="Leave out").click()
+    expect(page.locator("#hint")).to_contain_text("No picture")
+    expect(page.locator("#seen-facts")).to_have_text("")
+    assert not any(("/seen" in url and "frame=1" in url) or '"frame":1' in (data or "") for url, data in told)
+    page.locator("#frame").fill("2")
+    expect(page.locator("#worded")).to_be_visible()
+    page.get_by_role("button", name="Black").click()
+    covered = front.image(black_out(read, text_lines(read))).sha256
+    expect(page.locator("#seen-facts")).to_have_attribute("title", covered)
+    answer(page, "What is written there?")
+    expect(page.locator(".facts")).to_have_attribute("title", covered)
+
+
+def test_a_question_asks_about_text_before_it_is_sent(page: Any, tmp_path: Path) -> None:
+    from PIL import ImageDraw, ImageFont
+
+    plain, path = Image.new("L", (300, 200)), tmp_path / "frames.tiff"
+    worded = plain.copy()
+    ImageDraw.Draw(worded).text((20, 20), "DOE JANE 1950", 255, ImageFont.load_default(20))
+    plain.save(path, "TIFF", save_all=True, append_images=[worded])
+    drop(page, path)
+    page.fill("#question", "What is written there?")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.evaluate(
+        """() => {
+            const frame = document.getElementById("frame");
+            frame.value = 1;
+            frame.dispatchEvent(new Event("input", { bubbles: true }));
+            document.getElementById("composer").requestSubmit();
+        }"""
+    )
+    expect(page.locator("#worded")).to_be_visible()
+    page.wait_for_timeout(500)
+    assert not any(url.endswith("/ask") for url in asked)
+    page.get_by_role("button", name="Leave out").click()
+    stop(page)
+    expect(page.locator(".question img")).to_have_count(0)
+
+
+def test_one_conversation_is_opened_however_many_want_it(page: Any, ct: Path) -> None:
+    held = Held(page, "**/api/conversations", "POST")
+    drop(page, ct)
+    held.wait()
+    page.fill("#question", "What is this?")
+    page.press("#question", "Enter")
+    page.wait_for_timeout(500)
+    assert len(held.routes) == 1
+    held.go()
+    stop(page)
+
+
+def test_of_two_conversations_the_one_that_was_chosen_last_is_shown(page: Any) -> None:
+    for question in ("About the left", "About the right"):
+        answer(page, question)
+        page.click("#new")
+    held: list[Any] = []
+    page.route("**/api/conversations/*", lambda route: route.continue_() if held else held.append(route))
+    page.get_by_role("button", name="About the left").click()
+    page.wait_for_timeout(300)
+    page.get_by_role("button", name="About the right").click()
+    expect(page.locator(".question p")).to_have_text("About the right")
+    with page.expect_response(held[0].request.url):
+        held[0].continue_()
+    page.wait_for_timeout(300)
+    expect(page.locator(".question p")).to_have_text("About the right")
+    expect(page.locator("#conversations [aria-current]")).to_have_text("About the right")
+
+
+def test_files_that_are_on_their_way_do_not_land_in_another_conversation(page: Any, server: Server, ct: Path) -> None:
+    held = Held(page, "**/api/pictures", "POST")
+    page.set_input_files("#file", ct)
+    held.wait()
+    page.click("#new")
+    with page.expect_response(lambda response: response.request.method == "DELETE" and "/pictures/" in response.url):
+        held.go()
+    expect(page.get_by_role("tab")).to_have_count(0)
+    expect(page.locator("#hint")).to_contain_text("No picture")
+
+
+@pytest.mark.parametrize("status", [404, 409])
+def test_a_reading_that_comes_too_late_is_no_error(page: Any, ct: Path, status: int) -> None:
+    refused = {"status": status, "json": {"error": {"message": "too late"}}}
+    page.route("**/read", lambda route: route.fulfill(**refused))
+    with page.expect_response("**/read"):
+        drop(page, ct)
+    page.wait_for_timeout(300)
+    expect(page.locator("#status")).not_to_contain_text("too late")
+
+
+def test_a_window_in_gray_is_told_in_full(page: Any) -> None:
+    drop(page, Path(str(get_testdata_file("rtdose.dcm"))))
+    for name, value in (("#center", "0.25"), ("#width", "0.5")):
+        page.fill(name, value)
+        page.press(name, "Enter")
+    expect(page.locator("#reading")).to_contain_text("window 0.25 / 0.5")
+    answer(page, "How much?")
+    expect(page.locator(".facts")).to_contain_text("window 0.25 / 0.5")
+
+
+def test_a_screen_reader_hears_the_panel_and_the_questions(page: Any, ct: Path) -> None:
+    hears = page.locator("body").aria_snapshot
+    assert "Drop or paste pictures here" in hears()
+    drop(page, ct)
+    assert "CT · 128×128" in hears()
+    answer(page, "Which bone?")
+    assert 'group "You"' in hears()
+
+
+def test_pictures_of_the_talk_are_not_kept_twice(page: Any, ct: Path) -> None:
+    page.evaluate(
+        """() => {
+            window.open_urls = new Set();
+            const [make, drop] = [URL.createObjectURL, URL.revokeObjectURL];
+            URL.createObjectURL = (blob) => {
+                const url = make.call(URL, blob);
+                window.open_urls.add(url);
+                return url;
+            };
+            URL.revokeObjectURL = (url) => (window.open_urls.delete(url), drop.call(URL, url));
+        }"""
+    )
+    drop(page, ct)
+    for question in ("One", "Two"):
+        answer(page, question)
+    expect(page.locator(".question img[src^='blob:']")).to_have_count(1)
+    page.wait_for_function("window.open_urls.size === 2")  # the view and what the model sees of it
+
+
 def test_another_answer_a_branch_a_reload_and_forgetting(page: Any, ct: Path) -> None:
     drop(page, ct)
     answer(page, "First question")
@@ -439,7 +745,7 @@ def test_every_control_has_a_name_in_every_language(page: Any, ct: Path, languag
     drop(page, ct)
     page.select_option("#language", language)
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll("button, select, input, textarea, [role=img]")]
+        """() => [...document.querySelectorAll("button, select, input, textarea, [role=img], [role=group]")]
             .filter((node) => !(node.ariaLabel || node.labels?.[0]?.textContent.trim() || node.textContent.trim()))
             .map((node) => node.outerHTML)"""
     )

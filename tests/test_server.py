@@ -131,7 +131,8 @@ def test_no_path_of_a_request_reaches_the_disk(server: Server, path: str) -> Non
 
 
 def test_the_pages_files_name_no_other_place(server: Server) -> None:
-    for path in ("/", "/app.js", "/api.js", "/viewer.js", "/markdown.js", "/strings.js", "/style.css", "/icon.svg"):
+    scripts = ("app", "api", "facts", "files", "markdown", "slots", "strings", "viewer")
+    for path in ("/", *(f"/{name}.js" for name in scripts), "/style.css", "/icon.svg"):
         status, _, data = server.send("GET", path, authorization="")
         text = data.decode().replace("http://www.w3.org/2000/svg", "")
         assert status == 200 and "http" not in text and "innerHTML" not in text and "//cdn" not in text
@@ -203,6 +204,68 @@ def test_slices_of_a_series_know_their_place() -> None:
         stream = io.BytesIO()
         header.save_as(stream)
         assert slice_position(stream.getvalue()) == z
+
+
+def test_slices_of_one_stack_share_a_word_that_names_nobody(server: Server) -> None:
+    import pydicom
+
+    identifiers = ["1.2.3.4", "1.2.3.5"]
+
+    def word(series: str, frame: str, directions: list[float]) -> str:
+        header = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+        header.SeriesInstanceUID, header.FrameOfReferenceUID, header.ImageOrientationPatient = series, frame, directions
+        stream = io.BytesIO()
+        header.save_as(stream)
+        _, _, told = server.send("POST", "/api/pictures", stream.getvalue())
+        assert not any(identifier in told.decode() for identifier in identifiers)
+        return str(json.loads(told)["series"])
+
+    across, along, first, second = [1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], *identifiers
+    assert word(first, first, across) == word(first, first, [1, 0, 0, 0, 0.99999, 0.00001]), "as scanners round"
+    words = {word(*asked) for asked in (
+        (first, first, across), (second, first, across), (first, second, across), (first, first, along),
+    )}  # fmt: skip
+    assert len(words) == 4
+    assert server.json("POST", "/api/pictures", film())["series"] is None
+
+
+def test_a_forgotten_picture_is_gone_with_all_that_was_drawn_of_it(server: Server, ct: bytes) -> None:
+    from ldrt_edge.chat.pictures import Pictures
+    from ldrt_edge.errors import NotThere
+
+    path = f"/api/pictures/{server.json('POST', '/api/pictures', ct)['name']}"
+    assert server.send("GET", path)[0] == 200
+    server.json("DELETE", path)
+    assert {server.send(method, path)[0] for method in ("GET", "DELETE")} == {404}
+    kept = Pictures()
+    name = str(kept.add(ct)["name"])
+    kept.view(Shot(name, (40, 400), 0))
+    kept.forget(name)
+    assert list(kept._views) == [] and list(kept._files) == []
+    with pytest.raises(NotThere):
+        kept.view(Shot(name, (40, 400), 0))
+
+
+def test_text_is_looked_for_in_every_frame(server: Server, ct: bytes) -> None:
+    import pydicom
+    from PIL import ImageDraw, ImageFont
+
+    plain = Image.new("L", (300, 200))
+    worded = plain.copy()
+    ImageDraw.Draw(worded).text((20, 20), "DOE JANE 1950", 255, ImageFont.load_default(20))
+    stream = io.BytesIO()
+    plain.save(stream, "TIFF", save_all=True, append_images=[worded])
+    told = server.json("POST", "/api/pictures", stream.getvalue())
+    assert (told["burned_in"], told["text_lines"]) == (False, 0)
+    found = [server.json("GET", f"/api/pictures/{told['name']}/text?frame={frame}") for frame in (0, 1)]
+    assert [one["burned_in"] for one in found] == [False, True] and found[1]["text_lines"] > 0
+    assert server.send("GET", f"/api/pictures/{told['name']}/text?frame=2")[0] == 400
+    header = pydicom.dcmread(io.BytesIO(ct))
+    header.BurnedInAnnotation = "YES"
+    stream = io.BytesIO()
+    header.save_as(stream)
+    told = server.json("POST", "/api/pictures", stream.getvalue())
+    assert (told["burned_in"], told["text_lines"]) == (True, 0), "it says so, and none was found"
 
 
 # --- conversations --------------------------------------------------------------------------------------------------
@@ -302,6 +365,24 @@ def test_pictures_are_read_while_the_question_is_typed(server: Server) -> None:
     assert turn["timings"]["reused_tokens"] > 16 and turn["timings"]["prefill_tokens"] < 20 and len(turn["images"]) == 1
 
 
+def test_a_picture_that_is_only_read_ahead_is_not_asked_about(server: Server, ct: bytes) -> None:
+    names = [server.json("POST", "/api/pictures", data)["name"] for data in (ct, film())]
+    talk = new(server)
+    server.events(f"{talk}/ask", {"question": "How many?", "pictures": [{"name": names[0]}], "max_tokens": 4})
+    (asked,) = server.json("GET", talk)["turns"]
+    branches = []
+    for question, pictures in (("And now?", None), ("And both?", [{"name": names[1]}])):
+        branch = f"/api/conversations/{server.json('POST', f'{talk}/branch', {'exchange': 0})['name']}"
+        server.json("POST", f"{branch}/read", {"pictures": [{"name": names[1]}], "question": "And"})
+        assert server.json("GET", branch)["waiting"] == 1
+        server.events(f"{branch}/ask", {"question": question, "pictures": pictures, "max_tokens": 4})
+        told = server.json("GET", branch)
+        branches.append(told["turns"][0]["images"])
+        assert told["waiting"] == 0
+    assert branches[0] == asked["images"]
+    assert branches[1][0] == asked["images"][0] and len(branches[1]) == 2, "those that waited, and the new one"
+
+
 def test_a_question_is_read_as_far_as_it_is_typed(server: Server) -> None:
     name = server.json("POST", "/api/pictures", film())["name"]
     talk, asked = new(server), "of the beams that are drawn here meet each other in front of the joint?"
@@ -311,7 +392,7 @@ def test_a_question_is_read_as_far_as_it_is_typed(server: Server) -> None:
         question = f"{number} {asked}"
         if typed:
             server.json("POST", f"{talk}/read", {"question": f"{number} {typed}"})
-            server.events(f"{new(server)}/ask", {"question": ""})  # waits for its turn: then it was read
+            server.events(f"{talk}/ask", {"question": ""})  # waits for its turn: then it was read
         server.events(f"{talk}/ask", {"question": question, "pictures": [], "max_tokens": 4})
         turn = server.json("GET", talk)["turns"][-1]
         prefilled.append(turn["timings"]["prefill_tokens"])
@@ -361,6 +442,52 @@ def test_forgotten_is_forgotten(server: Server) -> None:
     server.events(f"{talk}/ask", {"question": "How many?"})
     server.json("DELETE", talk)
     assert server.send("GET", talk)[0] == 404
+
+
+class Held:
+    """A request whose body comes later than its head."""
+
+    def __init__(self, server: Server, path: str, body: dict[str, Any]) -> None:
+        self._body = json.dumps(body).encode()
+        self._socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        self._socket.sendall(
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAuthorization: Bearer {server.token}\r\n"
+            f"Connection: close\r\nContent-Length: {len(self._body)}\r\n\r\n".encode()
+        )
+
+    def go(self) -> None:
+        self._socket.sendall(self._body)
+
+    def status(self) -> int:
+        with self._socket.makefile("rb") as reply:
+            return int(reply.readline().split()[1])
+
+    def leave(self) -> None:
+        self._socket.close()
+
+
+def test_nothing_is_read_for_a_conversation_that_was_forgotten_meanwhile(server: Server) -> None:
+    for path, body in (("read", {"question": "Mister Miller"}), ("ask", {"question": "Mister Miller"}), ("again", {})):
+        talk = new(server)
+        server.events(f"{talk}/ask", {"question": "Hello", "max_tokens": 2})
+        held = Held(server, f"{talk}/{path}", body)
+        time.sleep(0.3)  # its head is with the server
+        server.json("DELETE", talk)
+        held.go()
+        assert held.status() == 404, path
+        held.leave()
+
+
+def test_of_two_questions_at_once_one_is_refused(server: Server) -> None:
+    talk = new(server)
+    held = [Held(server, f"{talk}/ask", {"question": question, "max_tokens": LONG}) for question in ("One", "Two")]
+    time.sleep(0.3)
+    for one in held:
+        one.go()
+    assert sorted(one.status() for one in held) == [200, 409]
+    for one in held:
+        one.leave()
+    server.events(f"{new(server)}/ask", {"question": ""})  # waits until the other has ended
 
 
 # --- stop, disconnect, queue ----------------------------------------------------------------------------------------
@@ -524,6 +651,70 @@ def test_what_is_read_ahead_gives_way_to_a_question_elsewhere(edge: Path) -> Non
     said = asyncio.run(asyncio.wait_for(answered(), 60))
     runtime.close()
     assert "".join(said)
+
+
+def test_a_question_about_another_window_does_not_wait_for_the_last_ones_reading(edge: Path) -> None:
+    runtime = load(edge, threads=1)
+    one, other = (Shot("film", window, 0) for window in ((40.0, 400.0), (-600.0, 1500.0)))
+
+    async def answered() -> None:
+        desk = Desk(runtime, Front.load(edge), Model.of(edge), Sampling(max_tokens=2))
+        talk = desk.conversations[desk.open()]
+
+        def read_until_stopped() -> None:
+            while desk._reading is None or not desk._reading.stopped:
+                talk.session.read()
+
+        for pictures, stays in (((one,), True), ((one, other), True), ((other,), False), ((), False)):
+            desk.read_ahead(talk, read_until_stopped, (one,))
+            reading = desk._reading
+            turn = desk.take(talk.name, lambda: talk.session.ask("And here?"), pictures)
+            assert reading is not None and reading.stopped is not stays, pictures
+            reading.stop()
+            assert [piece async for piece in turn.events()]
+        desk.turns.close()
+
+    asyncio.run(asyncio.wait_for(answered(), 60))
+    runtime.close()
+
+
+def test_forgetting_stops_what_is_read_ahead_and_what_has_yet_to_be(edge: Path) -> None:
+    runtime = load(edge, threads=1)
+
+    async def forgotten() -> list[str]:
+        desk = Desk(runtime, Front.load(edge), Model.of(edge), Sampling(max_tokens=2))
+        talk, read, free = desk.conversations[desk.open()], [], threading.Event()
+        desk.turns.tidy(lambda: cast(None, free.wait(30)))
+        desk.read_ahead(talk, lambda: read.append("ahead"))
+        reading = desk._reading
+        desk.forget(talk)
+        desk.read_ahead(talk, lambda: read.append("late"))
+        assert reading is not None and reading.stopped
+        free.set()
+        desk.turns._thread.submit(lambda: None).result(30)
+        desk.turns.close()
+        return read
+
+    assert asyncio.run(asyncio.wait_for(forgotten(), 60)) == []
+    runtime.close()
+
+
+def test_an_empty_conversation_that_makes_room_is_forgotten_by_the_model(edge: Path) -> None:
+    from ldrt_edge.chat import desk as desks
+
+    runtime = load(edge, threads=1)
+
+    async def opened() -> None:
+        desk = Desk(runtime, Front.load(edge), Model.of(edge), Sampling(max_tokens=2))
+        first = desk.conversations[desk.open()]
+        first.session.read("Mister Miller of Hamburg")
+        for _ in range(desks._MOST_CONVERSATIONS):
+            desk.open()
+        desk.turns.close()
+
+    asyncio.run(asyncio.wait_for(opened(), 60))
+    assert cast(Any, runtime)._prefix.keys == []
+    runtime.close()
 
 
 # --- OpenAI's API ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ldrt_edge import artifact
 from ldrt_edge.bundle.open import unreleased
 from ldrt_edge.chat.audit import AuditLog
 from ldrt_edge.chat.history import History
-from ldrt_edge.chat.pictures import Pictures
+from ldrt_edge.chat.pictures import Pictures, Shot
 from ldrt_edge.chat.session import Session
 from ldrt_edge.chat.turns import Turn, Turns
 from ldrt_edge.confidence import Confidence
@@ -83,6 +83,7 @@ class Desk:
         self.runtime, self.front, self.model, self.sampling, self.audit = runtime, front, model, sampling, audit
         self.confidence = confidence
         self.turns, self._reading = Turns(runtime), None  # type: Turns, Turn[None] | None
+        self._read: tuple[Shot, ...] = ()  # the pictures of `_reading`
         self.pictures = Pictures()
         self.conversations: dict[str, Conversation] = {}
         self.history, self._keeping = history, threading.Lock()
@@ -90,28 +91,35 @@ class Desk:
             self.conversations[name] = Conversation(name, self._session())
             self.conversations[name].session.exchanges = exchanges
 
-    def take(self, client: str, work: Callable[[], Generator[T, None, None]]) -> Turn[T]:
-        """Put work at the end of a client's queue; what is read ahead for another gives way. See `Turns.take`."""
-        if self._reading and self._reading.client != client:
-            self._reading.stop()
+    def take(
+        self, client: str, work: Callable[[], Generator[T, None, None]], pictures: Sequence[Shot] = ()
+    ) -> Turn[T]:
+        """Put work about pictures at the end of a client's queue; what is read ahead for other work gives way.
+
+        See `Turns.take`.
+        """
+        self._make_way(client, pictures)
         return self.turns.take(client, work)
 
-    def read_ahead(self, conversation: Conversation, read: Callable[[], object], more: bool = False) -> None:
-        """Let the model read while a question is thought of, if it has nothing else to do.
-
-        more: what it reads already has to be read too, and is not stopped for this.
-        """
-        if self._reading and not more:
-            self._reading.stop()
+    def read_ahead(
+        self, conversation: Conversation, read: Callable[[], object], pictures: Sequence[Shot] = ()
+    ) -> None:
+        """Let the model read about pictures while a question is thought of, if it has nothing else to do."""
+        self._make_way(conversation.name, pictures)
 
         def work() -> Generator[None, None, None]:
             # what cannot be read now will say so when it is asked about
             with suppress(LdrtError):
-                read()
+                if self.is_open(conversation):
+                    read()
             yield
 
         if self.turns.idle:
-            self._reading = self.turns.take(conversation.name, work)
+            self._reading, self._read = self.turns.take(conversation.name, work), tuple(pictures)
+
+    def is_open(self, conversation: Conversation) -> bool:
+        """Whether a conversation was not forgotten since."""
+        return self.conversations.get(conversation.name) is conversation
 
     def open(self, session: Session | None = None) -> str:
         """Open a conversation; its name.
@@ -123,6 +131,7 @@ class Desk:
             for name, old in list(self.conversations.items()):
                 if not old.session.exchanges and not old.writing:
                     del self.conversations[name]
+                    self._end(old)
         if len(self.conversations) >= _MOST_CONVERSATIONS:
             raise DataError(f"{_MOST_CONVERSATIONS} conversations are open: delete some")
         name = secrets.token_urlsafe(12)
@@ -136,24 +145,35 @@ class Desk:
             DataError: it cannot be written.
         """
         with self._keeping:
-            open_still = self.conversations.get(conversation.name) is conversation
-            if self.history and open_still and conversation.session.exchanges:
+            if self.history and self.is_open(conversation) and conversation.session.exchanges:
                 self.history.keep(conversation.name, conversation.session)
 
     def forget(self, conversation: Conversation) -> None:
-        """Forget a conversation, in the history too, and stop what is being written in it."""
-        if conversation.turn:
-            conversation.turn.stop()
+        """Forget a conversation, in the history too, and stop what is being written in it or read for it."""
         with self._keeping:
             if self.history:
                 self.history.forget(conversation.name)
             self.conversations.pop(conversation.name, None)
-        self.turns.tidy(conversation.session.reset)
+        self._end(conversation)
 
     def record(self, images: Sequence[str], question: str, answer: str) -> None:
         """Note an answer in the audit log, if there is one."""
         if self.audit:
             self.audit.record(self.model.identity.manifest_sha256, images, question, answer)
+
+    def _make_way(self, client: str, pictures: Sequence[Shot]) -> None:
+        """Stop what is read ahead, unless this client's work about these pictures has to read it too."""
+        reading = self._reading
+        if reading and not (reading.client == client and tuple(pictures[: len(self._read)]) == self._read):
+            reading.stop()
+
+    def _end(self, conversation: Conversation) -> None:
+        """Stop what goes on in a conversation, and let the model forget it."""
+        if conversation.turn:
+            conversation.turn.stop()
+        if self._reading and self._reading.client == conversation.name:
+            self._reading.stop()
+        self.turns.tidy(lambda: conversation.session.reset())  # which an answer that is stopped now may replace
 
     def _session(self) -> Session:
         about = self.model.identity, self.model.unreleased, self.confidence

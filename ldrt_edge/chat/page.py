@@ -25,7 +25,7 @@ from ldrt_edge.chat.replies import (
     text_of,
     whole_of,
 )
-from ldrt_edge.chat.session import NOTICE, Session
+from ldrt_edge.chat.session import NOTICE, Session, Shown
 from ldrt_edge.chat.structured_report import structured_report
 from ldrt_edge.errors import DataError, LdrtError, NotNow, NotThere
 from ldrt_edge.image import MAX_BYTES, Picture
@@ -44,7 +44,9 @@ def routes(desk: Desk) -> list[Route]:
         Route("/api/model", page.model),
         Route(pictures, page.add_picture, methods=["POST"], max_body_size=MAX_BYTES),
         Route(f"{pictures}/{{name}}", page.picture),
+        Route(f"{pictures}/{{name}}", page.delete_picture, methods=["DELETE"]),
         Route(f"{pictures}/{{name}}/seen", page.picture_seen),
+        Route(f"{pictures}/{{name}}/text", page.picture_text),
         Route(conversations, page.conversations),
         Route(conversations, page.new_conversation, methods=["POST"]),
         Route(one, page.conversation),
@@ -99,6 +101,16 @@ class Page:
 
         return png_reply(*await aside(draw))
 
+    async def picture_text(self, request: Request) -> Response:
+        """Whether text is burned into a frame."""
+        shot = _asked_shot(request)
+        return json_reply(await aside(self._desk.pictures.text, shot.name, shot.frame))
+
+    async def delete_picture(self, request: Request) -> Response:
+        """Forget one; conversations keep what the model saw of it."""
+        self._desk.pictures.forget(request.path_params["name"])
+        return json_reply({})
+
     async def conversations(self, _: Request) -> Response:
         """Names and first questions, the newest first."""
         listed = [
@@ -113,8 +125,9 @@ class Page:
         return json_reply({"name": self._desk.open()})
 
     async def conversation(self, request: Request) -> Response:
-        """Its transcript."""
-        return json_reply(self._conversation(request).session.transcript())
+        """Its transcript, and how many pictures wait for the next question."""
+        session = self._conversation(request).session
+        return json_reply({**session.transcript(), "waiting": len(session.waiting)})
 
     async def report(self, request: Request) -> Response:
         """The same as a DICOM Structured Report."""
@@ -131,49 +144,46 @@ class Page:
     async def ask(self, request: Request) -> Response:
         """Ask a question about pictures; the answer as it is written, one JSON object a line.
 
-        Without a list of pictures, those that wait in the conversation are shown.
+        Those that wait in the conversation are shown first.
         """
-        conversation = self._free(request)
         body = await read_object(request)
         question, shots = text_of(body.get("question"), "question"), _shots(body)
-        session = conversation.session
         sampling = sampling_of(body, self._desk.sampling)
+        conversation = self._free(request)
+        session = conversation.session
 
         def work() -> Events:
             session.sampling = sampling
+            shown: tuple[Shown, ...] = ()
             if shots:
                 yield {"stage": "encoding"}
-            if shots is not None:
-                session.attach(*self._pictures(shots), read=True)
+                shown = session.see(*self._pictures(shots))
+                session.read(shown=shown)
             yield {"stage": "reading"}
-            yield from self._answer(session, question)
+            yield from self._answer(session, question, shown)
 
-        return self._stream(conversation, session, work)
+        return self._stream(conversation, session, work, shots)
 
     async def read(self, request: Request) -> Response:
-        """Let the model read before a question comes: pictures, what is typed of it, or what was said so far."""
-        conversation = self._free(request)
+        """Let the model read before a question comes: what was said so far, pictures, and what is typed of it."""
         body = await read_object(request)
-        shots, session = _shots(body), conversation.session
+        shots = _shots(body)
         typed = text_of(body["question"], "question") if body.get("question") is not None else ""
-        if typed and shots is None:
-            self._desk.read_ahead(conversation, lambda: session.read(typed), more=True)
-        elif shots is not None:
-            self._desk.read_ahead(conversation, lambda: session.attach(*self._pictures(shots), read=True))
-        elif session.exchanges:
-            self._desk.read_ahead(conversation, session.read)
+        conversation = self._free(request)
+        session = conversation.session
+        self._desk.read_ahead(conversation, lambda: session.read(typed, session.see(*self._pictures(shots))), shots)
         return json_reply({})
 
     async def again(self, request: Request) -> Response:
         """Answer the last question anew, in place of its answer: drawn, since the likeliest answer stays the same."""
-        conversation = self._free(request)
         body = await read_object(request)
+        sampling = sampling_of(body, self._desk.sampling)
+        conversation = self._free(request)
         kept = conversation.session
         if not kept.exchanges:
             raise NotNow("nothing was asked")
         last = kept.exchanges[-1]
-        session = kept.fork(len(kept.exchanges) - 1)
-        sampling = sampling_of(body, self._desk.sampling)
+        session = kept.fork(len(kept.exchanges) - 1, instead=True)
         temperature = sampling.temperature or _OTHER_ANSWER_TEMPERATURE
         session.sampling = replace(sampling, temperature=temperature, seed=last.sampling.seed + 1)
 
@@ -215,26 +225,30 @@ class Page:
     def _pictures(self, shots: Sequence[Shot]) -> list[Picture]:
         return [self._desk.pictures.view(shot) for shot in shots]
 
-    def _answer(self, session: Session, question: str) -> Events:
+    def _answer(self, session: Session, question: str, shown: Sequence[Shown] = ()) -> Events:
         before = len(session.exchanges)
         try:
-            with closing(session.ask(question)) as pieces:
+            with closing(session.ask(question, shown)) as pieces:
                 for piece in pieces:
                     yield {"text": piece}
         finally:
             for kept in session.exchanges[before:]:
                 self._desk.record([shown.image.sha256 for shown in kept.shown], kept.question, kept.answer)
 
-    def _stream(self, conversation: Conversation, session: Session, work: Callable[[], Events]) -> Response:
+    def _stream(
+        self, conversation: Conversation, session: Session, work: Callable[[], Events], shots: Sequence[Shot] = ()
+    ) -> Response:
         before = len(session.exchanges)
 
         def kept_work() -> Events:
+            if not self._desk.is_open(conversation):  # it was forgotten before its turn came
+                return
             try:
                 yield from work()
             finally:
                 self._desk.keep(conversation)
 
-        turn = conversation.turn = self._desk.take(conversation.name, kept_work)
+        turn = conversation.turn = self._desk.take(conversation.name, kept_work, shots)
 
         async def lines() -> AsyncIterator[str]:
             try:
@@ -259,10 +273,10 @@ class Page:
         return found
 
 
-def _shots(body: dict[str, object]) -> list[Shot] | None:
+def _shots(body: dict[str, object]) -> list[Shot]:
     listed = body.get("pictures")
     if listed is None:
-        return None
+        return []
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise DataError("pictures: wants a list of {name, frame, window, over, black_out}")
     return [_shot(one) for one in listed]

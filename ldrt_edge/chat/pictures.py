@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ldrt_edge.burned_in import black_out, text_lines
-from ldrt_edge.dicom import declares_text, slice_position
+from ldrt_edge.dicom import declares_text, series_of, slice_position
 from ldrt_edge.errors import DataError, NotThere
 from ldrt_edge.image import Picture, Window, read_image_bytes
 from ldrt_edge.kept import Kept
@@ -61,7 +61,7 @@ class Pictures:
         """Keep a picture file that can be read; its name, and what there is to know of its first frame.
 
         Files with the same word in `frames_of_reference` may lie over each other; `overlay`: it does so only.
-        `burned_in`: text is in its pixels, or its header says so: there may be a name.
+        Slices with the same word in `series` make a stack. `burned_in` and `text_lines`: see `text`.
 
         Raises:
             DataError: it cannot be read, or is larger than what is kept of all.
@@ -71,15 +71,18 @@ class Pictures:
         told: dict[str, object]
         lies_in: frozenset[str]
         if regions := read_structures(data):
-            told = {"format": "DICOM", "modality": "RTSTRUCT", "overlay": True, "burned_in": False}
+            told = {
+                "format": "DICOM", "modality": "RTSTRUCT", "overlay": True, "series": None, "burned_in": False,
+                "text_lines": 0,
+            }  # fmt: skip
             lies_in = regions.frames_of_reference
         else:
             picture = read_image_bytes(data)
             of_dicom = picture.origin.format == "DICOM"
-            burned_in = bool(text_lines(picture.rgb)) or (of_dicom and declares_text(data))
+            series = series_of(data) if of_dicom else None
             told = {
-                "position": slice_position(data) if of_dicom else None, "overlay": False, "burned_in": burned_in,
-                **describe(picture),
+                "position": slice_position(data) if of_dicom else None, "overlay": False,
+                "series": self._word(repr(series)) if series else None, **_text(picture, data), **describe(picture),
             }
             lies_in = frozenset()
             with suppress(DataError):  # with a damaged geometry it is still a picture, for nothing to lie over
@@ -89,6 +92,29 @@ class Pictures:
         with self._lock:
             self._files.put(name, data)
         return {"name": name, "frames_of_reference": sorted(map(self._word, lies_in)), **told}
+
+    def text(self, name: str, frame: int) -> dict[str, object]:
+        """`text_lines`: of burned-in text that was found in a frame. `burned_in`: any, or the file says that it has.
+
+        Raises:
+            DataError: there is no such picture any more, or no such frame.
+        """
+        data = self._file(name)
+        return _text(read_image_bytes(data, None, frame), data)
+
+    def forget(self, name: str) -> None:
+        """Keep a picture no longer, nor what was drawn of it or with it.
+
+        Raises:
+            NotThere: there is none.
+        """
+        with self._lock:
+            if self._files.take(name) is None:
+                raise NotThere("the picture is not there any more")
+            self._overlays.pop(name, None)
+            for shot in self._views:
+                if name in (shot.name, *shot.over):
+                    self._views.take(shot)
 
     def view(self, shot: Shot) -> Picture:
         """A picture as it is looked at.
@@ -107,7 +133,8 @@ class Pictures:
                 known = replace(known, rgb=black_out(known.rgb, lines), origin=origin)
             known = lay_over(known, data, [self._overlay(name) for name in shot.over])
             with self._lock:
-                self._views.put(shot, known)
+                if all(self._files.get(one) for one in (shot.name, *shot.over)):  # none was forgotten meanwhile
+                    self._views.put(shot, known)
         return known
 
     def _overlay(self, name: str) -> Dose | Structures:
@@ -117,7 +144,8 @@ class Pictures:
         if known is None:
             known = read_overlay(data)
             with self._lock:
-                self._overlays[name] = known
+                if self._files.get(name):
+                    self._overlays[name] = known
                 if len(self._overlays) > _OVERLAYS_KEPT:
                     self._overlays.popitem(last=False)
         return known
@@ -132,6 +160,13 @@ class Pictures:
     def _word(self, identifier: str) -> str:
         """For an identifier, which can lead to a patient: means nothing elsewhere, or after this start."""
         return hmac.digest(self._salt, identifier.encode(), "sha256").hex()[:16]
+
+
+def _text(picture: Picture, data: bytes) -> dict[str, object]:
+    """Of a frame that was read through the file's own window: through a narrow one text cannot be found."""
+    lines = len(text_lines(picture.rgb))
+    says_so = picture.origin.format == "DICOM" and declares_text(data)
+    return {"burned_in": bool(lines) or says_so, "text_lines": lines}
 
 
 def describe(picture: Picture) -> dict[str, object]:

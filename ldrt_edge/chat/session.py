@@ -11,10 +11,11 @@ The runtimes keep what they have read so far, so a second question about a pictu
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,7 @@ from ldrt_edge.dataset import CANNOT_BE_TOLD
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front, Message
 from ldrt_edge.image import Origin, Picture
-from ldrt_edge.runtimes.base import FrontImage, Prompt, Runtime, Sampling, Timings
+from ldrt_edge.runtimes.base import FrontImage, Prompt, Runtime, Sampling, Timings, Token, check_room
 
 SCHEMA = "ldrt-edge/transcript/2"
 NOTICE = "For research use only, not for diagnosis."
@@ -74,6 +75,8 @@ class Session:
         sampling: how answers are drawn.
         model, unreleased: the artefact's identity, and why it is not released, for the transcript.
         confidence: what was measured of the model's probabilities.
+
+    `exchanges` is what was said; `waiting`, the pictures that go with the next question.
     """
 
     def __init__(
@@ -84,35 +87,36 @@ class Session:
         self.confidence = confidence
         self.sampling = sampling or Sampling()
         self.exchanges: list[Exchange] = []
-        self._waiting: tuple[Shown, ...] = ()
-        self._typed = ""
+        self.waiting: tuple[Shown, ...] = ()
+        self._last: Prompt | None = None  # that the model read for this conversation, and what it wrote behind it
 
-    def ask(self, text: str) -> Generator[str, None, None]:
-        """Answer a question, piece by piece; the pieces joined are the answer.
+    def ask(self, text: str, shown: Sequence[Shown] = ()) -> Generator[str, None, None]:
+        """Answer a question about the pictures that wait for it and those `shown` now.
 
-        What was written when the iterator is closed, or interrupted, stays in the conversation. When it raises, the
-        conversation is as before, and the pictures still wait for their question.
+        It comes piece by piece; the pieces joined are the answer. What was written when the iterator is closed, or
+        interrupted, stays in the conversation. When it raises, the conversation is as before, and the pictures that
+        waited still do.
 
         Raises:
             DataError: nothing was asked, the text holds a control token, or the conversation outgrew the context.
         """
         if not text.strip():
             raise DataError("nothing was asked")
-        shown = self._waiting
-        prompt = self._prompt(text, shown)
+        about = (*self.waiting, *shown)
+        prompt = self._prompt(text, about)
         written, logprob = TextStream(self.front.decode), 0.0
         try:
-            for token in self.runtime.generate(prompt, self.sampling):
+            for token in self._generate(prompt, self.sampling):
                 logprob += token.logprob
                 if piece := written.add(token.id):
                     yield piece
             if rest := written.finish():
                 yield rest
         except (GeneratorExit, KeyboardInterrupt):
-            self._keep(text, shown, written, "stopped", logprob)
+            self._keep(prompt, text, about, written, "stopped", logprob)
             raise
         limit = min(self.sampling.max_tokens, self.runtime.context_length - len(prompt.ids))
-        self._keep(text, shown, written, "end" if len(written.ids) < limit else "length", logprob)
+        self._keep(prompt, text, about, written, "end" if len(written.ids) < limit else "length", logprob)
 
     def attach(self, *pictures: Picture, read: bool = False) -> tuple[FrontImage, ...]:
         """Show pictures with the next question, in place of those that wait for it.
@@ -122,34 +126,44 @@ class Session:
         Raises:
             DataError: they are to be read, and the conversation outgrew the context.
         """
-        shown = tuple(Shown(self.front.image(picture.rgb), picture.origin) for picture in pictures)
+        shown = self.see(*pictures)
         if read and shown:
             self._read(shown)
-        self._waiting = shown
+        self.waiting = shown
         return tuple(one.image for one in shown)
 
-    def read(self, typed: str = "") -> None:
-        """Let the model read all of the conversation, the pictures that wait, and what is typed of the next question.
+    def see(self, *pictures: Picture) -> tuple[Shown, ...]:
+        """Pictures as the model gets them, for `ask` and `read`."""
+        return tuple(Shown(self.front.image(picture.rgb), picture.origin) for picture in pictures)
 
-        Then its answer starts at once.
+    def read(self, typed: str = "", shown: Sequence[Shown] = ()) -> None:
+        """Let the model read what `ask` would give it: all of the conversation, the pictures, what is typed so far.
+
+        Then its answer starts at once. The conversation stays as it is; what was read so before and is not part of
+        this is forgotten.
 
         Raises:
             DataError: what is typed holds a control token, or the conversation outgrew the context.
         """
-        self._read(self._waiting, typed.strip())
+        self._read((*self.waiting, *shown), typed.strip())
 
-    def fork(self, count: int) -> Session:
-        """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it."""
+    def fork(self, count: int, instead: bool = False) -> Session:
+        """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it.
+
+        instead: this one ends with that, and what the model read for it is forgotten as far as it is of no use there.
+        """
         other = Session(self.runtime, self.front, self.sampling, self.model, self.unreleased, self.confidence)
         other.exchanges = self.exchanges[:count]
-        other._waiting = self.exchanges[count].shown if count < len(self.exchanges) else ()
+        other.waiting = self.exchanges[count].shown if count < len(self.exchanges) else ()
+        other._last = self._last if instead else None
         return other
 
     def reset(self) -> None:
         """Forget the conversation and its pictures, and let the model forget them."""
-        self.runtime.forget(self._prompt(self._typed or "?", self._waiting))
+        if self._last:
+            self.runtime.forget(self._last)
         self.exchanges.clear()
-        self._waiting, self._typed = (), ""
+        self.waiting, self._last = (), None
 
     def transcript(self) -> dict[str, object]:
         """The conversation as JSON; pictures by their file's sha256, size and window, never by name."""
@@ -206,24 +220,33 @@ class Session:
             raise DataError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
     def _read(self, shown: Sequence[Shown], typed: str = "") -> None:
-        prompt = self._prompt(typed or "?", shown)
-        self._typed = typed
-        next(self.runtime.generate(prompt, replace(self.sampling, max_tokens=1)), None)
+        next(self._generate(self._prompt(typed or "?", shown), replace(self.sampling, max_tokens=1)), None)
+
+    def _generate(self, prompt: Prompt, sampling: Sampling) -> Iterator[Token]:
+        """Tokens behind a prompt, which takes the place of the last one: so there is but one to forget."""
+        check_room(prompt, 1, self.runtime.context_length)
+        if self._last:
+            self.runtime.forget(self._last, then=prompt)
+        self._last = prompt
+        yield from self.runtime.generate(prompt, sampling)
 
     def _prompt(self, question: str, shown: Sequence[Shown]) -> Prompt:
         history = [message for exchange in self.exchanges for message in exchange.messages]
         return self.front.prompt([*history, _user_message(question, shown)])
 
     def _keep(
-        self, question: str, shown: tuple[Shown, ...], written: TextStream, finish: Finish, logprob: float
+        self, prompt: Prompt, question: str, shown: tuple[Shown, ...], written: TextStream, finish: Finish,
+        logprob: float,
     ) -> None:
+        text = itertools.takewhile(lambda token: token != prompt.image_token_id, written.ids)
+        self._last = replace(prompt, ids=(*prompt.ids, *text))
         if written.text and self._can_go_on_after(written.text):
             timings = replace(self.runtime.timings)
             tokens = len(written.ids)
             self.exchanges.append(Exchange(
                 question, shown, written.text, finish, tokens, self.sampling, timings, math.exp(logprob)
             ))  # fmt: skip
-            self._waiting = ()
+            self.waiting = ()
 
     def _can_go_on_after(self, answer: str) -> bool:
         """False for an answer that spells a control token: it would be refused in every later prompt."""

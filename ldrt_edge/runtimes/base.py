@@ -153,8 +153,11 @@ class Runtime(Protocol):
         """Keep what was read for other conversations too, in at most so many bytes: they go on as if not left."""
         ...
 
-    def forget(self, prompt: Prompt | None = None) -> None:
-        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given."""
+    def forget(self, prompt: Prompt | None = None, then: Prompt | None = None) -> None:
+        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given.
+
+        then: what comes next; what it goes on from stays.
+        """
         ...
 
     def interrupt(self) -> None:

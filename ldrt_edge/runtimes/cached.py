@@ -109,21 +109,29 @@ class CachedRuntime(ABC):
         """Keep what was read for other conversations too, in at most so many bytes: they go on as if not left."""
         self._left.most_bytes = most_bytes
 
-    def forget(self, prompt: Prompt | None = None) -> None:
-        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given."""
+    def forget(self, prompt: Prompt | None = None, then: Prompt | None = None) -> None:
+        """Hold neither pictures nor prefixes any longer, as after loading; of one prompt, if it is given.
+
+        then: what comes next; what it goes on from stays.
+        """
         if prompt is None:
             self._embeddings.clear()
             self._left.clear()
             self._prefix.keys = []
             return
-        wanted = keys_of(prompt)
-        for keys in self._left:
-            if 2 * PrefixCache(list(keys)).shared(wanted) > len(keys):
-                self._left.take(keys)
+        wanted, coming = keys_of(prompt), keys_of(then) if then else []
         if 2 * self._prefix.shared(wanted) > len(self._prefix.keys):
-            self._prefix.keys = []
+            self._prefix.keys = self._prefix.keys[: self._prefix.shared(coming)]
+        held = self._prefix.shared(coming)
+        for keys in self._left:
+            left = PrefixCache(list(keys))
+            of_both = left.shared(coming)
+            if 2 * left.shared(wanted) > len(keys) and left.shared(wanted) > of_both and of_both <= held:
+                self._left.take(keys)
+        still_shown = {image.sha256 for image in then.images} if then else set()
         for image in prompt.images:
-            self._embeddings.take(image.sha256)
+            if image.sha256 not in still_shown:
+                self._embeddings.take(image.sha256)
 
     def interrupt(self) -> None:  # noqa: B027 - a runtime without a way to stop half-way stops after its prefill
         """Called from another thread: let a prefill that runs raise KeyboardInterrupt, where the runtime can."""
@@ -142,11 +150,11 @@ class CachedRuntime(ABC):
         before = time.perf_counter()
         self._change_to(wanted)
         held = self._prefix.shared(wanted, last)
+        self._prefix.keys = wanted[:held]  # what is surely there, should the run be stopped
         parts = [
             self.encode(part) if isinstance(part, FrontImage) else part for part in remaining(prompt, extra, held)
         ]
         encoded = time.perf_counter()
-        self._prefix.keys = wanted[:held]  # what is surely there, should the run be stopped
         logits = self._append(parts, held, last)
         self._prefix.keys = wanted
         self.timings.image_encode_ms = (encoded - before) * 1e3

@@ -19,7 +19,8 @@ export async function send(method, path, { json, body, signal } = {}) {
   const headers = { authorization: `Bearer ${token}` };
   if (json !== undefined) headers["content-type"] = "application/json";
   const content = json === undefined ? body : JSON.stringify(json);
-  const reply = await fetch(path, { method, headers, body: content, signal, credentials: "omit" });
+  const keepalive = method === "DELETE"; // what is forgotten as the page is left is forgotten too
+  const reply = await fetch(path, { method, headers, body: content, signal, keepalive, credentials: "omit" });
   if (reply.ok) return reply;
   const told = await reply.json().catch(() => null);
   throw Object.assign(new Error(told?.error?.message ?? `${reply.status}`), { status: reply.status });

@@ -1,6 +1,8 @@
 // The page: conversations, questions, answers as they are written.
 
 import { events, get, picture, post, send, setToken, takeToken } from "./api.js";
+import { evidence, facts } from "./facts.js";
+import { dropped, save } from "./files.js";
 import { element, render } from "./markdown.js";
 import { LANGUAGES, choose, number, preferred, t } from "./strings.js";
 import { Viewer } from "./viewer.js";
@@ -8,12 +10,12 @@ import { Viewer } from "./viewer.js";
 const $ = (id) => document.getElementById(id);
 const viewer = new Viewer(showHint, () => readAhead().catch(fail), fail, askAboutText);
 let model = null;
-let conversation = null; // its name
-let transcript = null;
-let keepPictures = false; // of a branched question, which wait on the server
+let here = talk(null, false); // the conversation on the page; a late reply to another one finds that it is not
+let asking = Promise.resolve(); // about text, one question at a time
 let busy = false;
 let pause = 0; // a timer: when it ends, so did the typing
 const PAUSE_MS = 300;
+const MOST_TEXT_VIEWS = 4;
 
 async function start() {
   for (const [code, name] of Object.entries(LANGUAGES)) $("language").append(new Option(name, code));
@@ -40,54 +42,117 @@ function askForToken() {
   return new Promise((entered) => $("door").addEventListener("close", () => entered($("token").value), { once: true }));
 }
 
-function askAboutText(count) {
-  $("text-found").textContent = t("textFound", count);
-  $("worded").returnValue = "";
-  $("worded").showModal();
-  return new Promise((chosen) => {
-    $("worded").addEventListener("close", () => chosen($("worded").returnValue), { once: true });
+// "show", "blackOut" where text was found, or "" to leave the frames out.
+function askAboutText(frames, found) {
+  asking = asking.then(async () => {
+    $("text-found").textContent = t(found ? "textFound" : "textMissed", frames.length);
+    $("black-out").hidden = $("text-note").hidden = !found;
+    const views = frames.slice(0, MOST_TEXT_VIEWS).map((one) => drawn(`/api/pictures/${one.name}?frame=${one.frame}`, "picture"));
+    $("text-views").replaceChildren(...views);
+    $("worded").returnValue = "";
+    $("worded").showModal();
+    await new Promise((closed) => $("worded").addEventListener("close", closed, { once: true }));
+    $("text-views").replaceChildren();
+    return $("worded").returnValue;
   });
+  return asking;
 }
 
-async function open(name) {
-  conversation = name;
-  keepPictures = false;
-  transcript = name && (await get(`/api/conversations/${name}`));
+// naming: its name on the server, as soon as it is open there. asked: it has turns, and the list has it; else it goes
+// when it is left, since nobody would find it again. waiting: pictures of a branched question, which wait there.
+function talk(name, asked) {
+  return { name, naming: name && Promise.resolve(name), asked, transcript: null, waiting: 0 };
+}
+
+async function open(name, asked = Boolean(name)) {
+  clearTimeout(pause);
+  leave(here);
+  const opened = (here = talk(name, asked));
+  showTalk();
+  if (name) await refresh(opened);
+  if (busy || opened !== here) return;
   say("");
   showTalk();
   await showList();
-  if (name) post(`/api/conversations/${name}/read`).catch(fail); // so that it goes on at once
+  await readAhead(); // so that it goes on at once
+}
+
+// Open a conversation on the server when something is to go there: once, however many want it.
+function named(talk) {
+  talk.naming ??= post("/api/conversations").then(({ name }) => (talk.name = name), (error) => {
+    talk.naming = null;
+    throw error;
+  });
+  return talk.naming;
+}
+
+async function refresh(talk) {
+  const { waiting, ...transcript } = await get(`/api/conversations/${talk.name}`);
+  Object.assign(talk, { waiting, transcript, asked: transcript.turns.length > 0 });
+}
+
+function leave(talk) {
+  if (!talk.asked) drop(talk).catch(fail);
+}
+
+async function drop(talk) {
+  if (!talk.naming) return;
+  await send("DELETE", `/api/conversations/${await talk.naming}`).catch(unless(404));
+  talk.naming = null;
 }
 
 async function ask(question) {
   if (busy || !question.trim()) return;
-  conversation ??= (await post("/api/conversations")).name;
+  clearTimeout(pause);
+  setBusy(true);
+  try {
+    await named(here);
+    await viewer.look();
+  } catch (error) {
+    setBusy(false);
+    throw error;
+  }
   const pictures = viewer.unseen();
-  const json = { question, pictures: keepPictures && !pictures.length ? null : pictures };
   $("question").value = "";
-  if (!(await follow(`/api/conversations/${conversation}/ask`, json, question))) $("question").value = question;
-  else if (pictures.length) viewer.markSent();
+  here.asked = true;
+  const kept = await follow(`/api/conversations/${here.name}/ask`, { question, pictures }, question);
+  if (kept) viewer.markSent(pictures);
+  else $("question").value = question;
 }
 
-// The model reads the pictures while the question is typed, so that the answer starts at once.
+// The model reads pictures and what is typed so far, so that the answer starts at once; and no longer what is neither.
 async function readAhead() {
-  const pictures = viewer.unseen();
-  if (busy || !pictures.length) return;
-  conversation ??= (await post("/api/conversations")).name;
-  await post(`/api/conversations/${conversation}/read`, { pictures });
+  clearTimeout(pause);
+  const mine = here;
+  await viewer.look();
+  const pictures = viewer.unseen(), question = $("question").value;
+  if (busy || mine !== here || !(mine.naming || pictures.length)) return;
+  const name = await named(mine);
+  showHint();
+  if (busy || mine !== here) return;
+  const json = { ...(pictures.length && { pictures }), ...(question.trim() && { question }) };
+  await post(`/api/conversations/${name}/read`, json).catch(unless(404, 409)); // it was forgotten or asked meanwhile
 }
 
-// And what is typed so far, whenever the typing pauses.
 function readTyped() {
   clearTimeout(pause);
-  pause = setTimeout(() => {
-    const question = $("question").value;
-    if (!busy && conversation && question.trim()) post(`/api/conversations/${conversation}/read`, { question }).catch(fail);
-  }, PAUSE_MS);
+  pause = setTimeout(() => readAhead().catch(fail), PAUSE_MS);
 }
 
 async function again() {
-  await follow(`/api/conversations/${conversation}/again`, {}, transcript.turns.at(-1).question, true);
+  if (busy) return;
+  clearTimeout(pause);
+  await follow(`/api/conversations/${here.name}/again`, {}, here.transcript.turns.at(-1).question, true);
+}
+
+async function forget() {
+  if (busy) return;
+  clearTimeout(pause);
+  setBusy(true);
+  await drop(here).finally(() => setBusy(false));
+  $("question").value = "";
+  viewer.clear();
+  await open(null);
 }
 
 // Show an answer as it is written; true when it is in the conversation.
@@ -121,25 +186,20 @@ async function follow(path, json, question, instead = false) {
       }
     }
     clock.end();
+    await refresh(here);
     if (!kept) say(t("noAnswer"));
-    else say(t(await settle() === "stopped" ? "stopped" : "done"));
+    else say(t(here.transcript.turns.at(-1)?.finish === "stopped" ? "stopped" : "done"));
   } catch (error) {
     clock.end();
     fail(error);
+    await refresh(here).catch(() => {});
   }
   cancelAnimationFrame(painted);
   setBusy(false);
-  if (conversation) transcript = await get(`/api/conversations/${conversation}`).catch(() => transcript);
   showTalk();
   await showList().catch(fail);
   $("question").focus({ preventScroll: true });
   return kept;
-}
-
-async function settle() {
-  transcript = await get(`/api/conversations/${conversation}`);
-  keepPictures = false;
-  return transcript.turns.at(-1)?.finish;
 }
 
 function showStage(name) {
@@ -152,15 +212,15 @@ function showStage(name) {
 }
 
 function showTalk() {
-  const turns = transcript?.turns ?? [];
+  const turns = here.transcript?.turns ?? [];
   $("log").replaceChildren(...turns.map((turn, i) => {
-    const pictures = element("span", ...turn.images.map((_, k) => seen(i, k)));
+    const pictures = element("span", ...turn.images.map((_, k) => drawn(`/api/conversations/${here.name}/seen/${i}/${k}`, "modelSees")));
     const body = element("div", render(turn.answer));
     body.className = "answer";
-    return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn), buttons(turn, i, turns.length));
+    return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn, model), buttons(turn, i, turns.length));
   }));
   toEnd();
-  for (const id of ["export-json", "export-sr", "export-pdf", "forget"]) $(id).disabled = !turns.length;
+  for (const id of ["export-json", "export-sr", "export-pdf"]) $(id).disabled = !turns.length;
   showHint();
   showModel();
 }
@@ -173,16 +233,17 @@ function asked(question, pictures) {
   const text = element("p", question);
   const made = element("div", pictures, text);
   made.className = "question";
+  made.setAttribute("role", "group");
   made.setAttribute("aria-label", t("you"));
   return made;
 }
 
-function seen(exchange, k) {
+// A picture of the server's, which comes when it comes.
+function drawn(path, told) {
   const image = new Image();
-  image.alt = t("modelSees");
-  image.title = t("modelSees");
-  const path = `/api/conversations/${conversation}/seen/${exchange}/${k}`;
-  picture(path).then(({ url }) => (image.src = url), fail);
+  image.alt = image.title = t(told);
+  for (const over of ["load", "error"]) image.addEventListener(over, () => URL.revokeObjectURL(image.src));
+  picture(path).then(({ url }) => (image.src = url)).catch((error) => image.isConnected && fail(error));
   return image;
 }
 
@@ -191,49 +252,6 @@ function unknown(turn) {
   const made = element("p", t("cannotBeTold"));
   made.className = "unknown";
   return [made];
-}
-
-// What an answer rests on.
-function facts(turn) {
-  const { sampling, timings } = turn;
-  const told = [
-    [model.name, model.type, model.runtime].filter(Boolean).join(" "),
-    ...turn.images.map((image) => [image.modality ?? image.format,
-      image.window ? t("window", number(image.window[0]), number(image.window[1])) : null,
-      image.frames > 1 ? t("frame", image.frame + 1, image.frames) : null,
-      `SHA-256 ${image.seen_sha256.slice(0, 12)}…`].filter(Boolean).join(", ")),
-    t("seed", sampling.seed, number(sampling.temperature, 2)),
-    t("timing", number(timings.ttft_ms / 1000, 2), number(timings.decode_tokens / (timings.decode_ms / 1000 || 1))),
-  ];
-  told.splice(1, 0, ...evidence());
-  if (model.unreleased) told.unshift(t("unreleased", model.unreleased));
-  if (turn.finish !== "end") told.unshift(t(turn.finish === "stopped" ? "finishStopped" : "finishLength"));
-  const sure = element("span", turn.how_sure ? howSure(turn.how_sure) : "");
-  sure.className = "sure";
-  const made = element("p", sure, told.join(" · "), element("br"), t("notice"));
-  made.className = "facts";
-  made.title = turn.images.map((image) => image.seen_sha256).join(" ");
-  return made;
-}
-
-/** How often answers of such a probability were right, where it was measured. */
-function howSure({ probability, right, ci_low, ci_high, answers, dataset }) {
-  const percent = (share) => `${number(share * 100, 0)} %`;
-  return t("howSure", percent(probability), answers, percent(right), percent(ci_low), percent(ci_high), dataset);
-}
-
-/** What the export lost, as far as it was measured. */
-function evidence() {
-  const told = [];
-  if (model.fidelity) {
-    const { top1_agreement, mean_kld, tokens } = model.fidelity;
-    told.push(t("fidelity", `${number(top1_agreement * 100)} %`, mean_kld.toPrecision(2), tokens));
-  }
-  if (model.verdict?.released) {
-    const { loss, loss_high, max_loss, questions } = model.verdict;
-    told.push(t("released", number(loss, 1), number(loss_high, 1), number(max_loss, 1), questions));
-  }
-  return told;
 }
 
 function buttons(turn, i, count) {
@@ -252,13 +270,13 @@ function buttons(turn, i, count) {
   if (i === count - 1) add("again", again);
   add("edit", async () => {
     if (busy) return;
-    const { name } = await post(`/api/conversations/${conversation}/branch`, { exchange: i });
-    await open(name);
-    keepPictures = turn.images.length > 0;
-    if (keepPictures) viewer.clear();
+    const mine = here;
+    const { name } = await post(`/api/conversations/${mine.name}/branch`, { exchange: i });
+    if (busy || mine !== here) return leave(talk(name, i > 0));
+    if (turn.images.length) viewer.clear();
     $("question").value = turn.question;
+    await open(name, i > 0);
     $("question").focus();
-    showHint();
   });
   return made;
 }
@@ -267,7 +285,7 @@ async function showList() {
   const listed = await get("/api/conversations");
   $("conversations").replaceChildren(...listed.map(({ name, title }) => {
     const button = element("button", title);
-    if (name === conversation) button.setAttribute("aria-current", "true");
+    if (name === here.name) button.setAttribute("aria-current", "true");
     button.addEventListener("click", () => {
       if (busy) return;
       viewer.clear();
@@ -283,18 +301,20 @@ function showModel() {
   $("model-name").textContent = model.name;
   $("written").dataset.t = model.history ? "writtenEncrypted" : "nothingWritten";
   $("written").textContent = t($("written").dataset.t);
-  $("model-facts").textContent = [model.type, model.runtime, ...evidence()].filter(Boolean).join(" · ");
+  $("model-facts").textContent = [model.type, model.runtime, ...evidence(model)].filter(Boolean).join(" · ");
   $("unreleased").textContent = model.unreleased ? t("unreleased", model.unreleased) : "";
 }
 
 function showHint() {
-  const unseen = viewer.unseen().length;
-  const held = transcript?.turns.some((turn) => turn.images.length) || keepPictures;
-  $("hint").textContent = unseen ? t("willShow", unseen) : held ? t("hasSeen") : t("noPicture");
+  const coming = viewer.unseen().length + here.waiting;
+  const held = here.transcript?.turns.some((turn) => turn.images.length);
+  $("hint").textContent = coming ? t("willShow", coming) : held ? t("hasSeen") : t("noPicture");
+  $("forget").disabled = !(here.naming || viewer.slots.length || viewer.overlays.length);
 }
 
 function setBusy(on) {
   busy = on;
+  $("remove").disabled = on; // what is asked about is still wanted
   $("send").hidden = on;
   $("stop").hidden = !on;
 }
@@ -304,6 +324,12 @@ function say(text, wrong = false) {
   $("status").classList.toggle("wrong", wrong);
 }
 
+function unless(...statuses) {
+  return (error) => {
+    if (!statuses.includes(error.status)) throw error;
+  };
+}
+
 function fail(error) {
   say(error.message, true);
 }
@@ -311,33 +337,6 @@ function fail(error) {
 async function add(files) {
   await viewer.add(files, (i, count) => say(t("uploading", i, count)));
   if (!$("status").classList.contains("wrong")) say("");
-}
-
-// The files of what was dropped, folders walked through.
-async function dropped(items) {
-  const found = [];
-  const walk = async (entry) => {
-    if (entry.isFile) return found.push(await new Promise((take, refuse) => entry.file(take, refuse)));
-    const reader = entry.createReader();
-    for (let more; (more = await new Promise((take, refuse) => reader.readEntries(take, refuse))).length; ) {
-      for (const inner of more) await walk(inner);
-    }
-  };
-  // all entries first: the items are gone after the first wait
-  for (const [entry, file] of items.map((item) => [item.webkitGetAsEntry(), item.getAsFile()])) {
-    if (entry) await walk(entry);
-    else if (file) found.push(file);
-  }
-  return found;
-}
-
-function save(blob, ending) {
-  const url = URL.createObjectURL(blob);
-  const link = element("a");
-  link.href = url;
-  link.download = `ldrt-edge-conversation.${ending}`;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
 function listen() {
@@ -352,7 +351,7 @@ function listen() {
     event.preventDefault();
     $("composer").requestSubmit();
   });
-  const stop = doing(() => busy && post(`/api/conversations/${conversation}/stop`));
+  const stop = doing(() => busy && here.name && post(`/api/conversations/${here.name}/stop`));
   $("stop").addEventListener("click", stop);
   document.addEventListener("keydown", (event) => event.key === "Escape" && busy && stop());
   $("file").addEventListener("change", doing(async (event) => {
@@ -380,17 +379,12 @@ function listen() {
     await open(null);
     $("question").focus();
   }));
-  $("forget").addEventListener("click", doing(async () => {
-    if (busy) return;
-    await send("DELETE", `/api/conversations/${conversation}`);
-    viewer.clear();
-    await open(null);
-  }));
+  $("forget").addEventListener("click", doing(forget));
   $("export-json").addEventListener("click", () => {
-    save(new Blob([JSON.stringify(transcript, null, 1)], { type: "application/json" }), "json");
+    save(new Blob([JSON.stringify(here.transcript, null, 1)], { type: "application/json" }), "json");
   });
   $("export-sr").addEventListener("click", doing(async () => {
-    save(await (await send("GET", `/api/conversations/${conversation}/report`)).blob(), "dcm");
+    save(await (await send("GET", `/api/conversations/${here.name}/report`)).blob(), "dcm");
   }));
   $("export-pdf").addEventListener("click", () => window.print());
   $("menu").addEventListener("click", () => {
@@ -403,6 +397,11 @@ function listen() {
       showTalk();
     }
     viewer.show(viewer.current);
+  });
+  addEventListener("pagehide", (event) => {
+    if (event.persisted) return; // it may come back as it is
+    leave(here);
+    viewer.clear();
   });
   $("theme").addEventListener("click", () => {
     const dark = getComputedStyle(document.documentElement).colorScheme === "dark";

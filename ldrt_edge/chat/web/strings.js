@@ -93,6 +93,13 @@ const STRINGS = {
     "Du texte semble incrusté dans {0} image(s). Nomme-t-il un patient ?",
     "{0} 幅图像中似乎嵌有文字。其中是否有患者姓名？",
   ],
+  textMissed: [
+    "{0} picture(s) say that text is burned into them, and none was found: look for yourself. Does it name a patient?",
+    "{0} Bild(er) geben eingebrannten Text an, und keiner wurde gefunden: sehen Sie selbst nach. Nennt er einen Patienten?",
+    "{0} imagen(es) declaran texto grabado y no se halló ninguno: compruébelo. ¿Nombra a un paciente?",
+    "{0} image(s) déclarent du texte incrusté et aucun n’a été trouvé : vérifiez. Nomme-t-il un patient ?",
+    "{0} 幅图像声明嵌有文字，但没有找到：请自行查看。其中是否有患者姓名？",
+  ],
   textNote: [
     "The model reads what it is shown. Black boxes cover the text that was found; some may be missed, so look for yourself.",
     "Das Modell liest, was ihm gezeigt wird. Schwarze Felder verdecken gefundenen Text; mancher wird übersehen: sehen Sie selbst nach.",
@@ -151,7 +158,6 @@ const STRINGS = {
   again: ["Another answer", "Andere Antwort", "Otra respuesta", "Autre réponse", "换个回答"],
   edit: ["Ask differently", "Anders fragen", "Preguntar de otro modo", "Demander autrement", "修改提问"],
   you: ["You", "Sie", "Usted", "Vous", "您"],
-  answer: ["Answer", "Antwort", "Respuesta", "Réponse", "回答"],
   unreleased: ["Warning: {0}", "Achtung: {0}", "Atención: {0}", "Attention : {0}", "警告：{0}"],
   howSure: [
     "sure to {0}: of {1} measured answers about as sure, {2} were right ({3} to {4}; {5})",
@@ -218,4 +224,9 @@ export function t(key, ...values) {
 
 export function number(value, digits = 1) {
   return value.toLocaleString(CODES[place], { maximumFractionDigits: digits });
+}
+
+// A grey value: HU go into the thousands, Gy into hundredths.
+export function level(value) {
+  return value.toLocaleString(CODES[place], { maximumSignificantDigits: 6 });
 }

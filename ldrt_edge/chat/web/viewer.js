@@ -3,9 +3,10 @@
 // Both pictures are drawn by the server, by the code that prepares them for the model. Zoom, position and inversion
 // are of the view alone.
 
-import { picture, send } from "./api.js";
+import { get, picture, send } from "./api.js";
 import { element } from "./markdown.js";
-import { number, t } from "./strings.js";
+import { address, frames, key, leftOut, meet, shot, slotsOf, whole, wording } from "./slots.js";
+import { level, number, t } from "./strings.js";
 
 // Center and width in HU, as CT consoles commonly have them.
 const PRESETS = { lung: [-600, 1500], bone: [400, 1800], soft: [40, 400], brain: [40, 80] };
@@ -14,13 +15,14 @@ const MOST_OVERLAYS = 8;
 const $ = (id) => document.getElementById(id);
 
 export class Viewer {
-  // A slot is one picture, or a series of single-frame files of one size, which is scrolled like one.
-  slots = [];
+  slots = []; // see slots.js
   current = null;
   overlays = []; // dose and structures, for the pictures of their frame of reference
+  clearings = 0; // files that were on their way when it was cleared are not wanted any more
+  looking = Promise.resolve();
 
   // changed: what goes with the next question may have; settled: it will likely stay so. worded: asks a person what to
-  // do with pictures that text is burned into ("show", "blackOut", or nothing: leave them out).
+  // do with frames that text is burned into ("show", "blackOut" where it was found, or "": leave them out).
   constructor(changed, settled, failed, worded) {
     this.worded = worded;
     this.changed = changed;
@@ -30,9 +32,11 @@ export class Viewer {
   }
 
   async add(files, progress) {
+    const { clearings } = this;
     const sorted = [...files].sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
     let taken = [];
     for (const [i, file] of sorted.entries()) {
+      if (clearings !== this.clearings) return forget(taken);
       progress(i + 1, sorted.length);
       try {
         taken.push(await (await send("POST", "/api/pictures", { body: file })).json()); // its name stays here
@@ -40,21 +44,19 @@ export class Viewer {
         this.failed(error);
       }
     }
-    const burned = taken.filter((one) => one.burned_in);
-    const choice = burned.length ? await this.worded(burned.length) : "show";
-    if (choice !== "show" && choice !== "blackOut") taken = taken.filter((one) => !one.burned_in);
+    const choices = {}; // by what is known of the text
+    for (const kind of ["found", "missed"]) {
+      const worded = taken.filter((one) => wording(one) === kind).map(({ name }) => ({ name, frame: 0 }));
+      if (worded.length && clearings === this.clearings) choices[kind] = await this.worded(worded, kind === "found");
+    }
+    if (clearings !== this.clearings) return forget(taken);
+    const wanted = (one) => !wording(one) || choices[wording(one)];
+    forget(taken.filter((one) => !wanted(one)));
+    taken = taken.filter(wanted);
     this.overlays.push(...taken.filter((one) => one.overlay));
     taken = taken.filter((one) => !one.overlay);
     if (!taken.length) return this.settleOverlays();
-    const [first] = taken;
-    const series = taken.length > 1 && taken.every((one) => first.format === "DICOM" && one.frames === 1 &&
-      one.modality === first.modality && one.width === first.width && one.height === first.height);
-    if (series && taken.every((one) => one.position !== null)) taken.sort((a, b) => a.position - b.position);
-    const groups = series ? [taken] : taken.map((one) => [one]);
-    const added = groups.map((group) => ({
-      files: group, frame: group.length >> 1, window: null, about: group[0], zoom: 1, x: 0, y: 0, invert: false, sent: "",
-      over: [], covered: true, blackOut: choice === "blackOut" && group.some((one) => one.burned_in),
-    }));
+    const added = slotsOf(taken, choices);
     this.slots.push(...added);
     this.settleOverlays();
     this.show(added.find((slot) => this.slots.includes(slot)) ?? this.slots.find((slot) => slot.over.length));
@@ -79,20 +81,61 @@ export class Viewer {
     this.draw();
   }
 
-  // What the server wants to hear of the pictures that the model has not seen so.
-  unseen() {
-    return this.slots.filter((slot) => slot.sent !== key(slot)).map(shot);
+  // Look for text in the frames that would be shown and that nobody looked at yet, and ask about it.
+  look() {
+    this.looking = this.looking.catch(() => {}).then(async () => {
+      for (let slot; (slot = this.slots.find((one) => one.files.length === 1 && !one.looked.has(one.frame))); ) {
+        await this.lookAt(slot, slot.files[0].name, slot.frame);
+      }
+    });
+    return this.looking;
   }
 
-  markSent() {
-    for (const slot of this.slots) slot.sent = key(slot);
+  async lookAt(slot, name, frame) {
+    try {
+      const kind = wording(await get(`/api/pictures/${name}/text?frame=${frame}`));
+      if (kind && !slot.choices[kind] && this.slots.includes(slot)) {
+        const choice = await this.worded([{ name, frame }], kind === "found");
+        if (choice) slot.choices[kind] = choice;
+        else slot.leftOut.add(frame);
+        if (choice === "blackOut" && slot === this.current) this.draw();
+        this.changed();
+      }
+      slot.looked.add(frame);
+    } catch (error) {
+      if (this.slots.includes(slot)) throw error;
+    }
+  }
+
+  // What the server wants to hear of the pictures that the model has not seen so.
+  unseen() {
+    return this.slots.filter((slot) => slot.sent !== key(slot) && !leftOut(slot)).map(shot);
+  }
+
+  // Some were shown as they were then.
+  markSent(shots) {
+    for (const slot of this.slots) {
+      const sent = shots.find(({ name }) => slot.files.some((file) => file.name === name));
+      if (sent) slot.sent = JSON.stringify(sent);
+    }
     this.changed();
   }
 
   clear() {
+    forget([...this.slots.flatMap((slot) => slot.files), ...this.overlays]);
+    this.clearings++;
     this.slots = [];
     this.overlays = [];
     this.show(null);
+  }
+
+  // What lay over the last picture goes with it: nothing would show that it is still there.
+  remove() {
+    forget(this.current.files);
+    this.slots = this.slots.filter((slot) => slot !== this.current);
+    if (!this.slots.length) forget(this.overlays.splice(0));
+    this.show(this.slots.at(-1) ?? null);
+    this.settled();
   }
 
   show(slot) {
@@ -113,7 +156,8 @@ export class Viewer {
       $("frame").max = count - 1;
       this.draw();
     } else {
-      for (const id of ["view", "seen-view"]) replace($(id), "");
+      replace($("view"), "");
+      this.placeSeen(null);
       $("reading").textContent = "";
     }
     this.changed();
@@ -122,6 +166,7 @@ export class Viewer {
   // One request at a time: while it runs, only the latest wish is remembered.
   async draw() {
     this.wanted = true;
+    $("seen").setAttribute("aria-busy", true);
     this.place();
     if (this.drawing) return;
     this.drawing = true;
@@ -130,12 +175,15 @@ export class Viewer {
       const slot = this.current;
       try {
         const drawn = await picture(address(slot));
-        if (slot !== this.current) continue;
+        if (slot !== this.current) {
+          URL.revokeObjectURL(drawn.url);
+          continue;
+        }
         replace($("view"), drawn.url);
         slot.about = drawn.about;
         this.place();
       } catch (error) {
-        this.failed(error);
+        if (slot === this.current) this.failed(error);
       }
     }
     this.drawing = false;
@@ -147,16 +195,29 @@ export class Viewer {
   async drawSeen() {
     const slot = this.current;
     if (!slot) return;
+    const asked = key(slot);
+    const overtaken = () => slot !== this.current || asked !== key(slot); // by a change that draws it again
     try {
-      const { url, about } = await picture(address(slot, "/seen"));
-      if (slot !== this.current) return;
-      replace($("seen-view"), url);
-      $("seen-facts").textContent = t("seenFacts", about.tiles, about.tokens, about.seen_sha256.slice(0, 12));
-      $("seen-facts").title = about.seen_sha256;
+      await this.look();
+      if (overtaken()) return;
+      const seen = leftOut(slot) ? null : await picture(address(slot, "/seen"));
+      if (overtaken()) return seen && URL.revokeObjectURL(seen.url);
+      this.placeSeen(seen);
       this.settled();
     } catch (error) {
+      if (overtaken()) return;
+      this.placeSeen(null);
       this.failed(error);
     }
+  }
+
+  // null: the model sees nothing of the current frame.
+  placeSeen(seen) {
+    const { tiles, tokens, seen_sha256: hash } = seen?.about ?? {};
+    replace($("seen-view"), seen?.url ?? "");
+    $("seen-facts").textContent = hash ? t("seenFacts", tiles, tokens, hash.slice(0, 12)) : "";
+    $("seen-facts").title = hash ?? "";
+    $("seen").setAttribute("aria-busy", false);
   }
 
   // Put on the page what is known of the current picture.
@@ -187,7 +248,7 @@ export class Viewer {
     this.offerPresets();
     $("frame").value = slot.frame;
     $("frame-label").textContent = t("frame", slot.frame + 1, frames(slot));
-    const mapped = about.window ? t("window", number(about.window[0]), number(about.window[1])) : t("fullRange");
+    const mapped = about.window ? t("window", level(about.window[0]), level(about.window[1])) : t("fullRange");
     $("reading").textContent = [about.modality ?? about.format, `${about.width}×${about.height}`,
       ...(grey ? [mapped] : []), `${number(slot.zoom * 100, 0)} %`].join(" · ");
   }
@@ -288,10 +349,7 @@ export class Viewer {
     $("invert").addEventListener("click", () => this.invert());
     $("cover").addEventListener("click", () => this.cover());
     $("fit").addEventListener("click", () => this.zoom(0));
-    $("remove").addEventListener("click", () => {
-      this.slots = this.slots.filter((slot) => slot !== this.current);
-      this.show(this.slots.at(-1) ?? null);
-    });
+    $("remove").addEventListener("click", () => this.remove());
   }
 
   key(event) {
@@ -316,36 +374,9 @@ export class Viewer {
   }
 }
 
-function frames(slot) {
-  return slot.files.length > 1 ? slot.files.length : slot.files[0].frames;
-}
-
-function shot(slot) {
-  const stacked = slot.files.length > 1;
-  return {
-    name: slot.files[stacked ? slot.frame : 0].name, frame: stacked ? 0 : slot.frame, window: slot.window,
-    over: slot.covered ? slot.over.map((one) => one.name) : [], black_out: slot.blackOut,
-  };
-}
-
-function meet(one, other) {
-  return one.frames_of_reference.some((word) => other.frames_of_reference.includes(word));
-}
-
-function key(slot) {
-  return JSON.stringify(shot(slot));
-}
-
-function address(slot, rest = "") {
-  const { name, frame, window, over, black_out } = shot(slot);
-  const query = new URLSearchParams({ frame, ...(window && { window }) });
-  for (const one of over) query.append("over", one);
-  if (black_out) query.set("black_out", 1);
-  return `/api/pictures/${name}${rest}?${query}`;
-}
-
-function whole({ levels: [low, high] }) {
-  return [(low + high) / 2, high - low || 1];
+// Let the server keep files no longer; those that it has not any more are none the worse.
+function forget(files) {
+  for (const { name } of files) send("DELETE", `/api/pictures/${name}`).catch(() => {});
 }
 
 function replace(image, url) {
