@@ -86,7 +86,7 @@ def quantize_to_budget(
         shutil.copytree(best, draft.path, copy_function=_link, dirs_exist_ok=True)
         report(kept.quantized, "search")
         draft.metrics["quantized"] = asdict(kept.quantized)
-        draft.metrics["fidelity"] = asdict(check(merged, draft.path))
+        draft.metrics["fidelity"] = asdict(check(merged, draft.path, fed_back="feedback" in config))
         draft.metrics["search"] = [step.told for step in steps]
         draft.metrics[RELEASE] = asdict(kept.verdict)
         for folder in (work, trial, best):

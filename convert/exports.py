@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ldrt_edge import artifact
 from ldrt_edge.convert.probes import probes
 from ldrt_edge.errors import ArtifactError, DataError
 from ldrt_edge.front import FRONT, Front
@@ -32,7 +33,8 @@ class Export:
 
     weights, vision: type of the language model and of tower and projector: f32, f16, bf16 or a quantised type's name.
     template: the chat template that other programs find in a GGUF file. own: whether this product wrote it.
-    tells_prompt: whether its files say how a prompt is made; else the front end is the reference's.
+    tells_prompt: whether its files say how a prompt is made; else the front end is the reference's. fed_back: whether
+        its weights make good for what rounding took from others, which moves them farther from their source.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class Export:
     template: str | None
     own: bool
     tells_prompt: bool = True
+    fed_back: bool = False
 
     @property
     def exact(self) -> bool:
@@ -84,6 +87,12 @@ def open_export(folder: Path, reference: Front) -> Export:
     Raises:
         ArtifactError: no GGUF pair, MLX folder or Hugging Face model.
     """
+    export = _open(folder, reference)
+    made = export.own and (folder / artifact.MANIFEST).is_file()
+    return replace(export, fed_back=made and "feedback" in artifact.read(folder).config)
+
+
+def _open(folder: Path, reference: Front) -> Export:
     if any(folder.glob("*.gguf")):
         return _open_gguf(folder, reference)
     if not (folder / "config.json").is_file():

@@ -34,9 +34,10 @@ _BITS = {"float32": 32, "float16": 11, "bfloat16": 8}
 """Digits that a float type keeps, in bits: bfloat16 has 8."""
 _COLOURS = 3
 _TOKENS = "tokenizer.ggml.tokens"
-_STEP, _COARSEST = 4.0, 0.8
-"""Rounding to b bits moves a tensor by about 1.5 * 2^-b of its norm, with outliers more; 2 bits by less than 0.6, and
-with feedback up to 1.4 times as far. Another tensor is 1.4 of the norm away."""
+_STEP, _STEP_FED_BACK, _COARSEST = 4.0, 16.0, 0.8
+"""Rounding to b bits moves a tensor by about 1.5 * 2^-b of its norm, with outliers more; 2 bits by less than 0.6.
+Feedback moves it farther where inputs are few: 4 times at 8 bits in a first layer, 1.4 times at 2. Another tensor is
+1.4 of the norm away."""
 
 
 def setting_differences(source: Source, export: Export) -> Iterator[str]:
@@ -91,7 +92,7 @@ def _gguf_tensors(source: Source, export: Export) -> Iterator[str]:
                 yield f"{path.name}: {tensor.name} is {shape}, the model's is {tensor.shape}"
                 continue
             values = np.asarray(dequantize(found.data, found.tensor_type), np.float32).reshape(shape)
-            fault = _tensor_fault(wanted[:rows], values, _digits(found.tensor_type))
+            fault = _tensor_fault(wanted[:rows], values, _digits(found.tensor_type), export.fed_back)
             if fault:
                 yield f"{path.name}: {tensor.name} {fault}{_instead(plan, tensor.name, values)}"
         planned = {tensor.name for tensor in plan.tensors}
@@ -144,7 +145,7 @@ def _mlx_tensors(source: Source, export: Export) -> Iterator[str]:
             array = mx.dequantize(array, scales, stored.pop(f"{base}biases", None), **scheme)
             bits = scheme["bits"]
         values = np.array(array.astype(mx.float32))
-        fault = _tensor_fault(plan.values(tensor), values, bits)
+        fault = _tensor_fault(plan.values(tensor), values, bits, export.fed_back)
         if fault:
             yield f"{tensor.name} {fault}{_instead(plan, tensor.name, values)}"
 
@@ -153,11 +154,13 @@ def _plans(source: Source) -> tuple[FilePlan, FilePlan]:
     return text_plan(source, "f32"), mmproj_plan(source, "f32")
 
 
-def _tensor_fault(wanted: NDArray[np.float32], found: NDArray[np.float32], bits: float) -> str | None:
+def _tensor_fault(
+    wanted: NDArray[np.float32], found: NDArray[np.float32], bits: float, fed_back: bool
+) -> str | None:
     """What is wrong with a tensor, if rounding to so many bits a weight cannot explain it."""
     size = float(np.linalg.norm(wanted))
     distance = float(np.linalg.norm(found - wanted)) / size if size else float(np.abs(found).max(initial=0))
-    allowed = 0.0 if bits >= 32 else min(_COARSEST, _STEP * 2.0**-bits)
+    allowed = 0.0 if bits >= 32 else min(_COARSEST, (_STEP_FED_BACK if fed_back else _STEP) * 2.0**-bits)
     if distance <= allowed:
         return None
     return f"is {distance:.0%} off its source" if math.isfinite(distance) else "holds values that are not numbers"

@@ -111,14 +111,17 @@ def parity(reference: Path, exports: Sequence[Path], peers: bool = False) -> lis
     return pairs
 
 
-def check(merged: Path, folder: Path) -> Fidelity:
+def check(merged: Path, folder: Path, fed_back: bool = False) -> Fidelity:
     """Hold a new export against the model it was made from, and leave golden answers in its folder.
+
+    fed_back: whether its weights make good for each other's rounding.
 
     Raises:
         ArtifactError: it differs where it must not; the line says what differs first.
     """
     source = open_source(merged)
-    pair, expected, observed = _compare(_Reference.fitting(source), open_export(folder, source.front))
+    export = replace(open_export(folder, source.front), fed_back=fed_back)
+    pair, expected, observed = _compare(_Reference.fitting(source), export)
     if pair.stage or expected is None or observed is None or pair.fidelity is None:
         raise ArtifactError(f"the export does not compute what {merged} computes: {pair.stage}: {pair.fault}")
     count = len(expected.answers)

@@ -91,5 +91,5 @@ def quantize_planned(merged: Path, out: Path, plan: TypePlan, to: Format) -> Pat
             shutil.rmtree(work, ignore_errors=True)
             report(result, "plan")
             draft.metrics["quantized"] = asdict(result)
-            draft.metrics["fidelity"] = asdict(check(merged, draft.path))
+            draft.metrics["fidelity"] = asdict(check(merged, draft.path, fed_back="feedback" in config))
     return out

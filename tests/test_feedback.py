@@ -12,6 +12,8 @@ from ldrt_edge import artifact
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.convert import moments as moments_module
 from ldrt_edge.convert.calibration import Calibration
+from ldrt_edge.convert.exports import open_export
+from ldrt_edge.convert.faults import _tensor_fault
 from ldrt_edge.convert.feedback import Compensated, Rounding, compensated, gains
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import Moments, measure
@@ -126,6 +128,25 @@ def test_rows_are_changed_alike_one_by_one(tiny: builders.Tiny, tmp_path: Path) 
     assert np.abs(whole - source.weights.read(name)).max() > 0
     other = "language_model.layers.0.mlp.up_proj.weight"
     np.testing.assert_array_equal(weights.read(other), source.weights.read(other))
+
+
+def test_parity_lets_feedback_move_weights_farther(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    """Where inputs are few, as in a first layer, eight bits with feedback move a matrix by more than a hundredth."""
+    rng = np.random.default_rng(2)
+    inputs = rng.normal(size=(400, 6)) @ rng.normal(size=(6, 256)) * np.geomspace(30, 1, 256)
+    moments = (inputs.T @ inputs).astype(np.float32)
+    values = (rng.normal(size=(64, 256)) * rng.lognormal(0, 1.0, (64, 256))).astype(np.float32)
+    rounding = Rounding(32, lambda rows, columns: round_ggml(rows, "Q8_0", None, columns))
+    plain = round_ggml(values, "Q8_0", None)
+    fed = round_ggml(compensated(values, gains(moments, 32), rounding), "Q8_0", None)
+    assert not _tensor_fault(values, plain, 8.5, fed_back=False)
+    assert _tensor_fault(values, fed, 8.5, fed_back=False) and not _tensor_fault(values, fed, 8.5, fed_back=True)
+
+    eight = TypePlan("gguf", {"model": {"*": "Q8_0"}, "mmproj": {"*": "F16"}})
+    for name, to in (("plain", Gguf()), ("fed", Gguf(calibration=Calibration(data, feedback=True, limit=1)))):
+        merged = tiny("llava15", "llama")
+        out = quantize_planned(merged, tmp_path / name, eight, to)
+        assert open_export(out, Front.load(merged)).fed_back == (name == "fed")
 
 
 @pytest.mark.parametrize(("to", "type_"), [("mlx", "affine-4-g64"), ("gguf", "Q4_0")])
