@@ -107,16 +107,17 @@ def test_an_answer_that_the_servers_end_cuts_off_is_an_error(edge: Path, stream:
     def ask_for_much() -> None:
         replies.append(ask(opened, ("user", "Go on"), max_tokens=3000, stream=stream))
 
-    while not replies:  # until so many wait that the next is told to come again
+    while not any(status == 429 for status, _ in replies):  # so many wait that the next is told to come again
         asking.append(threading.Thread(target=ask_for_much))
         asking[-1].start()
-        asking[-1].join(0.2)
+        asking[-1].join(0.05)
     opened.process.send_signal(signal.SIGINT)
+    ended = len(replies)
     for one in asking:
         one.join(30)
-    assert "Traceback" not in opened.close()
-    cut_off = [(status, reply) for status, reply in replies if status != 429]
-    assert len(cut_off) == len(asking) - 1 >= 8
+    assert "Traceback" not in opened.close() and len(replies) == len(asking)
+    cut_off = [(status, reply) for status, reply in replies[ended:] if status != 429 and "error" in str(reply)]
+    assert len(cut_off) >= len(asking) - ended - 1 >= 6, "but one, perhaps, which was whole when the server's end came"
     for status, reply in cut_off:
         error = reply[-1]["error"] if stream else reply["error"]
         assert "before it was whole" in error["message"] and error["type"] == "server_error"

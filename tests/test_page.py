@@ -422,6 +422,7 @@ def test_a_picture_that_was_removed_is_not_asked_about(page: Any, edge: Path, ct
     answer(page, "Which other?")
     expect(page.locator(".facts")).to_have_attribute("title", asked)
     page.get_by_role("button", name="Ask differently").click()
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
     page.set_input_files("#file", tmp_path / "other.png")
     expect(page.locator("#hint")).to_contain_text("2 picture(s) go with")
     answer(page, "Which of both?")
