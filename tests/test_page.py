@@ -567,6 +567,17 @@ def test_one_conversation_is_opened_however_many_want_it(page: Any, ct: Path) ->
     stop(page)
 
 
+def test_a_question_that_follows_at_once_does_not_show_the_picture_again(page: Any, ct: Path) -> None:
+    drop(page, ct)
+    held = Held(page, "**/api/conversations")
+    answer(page, "What is this?")
+    held.wait()  # the list of conversations is the last that is asked for
+    answer(page, "And in words?")
+    held.go()
+    expect(page.locator("article").nth(0).locator(".question img")).to_have_count(1)
+    expect(page.locator("article").nth(1).locator(".question img")).to_have_count(0)
+
+
 def test_of_two_conversations_the_one_that_was_chosen_last_is_shown(page: Any) -> None:
     for question in ("About the left", "About the right"):
         answer(page, question)

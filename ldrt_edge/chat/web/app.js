@@ -118,6 +118,7 @@ async function ask(question) {
   const kept = await follow(`/api/conversations/${here.name}/ask`, { question, pictures }, question);
   if (kept) viewer.markSent(pictures);
   else $("question").value = question;
+  await rest();
 }
 
 // The model reads pictures and what is typed so far, so that the answer starts at once; and no longer what is neither.
@@ -143,6 +144,7 @@ async function again() {
   if (busy) return;
   clearTimeout(pause);
   await follow(`/api/conversations/${here.name}/again`, {}, here.transcript.turns.at(-1).question, true);
+  await rest();
 }
 
 async function forget() {
@@ -155,7 +157,7 @@ async function forget() {
   await open(null);
 }
 
-// Show an answer as it is written; true when it is in the conversation.
+// Show an answer as it is written; true when it is in the conversation. Whoever asked lets it rest.
 async function follow(path, json, question, instead = false) {
   setBusy(true);
   const log = $("log");
@@ -195,11 +197,15 @@ async function follow(path, json, question, instead = false) {
     await refresh(here).catch(() => {});
   }
   cancelAnimationFrame(painted);
+  return kept;
+}
+
+// The next question may be asked: all that this one changed is known.
+async function rest() {
   setBusy(false);
   showTalk();
   await showList().catch(fail);
   $("question").focus({ preventScroll: true });
-  return kept;
 }
 
 function showStage(name) {
