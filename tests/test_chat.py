@@ -28,14 +28,15 @@ from pydicom.data import get_testdata_file
 
 from ldrt_edge import artifact
 from ldrt_edge.chat.desk import Model
-from ldrt_edge.chat.session import NOTICE, Session, TextStream, cannot_be_told
+from ldrt_edge.chat.session import NOTICE, Session, cannot_be_told
+from ldrt_edge.chat.spelling import Speller, joined
 from ldrt_edge.chat.terminal import ask_once, run_chat
 from ldrt_edge.convert.gguf import convert
 from ldrt_edge.errors import ArtifactError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
 from ldrt_edge.release import RELEASE, Verdict
-from ldrt_edge.runtimes.base import Runtime, Sampling, load
+from ldrt_edge.runtimes.base import Runtime, Sampling, Token, load
 
 TEXTS = (
     "Three beams treat the left knee.",
@@ -86,25 +87,39 @@ def film(tmp_path: Path) -> Path:
 # --- text as it comes -----------------------------------------------------------------------------------------------
 
 
+def spell(speller: Speller, *ids: int) -> list[str]:
+    return [joined(speller.add(Token(number, -1.0))) for number in ids]
+
+
 @pytest.mark.parametrize("text", ["llama", "mistral", "smollm2"])
 @pytest.mark.parametrize("answer", TEXTS)
 def test_text_comes_in_whole_characters(tiny, text: str, answer: str) -> None:  # type: ignore[no-untyped-def]
     front = Front.from_hf(tiny("llava15", text))
-    ids = front.tokenizer.encode(answer, add_special_tokens=False).ids
-    stream = TextStream(front.decode)
-    pieces = [stream.add(token) for token in ids]
+    speller = Speller(front.tokenizer)
+    pieces = spell(speller, *front.tokenizer.encode(answer, add_special_tokens=False).ids)
     assert "\ufffd" not in "".join(pieces)
     assert sum(map(bool, pieces)) > 1, "it comes in pieces, not all at the end"
-    assert "".join(pieces) + stream.finish() == stream.text == answer
+    assert "".join(pieces) + joined(speller.finish()) == speller.text == front.decode(speller.ids).strip() == answer
 
 
 def test_an_unfinished_character_waits_and_is_shown_as_such_at_the_end(edge: Path) -> None:
     front = Front.load(edge)
-    ids = front.tokenizer.encode("yes 🙂").ids
-    stream = TextStream(front.decode)
-    shown = "".join(stream.add(token) for token in ids[:-1])
-    assert shown == "yes"
-    assert stream.finish().strip() == "\ufffd"
+    speller = Speller(front.tokenizer)
+    assert "".join(spell(speller, *front.tokenizer.encode("yes 🙂").ids[:-1])) == "yes"
+    assert joined(speller.finish()).strip() == "\ufffd"
+
+
+@pytest.mark.parametrize("text", ["llama", "mistral", "smollm2"])
+def test_what_follows_half_a_character_is_not_lost(tiny, text: str) -> None:  # type: ignore[no-untyped-def]
+    """A decoder with bytes to fall back on takes a whole character back when half of one is right behind it."""
+    front = Front.from_hf(tiny("llava15", text))
+    known = front.tokenizer.encode("🙂", add_special_tokens=False).ids
+    whole = known[-4:] if text != "smollm2" else known
+    behind = front.tokenizer.encode("two fields", add_special_tokens=False).ids
+    speller = Speller(front.tokenizer)
+    said = "".join(spell(speller, *whole, *whole[:1], *behind)) + joined(speller.finish())
+    assert said == speller.text
+    assert said.startswith("🙂\ufffd") and said.endswith("two fields")
 
 
 # --- the session ----------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from serving import Server, tiny_edge
 
-from ldrt_edge.chat.session import TextStream
-from ldrt_edge.chat.spelling import Spelled, Speller
+from ldrt_edge.chat.spelling import Spelled, Speller, joined
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.base import Token
 
@@ -54,15 +53,13 @@ def test_tokens_spell_the_text_as_it_comes(tiny, text: str, answer: str) -> None
     front = Front.from_hf(tiny("llava15", text))
     ids = front.tokenizer.encode(answer, add_special_tokens=False).ids
     ids[1:1] = [front.config.image_token_id]  # a control token is in no text
-    stream, speller, told = TextStream(front.decode), Speller(front.tokenizer), list[Spelled]()
+    speller, told = Speller(front.tokenizer), list[Spelled]()
     for place, number in enumerate(ids):
-        stream.add(number)
         told += speller.add(Token(number, -float(place)))
-        known = b"".join(one.spelled for one in told)
-        assert known.startswith(stream.text.encode()) or stream.text.encode().startswith(known)
-    stream.finish()
+        assert joined(told) == speller.text
+        assert front.decode(ids).strip().startswith(speller.text)
     told += speller.finish()
-    assert b"".join(one.spelled for one in told) == stream.text.encode() == answer.strip().encode()
+    assert b"".join(one.spelled for one in told) == speller.text.encode() == answer.strip().encode()
     assert [one.logprob for one in told] == [-float(place) for place in range(len(ids))], "each of them once"
 
 

@@ -18,7 +18,7 @@ import binascii
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Generator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,8 +28,7 @@ from starlette.routing import Route
 
 from ldrt_edge.chat.desk import Desk
 from ldrt_edge.chat.replies import aside, follow, json_reply, read_object, sampling_of, text_of
-from ldrt_edge.chat.session import TextStream
-from ldrt_edge.chat.spelling import Spelled, Speller
+from ldrt_edge.chat.spelling import Spelled, Speller, joined
 from ldrt_edge.chat.turns import Turn
 from ldrt_edge.errors import ConfigError, DataError, LdrtError, NotThere
 from ldrt_edge.front import Front, Message
@@ -49,12 +48,8 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
 """Options that say nothing when they have these values, or none."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Text that became certain, and tokens that did: joined, both are the answer, but a piece's may not be equal."""
-
-    text: str
-    tokens: tuple[Spelled, ...]
+Piece = tuple[Spelled, ...]
+"""Tokens whose text became certain."""
 
 
 @dataclass
@@ -74,20 +69,24 @@ class Completion:
     model: str
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    pieces: list[Piece] = field(default_factory=list)
-    tokens: int = 0
+    written: list[Spelled] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
 
     @property
     def text(self) -> str:
         """What was written so far."""
-        return "".join(piece.text for piece in self.pieces)
+        return joined(self.written)
+
+    def keep(self, piece: Piece) -> Piece:
+        """Add it to what was written."""
+        self.written += piece
+        return piece
 
     @property
     def usage(self) -> dict[str, object]:
         """Counts of tokens."""
-        asked = len(self.prompt.ids)
-        return {"prompt_tokens": asked, "completion_tokens": self.tokens, "total_tokens": asked + self.tokens}
+        asked, written = len(self.prompt.ids), len(self.written)
+        return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
 
 
 def routes(desk: Desk) -> list[Route]:
@@ -133,14 +132,13 @@ class Api:
 
     def _write(self, asked: Completion) -> Generator[Piece, None, None]:
         front, runtime = self._desk.front, self._desk.runtime
-        written, speller = TextStream(front.decode), Speller(front.tokenizer)
+        speller = Speller(front.tokenizer)
         try:
             for token in runtime.generate(asked.prompt, asked.sampling):
-                asked.tokens += 1
-                yield _kept(asked, Piece(written.add(token.id), speller.add(token)))
-            yield _kept(asked, Piece(written.finish(), speller.finish()))
+                yield asked.keep(speller.add(token))
+            yield asked.keep(speller.finish())
             limit = min(asked.sampling.max_tokens, runtime.context_length - len(asked.prompt.ids))
-            asked.finish = "stop" if asked.tokens < limit else "length"
+            asked.finish = "stop" if len(asked.written) < limit else "length"
         finally:
             if asked.text:
                 self._desk.record([image.sha256 for image in asked.prompt.images], asked.question, asked.text)
@@ -162,11 +160,6 @@ async def _wait_for(turn: Turn[Piece]) -> None:
 def _refuse_half(asked: Completion) -> None:
     if asked.finish is None:
         raise LdrtError("the answer was stopped before it was whole: the server ends")
-
-
-def _kept(asked: Completion, piece: Piece) -> Piece:
-    asked.pieces.append(piece)
-    return piece
 
 
 def _read(body: Mapping[str, Any], desk: Desk) -> Completion:
@@ -246,7 +239,7 @@ def _data_url(url: object) -> bytes:
 def _whole(asked: Completion) -> dict[str, object]:
     choice = {
         "index": 0, "message": {"role": "assistant", "content": asked.text, "refusal": None},
-        "finish_reason": asked.finish, "logprobs": _logprobs(asked, asked.pieces),
+        "finish_reason": asked.finish, "logprobs": _logprobs(asked, asked.written),
     }
     return _head(asked, "chat.completion") | {"choices": [choice], "usage": asked.usage}
 
@@ -254,15 +247,15 @@ def _whole(asked: Completion) -> dict[str, object]:
 async def _chunks(asked: Completion, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
     head = _head(asked, "chat.completion.chunk") | ({"usage": None} if asked.with_usage else {})
 
-    def chunk(delta: Mapping[str, object], finish: str | None = None, made: list[Piece] | None = None) -> str:
-        logprobs = _logprobs(asked, made or [])
+    def chunk(delta: Mapping[str, object], finish: str | None = None, made: Piece = ()) -> str:
+        logprobs = _logprobs(asked, made)
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
         return _event(head | {"choices": [choice]})
 
     try:
         yield chunk({"role": "assistant", "content": ""})
         async for piece in pieces:
-            yield chunk({"content": piece.text}, made=[piece])
+            yield chunk({"content": joined(piece)}, made=piece)
         _refuse_half(asked)
         yield chunk({}, asked.finish)
         if asked.with_usage:
@@ -272,7 +265,7 @@ async def _chunks(asked: Completion, pieces: AsyncIterator[Piece]) -> AsyncItera
     yield "data: [DONE]\n\n"
 
 
-def _logprobs(asked: Completion, pieces: list[Piece]) -> dict[str, object] | None:
+def _logprobs(asked: Completion, tokens: Sequence[Spelled]) -> dict[str, object] | None:
     if not asked.with_logprobs:
         return None
     told = [
@@ -280,8 +273,7 @@ def _logprobs(asked: Completion, pieces: list[Piece]) -> dict[str, object] | Non
             "token": token.spelled.decode("utf-8", "backslashreplace"), "logprob": token.logprob,
             "bytes": list(token.spelled), "top_logprobs": [],
         }
-        for piece in pieces
-        for token in piece.tokens
+        for token in tokens
     ]
     return {"content": told, "refusal": None}
 

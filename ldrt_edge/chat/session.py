@@ -15,13 +15,14 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ldrt_edge import __version__
 from ldrt_edge.artifact import Input
+from ldrt_edge.chat.spelling import Speller, joined
 from ldrt_edge.confidence import Confidence, Sure
 from ldrt_edge.dataset import CANNOT_BE_TOLD
 from ldrt_edge.errors import DataError
@@ -104,19 +105,18 @@ class Session:
             raise DataError("nothing was asked")
         about = (*self.waiting, *shown)
         prompt = self._prompt(text, about)
-        written, logprob = TextStream(self.front.decode), 0.0
+        written = Speller(self.front.tokenizer)
         try:
             for token in self._generate(prompt, self.sampling):
-                logprob += token.logprob
-                if piece := written.add(token.id):
+                if piece := joined(written.add(token)):
                     yield piece
-            if rest := written.finish():
+            if rest := joined(written.finish()):
                 yield rest
         except (GeneratorExit, KeyboardInterrupt):
-            self._keep(prompt, text, about, written, "stopped", logprob)
+            self._keep(prompt, text, about, written, "stopped")
             raise
         limit = min(self.sampling.max_tokens, self.runtime.context_length - len(prompt.ids))
-        self._keep(prompt, text, about, written, "end" if len(written.ids) < limit else "length", logprob)
+        self._keep(prompt, text, about, written, "end" if len(written.ids) < limit else "length")
 
     def attach(self, *pictures: Picture, read: bool = False) -> tuple[FrontImage, ...]:
         """Show pictures with the next question, in place of those that wait for it.
@@ -235,8 +235,7 @@ class Session:
         return self.front.prompt([*history, _user_message(question, shown)])
 
     def _keep(
-        self, prompt: Prompt, question: str, shown: tuple[Shown, ...], written: TextStream, finish: Finish,
-        logprob: float,
+        self, prompt: Prompt, question: str, shown: tuple[Shown, ...], written: Speller, finish: Finish
     ) -> None:
         text = itertools.takewhile(lambda token: token != prompt.image_token_id, written.ids)
         self._last = replace(prompt, ids=(*prompt.ids, *text))
@@ -244,7 +243,7 @@ class Session:
             timings = replace(self.runtime.timings)
             tokens = len(written.ids)
             self.exchanges.append(Exchange(
-                question, shown, written.text, finish, tokens, self.sampling, timings, math.exp(logprob)
+                question, shown, written.text, finish, tokens, self.sampling, timings, math.exp(written.logprob)
             ))  # fmt: skip
             self.waiting = ()
 
@@ -261,35 +260,6 @@ def cannot_be_told(answer: str) -> bool:
     """Whether an answer says, in the words that models were taught, that the picture does not show what was asked."""
     said = " ".join(answer.replace("’", "'").casefold().split())
     return any(words.casefold() in said for words in CANNOT_BE_TOLD.values())
-
-
-class TextStream:
-    """Tokens to text as they come: never half a character, and joined exactly the answer.
-
-    A character may need several tokens, and decoders treat the first token and spaces specially; so all ids are
-    decoded anew each time and only what can no longer change is given out.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        self.ids: list[int] = []
-        self.text = ""
-
-    def add(self, token: int) -> str:
-        """What the next token adds for certain: bytes of an unfinished character and closing spaces wait."""
-        self.ids.append(token)
-        return self._advance(self._decode(self.ids).rstrip("\ufffd"))
-
-    def finish(self) -> str:
-        """What still waited when the last token came."""
-        return self._advance(self._decode(self.ids))
-
-    def _advance(self, decoded: str) -> str:
-        known = decoded.strip()
-        if not known.startswith(self.text):
-            return ""
-        piece, self.text = known[len(self.text) :], known
-        return piece
 
 
 def _user_message(text: str, shown: Sequence[Shown]) -> Message:

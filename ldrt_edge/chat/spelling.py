@@ -1,8 +1,9 @@
-"""Tokens as the bytes that they stand for, so that joined they are exactly the answer's text.
+"""An answer's text as it is written, and its tokens as the bytes that they stand for: joined, they are that text.
 
 A token alone does not decode to its part of a text: a decoder drops the space before the first word, and a character
-of several tokens is in none of them. So bytes come from the token's piece in the vocabulary, by either of the two
-ways in which vocabularies write what is no plain character: SentencePiece's ▁ and <0xE2>, or GPT-2's letters for bytes.
+of several tokens is in none of them; and what a decoder made of some tokens may change with the next ones. So bytes
+come from the token's piece in the vocabulary, by either of the two ways in which vocabularies write what is no plain
+character: SentencePiece's ▁ and <0xE2>, or GPT-2's letters for bytes.
 
 Source: https://github.com/google/sentencepiece (whitespace, byte fallback), https://github.com/openai/gpt-2,
 `encoder.py` (bytes_to_unicode).
@@ -11,6 +12,7 @@ Source: https://github.com/google/sentencepiece (whitespace, byte fallback), htt
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
@@ -31,10 +33,20 @@ class Spelled:
     logprob: float
 
 
+def joined(tokens: Iterable[Spelled]) -> str:
+    """What they spell; bytes that are no character as U+FFFD."""
+    return b"".join(one.spelled for one in tokens).decode("utf-8", "replace")
+
+
 class Speller:
-    """Spells an answer token by token; spaces around the answer belong to no text, and are left out."""
+    """Spells an answer token by token; spaces around the answer belong to no text, and are left out.
+
+    `ids` and `logprob` are of all tokens that were added; `text`, what was certain of them.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        self.ids: list[int] = []
+        self.logprob, self.text = 0.0, ""
         self._tokenizer = tokenizer
         self._of_bytes = "ByteLevel" in repr(tokenizer.decoder)
         self._special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -43,6 +55,8 @@ class Speller:
 
     def add(self, token: Token) -> tuple[Spelled, ...]:
         """What is certain with the next token: closing spaces wait, as they may be the last, and half characters."""
+        self.ids.append(token.id)
+        self.logprob += token.logprob
         self._waiting.append(Spelled(self._bytes(token.id), token.logprob))
         text = self._text()
         unfinished = text[-1:].isspace() or "\udc80" <= text[-1:] <= "\udcff"
@@ -64,6 +78,7 @@ class Speller:
             given.append(replace(one, spelled=one.spelled[max(start - at, 0) : max(end - at, 0)]))
             at += len(one.spelled)
         self._waiting, self._begun = [], True
+        self.text += joined(given)
         return tuple(given)
 
     def _bytes(self, number: int) -> bytes:
