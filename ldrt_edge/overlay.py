@@ -50,7 +50,7 @@ _ONE_PLANE_MM = 0.1  # contours that are no farther from each other lie in one p
 _PLACES = ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
 _PLACE = (
     "FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness",
-    "SpacingBetweenSlices",
+    "SpacingBetweenSlices", "SOPInstanceUID", "SeriesInstanceUID",
 )
 
 
@@ -59,6 +59,7 @@ class Plane:
     """Where a grid's pixels lie: pixel (row, column) is at `corner` + column · `across` + row · `down`, in mm.
 
     normal: unit vector. thickness_mm: of the slice, or the distance to the next where that is less: slices may overlap.
+    image, series: its UIDs, by which contours may name the slice that they were drawn on.
     """
 
     frame_of_reference: str
@@ -67,6 +68,8 @@ class Plane:
     down: FloatArray
     normal: FloatArray
     thickness_mm: float
+    image: str
+    series: str
 
     def pixel(self, points: FloatArray) -> FloatArray:
         """(..., 3) patient coordinates to (..., 3): row and column as fractions, and mm along the normal."""
@@ -132,13 +135,22 @@ class Dose:
 
 
 @dataclass(frozen=True, eq=False)
+class Contour:
+    """points: (points, 3) in mm. images: UIDs of the slices that it was drawn on, where it names them."""
+
+    points: FloatArray
+    closed: bool
+    images: frozenset[str]
+
+
+@dataclass(frozen=True, eq=False)
 class Structure:
-    """One region of interest: its label, colour and contours, each (points, 3) in mm and whether it is closed."""
+    """One region of interest: its label, colour and contours."""
 
     label: str
     colour: Colour
     frame_of_reference: str
-    contours: tuple[tuple[FloatArray, bool], ...]
+    contours: tuple[Contour, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +169,10 @@ class _Lying:
 
 @dataclass(frozen=True, eq=False)
 class Structures:
-    """The regions of a structure set."""
+    """The regions of a structure set. series: UIDs of those whose slices its contours were drawn on."""
 
     regions: tuple[Structure, ...]
+    series: frozenset[str]
     sha256: str
 
     @property
@@ -171,13 +184,14 @@ class Structures:
         """Draw the contours that lie in a slice; the legend has those that do.
 
         Of each region, those of its plane nearest to the slice. A contour stands for half of the way to the next plane
-        and no more than half of the slice, so that a region that ends before the slice is not drawn on it.
+        and no more than half of the slice, so that a region that ends before the slice is not drawn on it. One that
+        names other slices of this series was not drawn on this one.
         """
         canvas = Image.fromarray(rgb)
         pen = ImageDraw.Draw(canvas)
         legend = []
         lying = [
-            (region, [_Lying(on.pixel(contour), closed) for contour, closed in region.contours])
+            (region, [_Lying(on.pixel(one.points), one.closed) for one in region.contours if self._may_lie(one, on)])
             for region in self.regions
             if region.frame_of_reference == on.frame_of_reference
         ]
@@ -190,6 +204,9 @@ class Structures:
             if near:
                 legend.append((region.label, _hex(region.colour)))
         return np.asarray(canvas), Overlay("RTSTRUCT", self.sha256, tuple(legend))
+
+    def _may_lie(self, contour: Contour, on: Plane) -> bool:
+        return not contour.images or on.series not in self.series or on.image in contour.images
 
 
 def read_overlay(data: bytes) -> Dose | Structures:
@@ -278,6 +295,7 @@ def _plane(header: Dataset) -> Plane | None:
     return Plane(
         str(header.FrameOfReferenceUID), corner, directions[0] * column_spacing, directions[1] * row_spacing,
         normal / length, max(thickness, _ROUNDING),
+        str(header.get("SOPInstanceUID")), str(header.get("SeriesInstanceUID")),
     )
 
 
@@ -330,7 +348,7 @@ def _structures(data: bytes, header: Dataset) -> Structures:
         number = int(region.ReferencedROINumber)
         kind = types.get(number, "")
         contours = tuple(
-            (points, str(contour.ContourGeometricType).startswith("CLOSED"))
+            Contour(points, str(contour.ContourGeometricType).startswith("CLOSED"), _images(contour))
             for contour in region.get("ContourSequence") or []
             if len(points := np.array([float(n) for n in contour.ContourData]).reshape(-1, 3))
             and np.isfinite(points).all()
@@ -341,7 +359,17 @@ def _structures(data: bytes, header: Dataset) -> Structures:
             regions.append(Structure(label, (colour[0], colour[1], colour[2]), frames[number], contours))
     if not any(region.contours for region in regions):
         raise DataError("a DICOM RTSTRUCT object without contours that say where they lie")
-    return Structures(tuple(regions), image.sha256(data))
+    series = {
+        str(series.SeriesInstanceUID)
+        for frame in header.get("ReferencedFrameOfReferenceSequence") or []
+        for study in frame.get("RTReferencedStudySequence") or []
+        for series in study.get("RTReferencedSeriesSequence") or []
+    }
+    return Structures(tuple(regions), frozenset(series), image.sha256(data))
+
+
+def _images(contour: Dataset) -> frozenset[str]:
+    return frozenset(str(one.ReferencedSOPInstanceUID) for one in contour.get("ContourImageSequence") or [])
 
 
 def _spacing(contours: Sequence[_Lying]) -> float:

@@ -201,6 +201,25 @@ def test_overlapping_slices_show_their_own_contours() -> None:
         assert bool(drawn_at(apart, 0, alone)) is (z == 0)
 
 
+def test_a_contour_that_names_its_slice_is_on_no_other_of_the_series() -> None:
+    """Overlapping slices that do not say how far they are apart: both reach the region's one plane."""
+    header = pydicom.dcmread(io.BytesIO(squares(r=[0])), force=True)
+    (study,) = header.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence
+    series = study.RTReferencedSeriesSequence[0].SeriesInstanceUID
+    named = pydicom.Dataset()
+    named.ReferencedSOPClassUID, named.ReferencedSOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3.0"
+    header.ROIContourSequence[0].ContourSequence[0].ContourImageSequence = [named]
+    plan = saved(header)
+
+    def shown(z: float, **changes: Any) -> bool:
+        return bool(drawn_at(ct(z=z, SliceThickness=5, **changes), 0, plan))
+
+    assert shown(0, SeriesInstanceUID=series, SOPInstanceUID="1.2.3.0")
+    assert not shown(2, SeriesInstanceUID=series, SOPInstanceUID="1.2.3.2")
+    assert shown(2, SeriesInstanceUID="1.2.4", SOPInstanceUID="1.2.4.2"), "another series is not what it speaks of"
+    assert not shown(9, SeriesInstanceUID=series, SOPInstanceUID="1.2.3.0"), "a name does not carry it over millimetres"
+
+
 def test_a_contour_between_slices_is_on_the_nearest_and_half_way_on_one() -> None:
     for at, on in ((2.4, [0]), (2.5, [5]), (2.6, [5])):
         plan = squares(r=[at])
