@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := ldrt_edge train convert bench
+UPSTREAM := build/llama.cpp
+QUANTIZER := $(UPSTREAM)/made/bin/llama-quantize
 
 .PHONY: install demo test test-slow lint links bench bench-mac bench-quantisers bench-training clean
 
@@ -13,8 +14,17 @@ demo: install
 test: install lint
 	$(BIN)/pytest -m "not slow"
 
-test-slow: install
-	$(BIN)/pytest -m slow
+test-slow: install $(QUANTIZER)
+	PATH="$(CURDIR)/$(dir $(QUANTIZER)):$$PATH" $(BIN)/pytest -m slow
+
+# llama.cpp's own quantiser, of the sources that the pinned llama-cpp-python is built from: ours is held against it.
+$(QUANTIZER): constraints.txt | install
+	rm -rf $(UPSTREAM) && mkdir -p $(UPSTREAM)
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(UPSTREAM) $$(grep ^llama-cpp-python== constraints.txt)
+	tar xzf $(UPSTREAM)/llama_cpp_python-*.tar.gz -C $(UPSTREAM) --strip-components 1
+	cmake -S $(UPSTREAM)/vendor/llama.cpp -B $(UPSTREAM)/made -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+	  -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	cmake --build $(UPSTREAM)/made --target llama-quantize --parallel
 
 bench: install
 	$(BIN)/python -m ldrt_edge.bench.peers runs/demo/gguf-q4 --merged runs/demo/merged
