@@ -11,6 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from ldrt_edge import image
 from ldrt_edge.dicom_frame import decode_apart
 from ldrt_edge.errors import DataError
-from ldrt_edge.image import Mapping, Origin, Picture, Values, Window, decoding
+from ldrt_edge.image import Look, Mapping, Origin, Picture, Values, Window, decoding
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -29,8 +30,8 @@ _PALETTES = tuple(f"{colour}PaletteColorLookupTableData" for colour in ("Red", "
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 
 
-def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
-    """Read one frame of a DICOM file. See `ldrt_edge.image.read_image`.
+def read_dicom(data: bytes, frame: int) -> Look:
+    """Read one frame of a DICOM file. See `ldrt_edge.image.read_frame`.
 
     Raises:
         DataError: damaged, without a picture, too large, or in a syntax that no installed decoder reads.
@@ -50,23 +51,27 @@ def read_dicom(data: bytes, window: Window | None, frame: int) -> Picture:
         syntax = _syntax_name(header)
     image.check_size(columns, rows)
     image.check_frame(frame, frames)
-    with decoding(f"{named} whose pixels cannot be decoded ({syntax}): damaged, truncated or not supported"):
+    undecodable = f"{named} whose pixels cannot be decoded ({syntax}): damaged, truncated or not supported"
+    with decoding(undecodable):
         stored = decode(data, header, frame)
         display = _display_settings(header, frame)
         if photometric == "PALETTE COLOR":
             stored = _through_palette(stored, header)
             bits_stored = 8 * stored.dtype.itemsize
-        used, mapping = None, "as stored"  # type: tuple[Window | None, Mapping]
-        levels: tuple[float, float] | None = None
-        if stored.ndim == 3:
-            image.refuse_window(window)
-            rgb = image.as_uint8(stored if bits_stored == 8 else stored / (2.0**bits_stored - 1) * 255)[..., :3]
-        else:
-            small_bits = bits_stored if bits_stored <= 8 and not signed else None
+    origin = Origin("DICOM", modality, None, frame, frames, "as stored", image.sha256(data))
+    small_bits = bits_stored if bits_stored <= 8 and not signed else None
+
+    def draw(window: Window | None) -> Picture:
+        with decoding(undecodable):
+            if stored.ndim == 3:
+                image.refuse_window(window)
+                rgb = image.as_uint8(stored if bits_stored == 8 else stored / (2.0**bits_stored - 1) * 255)[..., :3]
+                return Picture(np.ascontiguousarray(rgb), origin, None)
             grey, used, mapping, levels = _grey(stored, display, window, small_bits)
             rgb = image.grey_to_rgb(255 - grey if photometric == "MONOCHROME1" else grey)
-    origin = Origin("DICOM", modality, used, frame, frames, mapping, image.sha256(data))
-    return Picture(np.ascontiguousarray(rgb), origin, levels)
+            return Picture(rgb, replace(origin, window=used, mapping=mapping), levels)
+
+    return draw
 
 
 def slice_position(data: bytes) -> float | None:
@@ -177,7 +182,7 @@ def _display_settings(header: Dataset, frame: int) -> Dataset:
     """
     names = (
         "ModalityLUTSequence", "RescaleSlope", "RescaleIntercept", "VOILUTSequence", "WindowCenter", "WindowWidth",
-        "VOILUTFunction", "PixelPaddingValue", "DoseGridScaling",
+        "VOILUTFunction", "PixelPaddingValue", "PixelPaddingRangeLimit", "DoseGridScaling",
     )
     display = of_frame(header, frame, ("PixelValueTransformationSequence", "FrameVOILUTSequence"), names)
     if "RescaleSlope" in display or "RescaleIntercept" in display:  # pydicom passes over one without the other
@@ -192,7 +197,7 @@ def _grey(
 ) -> tuple[NDArray[np.uint8], Window | None, Mapping, tuple[float, float]]:
     """Stored values to 8 bits: modality LUT, then the window given, the header's LUT or window, or the full range.
 
-    Also which window was used, how values became 8 bits, and the lowest and highest value.
+    Also which window was used, how values became 8 bits, and the lowest and highest value that is no padding.
 
     small_bits: bits stored, if unsigned and at most 8. Source: DICOM PS3.3 C.11.1 and C.11.2.
     """
@@ -201,15 +206,27 @@ def _grey(
     values: Values = processing.apply_modality_lut(stored, display)
     if "DoseGridScaling" in display:  # PS3.3 C.8.8.3: stored value to dose
         values = stored * float(display.DoseGridScaling)
+    visible = _no_padding(stored, display)
+    levels = image.levels_of(values if visible is None else values[visible])
     if window is None and display.get("VOILUTSequence"):
-        return _through_voi_lut(values, display), None, "lookup table", image.levels_of(values)
+        return _through_voi_lut(values, display), None, "lookup table", levels
     function = str(display.get("VOILUTFunction") or "LINEAR").upper() if window is None else image.GIVEN
     used = window or _header_window(display, function)
-    visible = stored != int(display.PixelPaddingValue) if "PixelPaddingValue" in display else None
     scaled = "ModalityLUTSequence" in display or "RescaleSlope" in display or "DoseGridScaling" in display
     stored_max = 2.0**small_bits - 1 if small_bits and not scaled else None
     grey, mapping = image.grey_to_uint8(values, used, stored_max, function, visible)
-    return grey, used, mapping, image.levels_of(values)
+    return grey, used, mapping, levels
+
+
+def _no_padding(stored: Values, display: Dataset) -> NDArray[np.bool_] | None:
+    """Where stored values are none that the picture was filled up with; None where it was not.
+
+    Source: DICOM PS3.3 C.7.5.1.1.2 (the range's two ends, which belong to it, come in either order).
+    """
+    if "PixelPaddingValue" not in display:
+        return None
+    ends = [int(display[name].value) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit") if name in display]
+    return np.asarray((stored < min(ends)) | (stored > max(ends)))
 
 
 def _header_window(display: Dataset, function: str) -> Window | None:

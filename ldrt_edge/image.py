@@ -14,9 +14,10 @@ import hashlib
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,10 @@ class Picture:
     levels: tuple[float, float] | None
 
 
+Look = Callable[[Window | None], Picture]
+"""A frame through a window, or as its file says."""
+
+
 def read_image(path: Path, window: Window | None = None, frame: int = 0) -> Picture:
     """Read a picture file; `window` is (center, width) in the picture's grey values, `frame` counts from 0.
 
@@ -115,18 +120,41 @@ def read_image_bytes(
     data: bytes, window: Window | None = None, frame: int = 0, name: str = "the picture"
 ) -> Picture:
     """Read a picture from a file's bytes; `name` is what messages call it. See `read_image`."""
-    try:
+    return read_frame(data, frame, name)(window)
+
+
+def read_frame(data: bytes, frame: int = 0, name: str = "the picture") -> Look:
+    """Decode a frame once, to look at it through several windows; each view is drawn once. See `read_image`.
+
+    Raises:
+        DataError: it cannot be read; when it is looked at, the window does not fit it.
+    """
+    with _named(name):
         if len(data) > MAX_BYTES:
             raise DataError(f"{len(data) >> 20} MiB, the limit is {MAX_BYTES >> 20} MiB")
         if frame < 0:
             raise DataError(f"frame {frame}: frames count from 0")
-        if window is not None and not (math.isfinite(window[0]) and math.isfinite(window[1]) and window[1] > 0):
-            raise DataError("a window is CENTER,WIDTH with a width above 0")
         if looks_like_dicom(data):
             from ldrt_edge.dicom import read_dicom
 
-            return read_dicom(data, window, frame)
-        return _read_pillow(data, window, frame)
+            draw = read_dicom(data, frame)
+        else:
+            draw = _read_pillow(data, frame)
+
+    @cache
+    def look(window: Window | None) -> Picture:
+        with _named(name):
+            if window is not None and not (math.isfinite(window[0]) and math.isfinite(window[1]) and window[1] > 0):
+                raise DataError("a window is CENTER,WIDTH with a width above 0")
+            return draw(window)
+
+    return look
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
     except DataError as error:
         raise DataError(f"{name}: {error}") from error.__cause__
 
@@ -138,7 +166,7 @@ def looks_like_dicom(data: bytes) -> bool:
     return data[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x02", b"\x00\x08") and b"\x00" in data[2:12]
 
 
-def _read_pillow(data: bytes, window: Window | None, frame: int) -> Picture:
+def _read_pillow(data: bytes, frame: int) -> Look:
     with decoding("not a readable picture"):
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -159,20 +187,26 @@ def _read_pillow(data: bytes, window: Window | None, frame: int) -> Picture:
         white_is_zero = kind == "TIFF" and image.getexif().get(_TIFF_PHOTOMETRIC) == 0
         image.load()
         upright = ImageOps.exif_transpose(image)
-    mapping: Mapping = "as stored"
-    levels = None
+    origin = Origin(kind, None, None, frame, frames, "as stored", sha256(data))
     if upright.mode in ("1", "L") or upright.mode[0] in "IF":
         # Pillow turns WhiteIsZero round for 1 and 8 bits, and leaves deeper values as they are
         invert = white_is_zero and upright.mode not in ("1", "L")
         values = np.asarray(upright.convert("L") if upright.mode == "1" else upright)
-        grey, mapping = grey_to_uint8(values, window, 255.0 if values.dtype == np.uint8 else None)
-        rgb, levels = grey_to_rgb(255 - grey if invert else grey), levels_of(values)
-    else:
+
+        def draw(window: Window | None) -> Picture:
+            grey, mapping = grey_to_uint8(values, window, 255.0 if values.dtype == np.uint8 else None)
+            rgb = grey_to_rgb(255 - grey if invert else grey)
+            return Picture(rgb, replace(origin, window=window, mapping=mapping), levels_of(values))
+
+        return draw
+    with decoding(f"a {kind} file in colours that cannot be converted ({upright.mode}): save it as RGB"):
+        coloured = Picture(np.array(_colour_to_rgb(upright)), origin, None)
+
+    def as_it_is(window: Window | None) -> Picture:
         refuse_window(window)
-        with decoding(f"a {kind} file in colours that cannot be converted ({upright.mode}): save it as RGB"):
-            rgb = np.array(_colour_to_rgb(upright))
-    applied = window if mapping == "window" else None
-    return Picture(rgb, Origin(kind, None, applied, frame, frames, mapping, sha256(data)), levels)
+        return coloured
+
+    return as_it_is
 
 
 def _colour_to_rgb(image: Image.Image) -> Image.Image:

@@ -305,7 +305,7 @@ def _offsets(header: Dataset, lies: Plane, frames: int) -> FloatArray:
     Raises:
         DataError: they are not as many, or no places.
     """
-    given = [float(value) for value in header.get("GridFrameOffsetVector") or [0.0]]
+    given = [float(value) for value in np.atleast_1d(header.get("GridFrameOffsetVector") or [0.0])]  # one is no list
     offsets = np.array(given)
     if len(offsets) != frames or len(set(given)) != frames or not np.isfinite(offsets).all():
         raise DataError("a dose grid whose planes are not where its header says")

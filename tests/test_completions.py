@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import signal
 import threading
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import Server, tiny_edge
 
 from ldrt_edge.chat.spelling import Spelled, Speller, joined
@@ -96,6 +99,24 @@ def test_a_system_message_without_a_question_behind_it_is_refused(server: Server
     assert ask(server, before, behind, max_tokens=2)[1]["usage"]["prompt_tokens"] > plain
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_messages_picture_is_refused_not_passed_over(server: Server, role: str) -> None:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    shown: Any = [{"type": "text", "text": "As here."}, {"type": "image_url", "image_url": {"url": url}}]
+    status, reply = ask(server, (role, shown), ("user", "How many?"), max_tokens=2)
+    assert status == 400 and "a system message has no pictures" in reply["error"]["message"]
+
+
+@pytest.mark.parametrize("temperature", [4.6e-164, 5e-324])
+def test_the_least_temperature_is_as_none(server: Server, temperature: float) -> None:
+    """In float32 it is 0, by which nothing can be divided."""
+    replies = [ask(server, ("user", "How many?"), max_tokens=8, temperature=t) for t in (0, temperature)]
+    assert [status for status, _ in replies] == [200, 200]
+    assert replies[0][1]["choices"] == replies[1][1]["choices"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_the_servers_end_cuts_off_is_an_error(edge: Path, stream: bool) -> None:
     """One is being written by then, and others wait for it."""
@@ -121,6 +142,27 @@ def test_an_answer_that_the_servers_end_cuts_off_is_an_error(edge: Path, stream:
         assert status == (200 if stream else 500)
         if stream:
             assert not any(chunk["choices"][0]["finish_reason"] for chunk in reply[:-1])
+
+
+def test_no_tokens_at_all_is_refused_and_null_says_nothing(server: Server) -> None:
+    for options in ({"max_completion_tokens": 0}, {"max_completion_tokens": 0, "max_tokens": 2}, {"max_tokens": 0}):
+        status, reply = ask(server, ("user", "How many?"), **options)
+        assert status == 400 and "max_tokens" in reply["error"]["message"]
+    for options in ({"max_completion_tokens": None, "max_tokens": 2}, {"max_completion_tokens": 2, "max_tokens": 9}):
+        status, reply = ask(server, ("user", "How many?"), **options)
+        assert status == 200 and reply["usage"]["completion_tokens"] == 2
+
+
+def test_more_pictures_than_the_model_holds_are_refused_before_all_are_decoded(server: Server) -> None:
+    """Over all messages; the last, which is damaged, is not looked at."""
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    good, damaged = (f"data:image/png;base64,{base64.b64encode(data).decode()}" for data in (stream.getvalue(), b"x"))
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in (*[good] * 200, damaged)]
+    said = {"role": "assistant", "content": "Yes."}
+    messages = [{"role": "user", "content": parts[:200]}, said, {"role": "user", "content": parts}]
+    status, _, data = server.send("POST", "/v1/chat/completions", {"model": "gguf", "messages": messages})
+    assert status == 400 and "show fewer" in json.loads(data)["error"]["message"]
 
 
 def test_a_whole_answer_still_says_how_it_ended(server: Server) -> None:

@@ -128,6 +128,33 @@ def test_another_models_newer_conversations_hide_none(tmp_path: Path) -> None:
     assert [name for name, _ in history.read(other, 1)] == ["talk-0006"]
 
 
+@pytest.mark.parametrize("opened", [True, False])
+def test_what_a_write_that_was_cut_off_left_is_forgotten_too(tmp_path: Path, opened: bool) -> None:
+    """While it is open, with the conversation; else when it is opened again."""
+    folder = tmp_path / "history"
+    history, talk = History(folder, PASSPHRASE), Session(None, None)  # type: ignore[arg-type] # nothing is asked
+    for name in ("talk-0001", "talk-0002"):
+        history.keep(name, talk)
+        (folder / f"{name}.partial").write_bytes((folder / f"{name}.talk").read_bytes())
+    if opened:
+        history.forget("talk-0001")
+        left = {"talk-0002.talk", "talk-0002.partial"}
+    else:
+        with pytest.raises(DataError, match="not the passphrase"):
+            History(folder, "wrong")
+        assert len(list(folder.glob("*.partial"))) == 2
+        History(folder, PASSPHRASE)
+        left = {"talk-0001.talk", "talk-0002.talk"}
+    assert {path.name for path in folder.iterdir()} == {"lock.json", *left}
+
+
+def test_a_conversation_that_cannot_be_read_is_one_line_that_names_it(tmp_path: Path) -> None:
+    history = History(tmp_path / "history", PASSPHRASE)
+    (tmp_path / "history" / "talk-0001.talk").mkdir()
+    with pytest.raises(DataError, match=r"talk-0001\.talk: cannot be read"):
+        list(history.read(Input("gguf", "a" * 64), 9))
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_new_historys_passphrase_is_typed_twice(edge: Path, tmp_path: Path, there: bool) -> None:
     """In an empty folder too: a slip would lock what is kept there for good."""

@@ -147,6 +147,19 @@ def test_padding_does_not_spoil_the_full_range() -> None:
     assert np.array_equal(picture.rgb[4:], _stretched(pixels[4:]))
 
 
+@pytest.mark.parametrize(("value", "limit"), [(-2000, -1990), (-1990, -2000)])
+def test_a_range_of_padding_spoils_neither_the_full_range_nor_the_levels(value: int, limit: int) -> None:
+    data = dicom("CT_small.dcm")
+    pixels = data.pixel_array.astype(np.int16)
+    pixels[:2], pixels[2:3], pixels[3:4] = -2000, -1995, -1990
+    data.PixelData, data.PixelPaddingValue = pixels.tobytes(), value
+    data.add_new("PixelPaddingRangeLimit", "SS", limit)
+    picture = read_image_bytes(saved(data))
+    assert picture.rgb[:4].max() == 0 and np.array_equal(picture.rgb[4:], _stretched(pixels[4:]))
+    in_hu = pixels[4:] * float(data.RescaleSlope) + float(data.RescaleIntercept)
+    assert picture.levels == (in_hu.min(), in_hu.max())
+
+
 def _stretched(values: np.ndarray) -> np.ndarray:
     scaled = (values.astype(float) - values.min()) / np.ptp(values) * 255
     return np.repeat(scaled.round().astype(np.uint8)[..., None], 3, axis=2)

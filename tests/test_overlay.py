@@ -141,6 +141,12 @@ def test_planes_may_be_given_in_any_of_dicoms_ways(changes: dict[str, Any], flip
     assert read.at(np.array([[50, 50, -10], [50, 50, 0], [50, 50, 10]])) == pytest.approx([0.5, 1, 2], abs=1e-6)
 
 
+def test_a_single_plane_may_be_given_by_its_place() -> None:
+    for offsets in ([-10.0], [0.0], -10.0):
+        read = read_overlay(dose(ramp()[:1], GridFrameOffsetVector=offsets))
+        assert isinstance(read, Dose) and read.offsets_mm == pytest.approx([0])
+
+
 def test_the_wash_covers_its_levels_and_nothing_else() -> None:
     data = ct()
     plain = read_image_bytes(data)

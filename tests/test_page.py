@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -355,8 +356,7 @@ def test_frames_and_a_series_in_the_order_of_its_slices(page: Any, edge: Path, t
     hashes = []
     for place in range(3):
         page.locator("#frame").fill(str(place))
-        page.locator("#stage").focus()
-        page.wait_for_timeout(600)
+        expect(page.locator("#seen")).to_have_attribute("aria-busy", "false")
         hashes.append(seen(page))
     front = Front.load(edge)
     assert hashes == [front.image(read_image(slices[i]).rgb).sha256 for i in (1, 2, 0)], "from z = 10 to 30"
@@ -417,7 +417,7 @@ def test_a_picture_that_was_removed_is_not_asked_about(page: Any, edge: Path, ct
         page.set_input_files("#file", tmp_path / "other.png")
     expect(page.locator("#hint")).to_contain_text("2 picture(s) go with")
     other = Front.load(edge).image(read_image(tmp_path / "other.png").rgb).sha256
-    with page.expect_request(lambda request: request.method == "DELETE" and "/pictures/" in request.url):
+    with page.expect_request("**/api/pictures/forget"):
         page.click("#remove")
     answer(page, "Which other?")
     expect(page.locator(".facts")).to_have_attribute("title", asked)
@@ -429,10 +429,42 @@ def test_a_picture_that_was_removed_is_not_asked_about(page: Any, edge: Path, ct
     expect(page.locator(".facts")).to_have_attribute("title", f"{asked} {other}")
 
 
+def taken(page: Any, count: int, *files: Any) -> list[str]:
+    """Pick files, and wait until the server took so many of them, the rest on its way: where it has those."""
+    page.evaluate(
+        """count => {
+            window.taken = [];
+            const send = window.fetch;
+            window.fetch = async (...given) => {
+                if (given[0] !== "/api/pictures") return send(...given);
+                if (window.taken.length === count) return new Promise(() => {});
+                const reply = await send(...given);
+                window.taken.push((await reply.clone().json()).name);
+                return reply;
+            };
+        }""",
+        count,
+    )
+    page.set_input_files("#file", files)
+    page.wait_for_function("count => window.taken.length === count", arg=count, timeout=90_000)
+    return [f"/api/pictures/{name}" for name in page.evaluate("window.taken")]
+
+
+def until_gone(server: Server, paths: list[str]) -> None:
+    """Until the server has none of them any more."""
+    for _ in range(100):
+        paths = [path for path in paths if server.send("GET", path)[0] != 404]
+        if not paths:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{len(paths)} are still there")
+
+
 def looked_at(page: Any, path: Path) -> tuple[str, str]:
     """Drop a picture, which the model reads ahead: where the server has it, and the conversation's /read."""
     named = page.expect_response(lambda response: response.url.endswith("/api/pictures"))
-    with named as sent, page.expect_response(lambda response: response.url.endswith("/read")) as read:
+    with named as sent, page.expect_response(lambda response: response.url.endswith("/read") and "pictures" in
+                                             (response.request.post_data_json or {})) as read:  # fmt: skip
         drop(page, path)
     return f"/api/pictures/{sent.value.json()['name']}", urlsplit(read.value.url).path
 
@@ -443,10 +475,12 @@ def test_what_was_only_looked_at_can_be_forgotten(page: Any, server: Server, ct:
     talk = read.removesuffix("/read")
     assert [server.send("GET", path)[0] for path in (file, talk)] == [200, 200]
     page.fill("#question", "Is this Mister Miller?")
-    with page.expect_response(lambda response: response.request.method == "DELETE" and file in response.url):
+    with page.expect_response("**/api/pictures/forget") as forgot:
         page.click("#forget")
+    assert forgot.value.request.post_data_json == {"names": [file.rpartition("/")[2]]}
     expect(page.locator("#forget")).to_be_disabled()
     expect(page.locator("#question")).to_have_value("")
+    expect(page.locator("#question")).to_be_focused()
     assert [server.send("GET", path)[0] for path in (file, talk)] == [404, 404]
 
 
@@ -461,11 +495,49 @@ def test_what_is_left_is_gone_from_the_server(page: Any, server: Server, ct: Pat
     else:
         gone.append(read.removesuffix("/read"))
         page.reload() if leave == "reload" else page.click("#new")
-    for _ in range(100):
-        if {server.send("GET", path)[0] for path in gone} == {404}:
-            break
-        page.wait_for_timeout(100)
-    assert {server.send("GET", path)[0] for path in gone} == {404}
+    until_gone(server, gone)
+
+
+@pytest.mark.parametrize("leave", ["new", pytest.param("reload", marks=pytest.mark.slow)])
+def test_a_long_series_is_gone_from_the_server_too(page: Any, server: Server, leave: str) -> None:
+    header = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+    header.Rows = header.Columns = 16
+    header.PixelData = header.PixelData[:512]
+    files = []
+    for z in range(330):
+        header.ImagePositionPatient, stream = [0, 0, z], io.BytesIO()
+        header.save_as(stream)
+        files.append({"name": f"{z}.dcm", "mimeType": "application/dicom", "buffer": stream.getvalue()})
+    gone = taken(page, 330, *files)
+    expect(page.locator("#frame-label")).to_have_text("Frame 166 of 330")
+    page.reload() if leave == "reload" else page.click("#new")
+    until_gone(server, gone)
+
+
+def test_a_picture_that_cannot_be_forgotten_is_told_and_tried_again(page: Any, server: Server, ct: Path) -> None:
+    file, _ = looked_at(page, ct)
+    refused = {"status": 500, "json": {"error": {"message": "not forgotten"}}}
+    page.route("**/api/pictures/forget", lambda route: route.fulfill(**refused))
+    page.click("#remove")
+    expect(page.locator("#status.wrong")).to_have_text("not forgotten")
+    page.unroute("**/api/pictures/forget")
+    page.click("#new")
+    until_gone(server, [file])
+
+
+def test_a_reload_forgets_what_nobody_answered_about_yet(page: Any, server: Server) -> None:
+    gone = taken(page, 1, str(get_testdata_file("examples_rgb_color.dcm")))
+    expect(page.locator("#worded")).to_be_visible()
+    assert server.send("GET", gone[0])[0] == 200
+    page.reload()
+    until_gone(server, gone)
+
+
+def test_a_reload_forgets_the_half_of_a_series_that_was_sent(page: Any, server: Server, ct: Path) -> None:
+    gone = taken(page, 1, ct, str(get_testdata_file("MR_small.dcm")))
+    expect(page.locator("#status")).to_contain_text("Reading 2 of 2")
+    page.reload()
+    until_gone(server, gone)
 
 
 def test_the_model_sees_frame_is_of_the_last_window_whatever_comes_last(page: Any, edge: Path, ct: Path) -> None:
@@ -528,6 +600,29 @@ def test_text_on_a_later_frame_is_asked_about_before_the_model_sees_it(page: Any
     expect(page.locator(".facts")).to_have_attribute("title", covered)
 
 
+def test_text_that_may_be_shown_on_one_frame_is_asked_about_on_the_next(page: Any, edge: Path, tmp_path: Path) -> None:
+    from PIL import ImageDraw, ImageFont
+
+    from ldrt_edge.burned_in import black_out, text_lines
+
+    drawn, path = [Image.new("L", (300, 200)) for _ in range(4)], tmp_path / "frames.tiff"
+    for place, text in ((0, "LEFT 5 MHZ"), (2, "DOE JANE 1950"), (3, "DOE JANE 1950")):
+        ImageDraw.Draw(drawn[place]).text((20, 20), text, 255, ImageFont.load_default(20))
+    drawn[0].save(path, "TIFF", save_all=True, append_images=drawn[1:])
+    front, read = Front.load(edge), [read_image(path, None, place).rgb for place in range(4)]
+    page.set_input_files("#file", path)
+    page.get_by_role("button", name="Show as it is").click()
+    expect(page.locator("#seen-facts")).to_have_attribute("title", front.image(read[0]).sha256)
+    page.locator("#frame").fill("2")
+    expect(page.locator("#worded")).to_be_visible()
+    page.get_by_role("button", name="Black").click()
+    for place in (2, 3):  # black boxes hold for all
+        page.locator("#frame").fill(str(place))
+        covered = front.image(black_out(read[place], text_lines(read[place]))).sha256
+        expect(page.locator("#seen-facts")).to_have_attribute("title", covered)
+        expect(page.locator("#worded")).to_be_hidden()
+
+
 def test_a_question_asks_about_text_before_it_is_sent(page: Any, tmp_path: Path) -> None:
     from PIL import ImageDraw, ImageFont
 
@@ -553,6 +648,25 @@ def test_a_question_asks_about_text_before_it_is_sent(page: Any, tmp_path: Path)
     page.get_by_role("button", name="Leave out").click()
     stop(page)
     expect(page.locator(".question img")).to_have_count(0)
+
+
+def test_a_question_is_stopped_while_text_is_looked_for(page: Any) -> None:
+    drop(page, Path(str(get_testdata_file("rtdose.dcm"))))
+    held = Held(page, "**/text?frame=1")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.locator("#frame").fill("1")
+    held.wait()
+    page.fill("#question", "How much is it?")
+    page.press("#question", "Enter")
+    page.click("#stop")
+    held.go()
+    expect(page.locator("#status")).to_have_text("Stopped")
+    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#question")).to_have_value("How much is it?")
+    expect(page.locator("#question")).to_be_focused()
+    assert not any(url.endswith("/ask") for url in asked)
+    answer(page, "How much is it then?")
 
 
 def test_one_conversation_is_opened_however_many_want_it(page: Any, ct: Path) -> None:
@@ -600,7 +714,7 @@ def test_files_that_are_on_their_way_do_not_land_in_another_conversation(page: A
     page.set_input_files("#file", ct)
     held.wait()
     page.click("#new")
-    with page.expect_response(lambda response: response.request.method == "DELETE" and "/pictures/" in response.url):
+    with page.expect_response("**/api/pictures/forget"):
         held.go()
     expect(page.get_by_role("tab")).to_have_count(0)
     expect(page.locator("#hint")).to_contain_text("No picture")
@@ -633,6 +747,21 @@ def test_a_screen_reader_hears_the_panel_and_the_questions(page: Any, ct: Path) 
     assert "CT · 128×128" in hears()
     answer(page, "Which bone?")
     assert 'group "You"' in hears()
+    page.evaluate(
+        """() => {
+            const log = document.getElementById("log");
+            window.heard = [];
+            new MutationObserver((changes) => {
+                for (const { addedNodes } of changes) window.heard.push(...addedNodes);
+            }).observe(log, { childList: true });
+        }"""
+    )
+    answer(page, "Which side?")
+    expect(page.locator("#question")).to_be_focused()
+    assert page.evaluate("heard.every((article) => article.textContent.includes('Which side?'))")
+    expect(page.get_by_role("button", name="Another answer")).to_have_count(1)
+    page.select_option("#language", "de")
+    expect(page.get_by_role("button", name="Andere Antwort")).to_have_count(1)
 
 
 def test_pictures_of_the_talk_are_not_kept_twice(page: Any, ct: Path) -> None:
@@ -676,6 +805,90 @@ def test_another_answer_a_branch_a_reload_and_forgetting(page: Any, ct: Path) ->
     page.click("#forget")
     expect(page.locator("article")).to_have_count(0)
     expect(page.locator("#conversations")).not_to_contain_text("Second question")
+
+
+def test_a_branch_is_shown_what_only_the_turns_behind_it_were(page: Any, ct: Path) -> None:
+    def asks_with(question: str) -> list[Any]:
+        with page.expect_request("**/ask") as asked:
+            answer(page, question)
+        expect(page.locator("#send")).to_be_visible()
+        return [shot["window"] for shot in asked.value.post_data_json["pictures"]]
+
+    def branch(turn: int) -> None:
+        page.locator("article").nth(turn).get_by_role("button", name="Ask differently").click()
+        expect(page.locator("article")).to_have_count(turn)
+        expect(page.locator("#seen")).to_have_attribute("aria-busy", "false")
+
+    assert asks_with("How many beams?") == []
+    drop(page, ct)
+    assert asks_with("Which side?") == [None]
+    expect(page.locator("#hint")).to_contain_text("has these pictures already")
+    branch(0)
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
+    assert asks_with("How many vertebrae?") == [None]
+
+    assert asks_with("And in words?") == []
+    page.select_option("#preset", "lung")
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
+    assert asks_with("And the lung?") == [[-600, 1500]]
+    branch(1)
+    expect(page.locator("#hint")).to_contain_text("1 picture(s) go with")
+    page.select_option("#preset", "asStored")
+    expect(page.locator("#hint")).to_contain_text("has these pictures already")
+    page.select_option("#preset", "lung")
+    assert asks_with("And in other words?") == [[-600, 1500]]
+
+
+def test_a_branch_that_nobody_asked_in_is_not_kept(page: Any, server: Server) -> None:
+    for question in ("Which side?", "Which other side?"):
+        answer(page, question)
+    before = server.json("GET", "/api/conversations")
+    page.locator("article").nth(1).get_by_role("button", name="Ask differently").dblclick()
+    expect(page.locator("#question")).to_have_value("Which other side?")
+    expect(page.locator("article")).to_have_count(1)
+    page.click("#new")
+    expect(page.locator("article")).to_have_count(0)
+    expect(page.locator("#conversations button")).to_have_count(len(before))
+    assert server.json("GET", "/api/conversations") == before
+
+
+def test_an_answer_that_cannot_be_written_down_is_an_answer(
+    browser: Any, remembered: Server, ct: Path, tmp_path: Path
+) -> None:
+    page = browser.new_page(locale="en-GB")
+    page.goto(remembered.address)
+    expect(page.locator(".facts")).to_have_count(1)
+    drop(page, ct)
+    shutil.rmtree(tmp_path / "history")
+    answer(page, "How many beams?")
+    expect(page.locator("#status.wrong")).to_contain_text("history cannot be written")
+    expect(page.locator("#question")).to_have_value("")
+    expect(page.locator("#hint")).to_contain_text("has these pictures already")
+    page.close()
+
+
+def test_a_refused_question_does_not_take_the_place_of_the_next(page: Any) -> None:
+    held = Held(page, "**/ask", "POST")
+    page.fill("#question", "what is <image> here?")
+    page.press("#question", "Enter")
+    held.wait()
+    page.fill("#question", "What is here?")
+    held.go()
+    expect(page.locator("#status.wrong")).to_contain_text("control token")
+    expect(page.locator("#send")).to_be_visible()
+    expect(page.locator("#question")).to_have_value("What is here?")
+
+
+def test_a_frame_that_cannot_be_drawn_is_not_shown_as_another(page: Any) -> None:
+    drop(page, Path(str(get_testdata_file("rtdose.dcm"))))
+    refused = {"status": 400, "json": {"error": {"message": "damaged frame"}}}
+    page.route("**/api/pictures/*frame=1", lambda route: route.fulfill(**refused))
+    page.locator("#frame").fill("1")
+    expect(page.locator("#frame-label")).to_have_text("Frame 2 of 15")
+    expect(page.locator("#status.wrong")).to_have_text("damaged frame")
+    expect(page.locator("#view[src]")).to_have_count(0)
+    page.locator("#frame").fill("2")
+    expect(page.locator("#view[src]")).to_have_count(1)
 
 
 def test_bad_files_and_refused_questions_are_said_and_the_question_stays(page: Any, tmp_path: Path) -> None:
@@ -783,16 +996,60 @@ def test_all_of_it_with_the_keyboard(page: Any, ct: Path) -> None:
     page.locator("#seen-view[src]").wait_for()
     page.locator("body").press("Tab")
     reached = set()
-    for _ in range(40):
+    for _ in range(80):
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
         page.keyboard.press("Tab")
     assert {"new", "question", "send", "stage", "file", "preset", "center", "invert", "language", "theme"} <= reached
+
+    page.set_input_files("#file", str(get_testdata_file("MR_small.dcm")))
+    tabs = page.get_by_role("tab")
+    expect(tabs).to_have_count(2)
+    tabs.nth(1).focus()
+    for key, place in (("ArrowLeft", 0), ("ArrowLeft", 1), ("ArrowRight", 0), ("Enter", 0)):
+        page.keyboard.press(key)
+        expect(tabs.nth(place)).to_be_focused()
+        expect(tabs.nth(place)).to_have_attribute("aria-selected", "true")
+        expect(page.locator("#reading")).to_contain_text(("CT", "MR")[place])
+    page.keyboard.press("Shift+Tab")
+    expect(page.locator("#strip :focus")).to_have_count(0)
+    for left in (1, 0):
+        page.locator("#remove").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#remove" if left else "#stage")).to_be_focused()
+    for question in ("What lies above?", "What lies below?"):
+        page.locator("#new").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("#question")).to_be_focused()
+        answer(page, question)
+        expect(page.locator("#conversations [aria-current]")).to_have_text(question)
+    page.locator("#conversations button").nth(1).focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#conversations [aria-current]")).to_have_text("What lies above?")
+    expect(page.locator("#conversations [aria-current]")).to_be_focused()
+
+
+def test_escape_in_a_dialog_stops_no_answer(page: Any) -> None:
+    stopped: list[str] = []
+    page.on("request", lambda request: stopped.append(request.url) if request.url.endswith("/stop") else None)
+    held = Held(page, "**/ask", "POST")
+    page.fill("#question", "What is this?")
+    page.press("#question", "Enter")
+    held.wait()
+    page.set_input_files("#file", str(get_testdata_file("examples_rgb_color.dcm")))
+    expect(page.locator("#worded")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#worded")).to_be_hidden()
+    page.wait_for_timeout(300)
+    assert not stopped
+    held.go()
+    stop(page)
 
 
 def test_without_the_token_the_page_asks_for_it(browser: Any, server: Server) -> None:
     context = browser.new_context()
     page = context.new_page()
     page.goto(f"http://127.0.0.1:{server.port}/")
+    expect(page.get_by_role("dialog", name="The token from the line")).to_be_visible()
     page.fill("#token", "wrong")
     page.press("#token", "Enter")
     page.fill("#token", server.token)

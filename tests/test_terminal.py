@@ -109,6 +109,20 @@ def test_text_is_found_through_the_files_own_window(tmp_path: Path) -> None:
     assert shown.origin.window == (-600, 100) and shown.origin.blacked_out >= 1 and not shown.rgb[8:16, 8:60].any()
 
 
+def test_text_is_found_through_the_full_range_and_the_window_asked_for(tmp_path: Path) -> None:
+    canvas = Image.new("L", (128, 128))
+    ImageDraw.Draw(canvas).text((4, 4), "DOE JANE", 255, ImageFont.load_default(14))
+    for ink, window in ((2800, (400, 1800)), (1540, (496, 40))):  # each white on white through the file's own
+        header = pydicom.dcmread(str(get_testdata_file("CT_small.dcm")))
+        header.WindowCenter, header.WindowWidth = 40, 400
+        values = header.pixel_array.copy()
+        values[:24] = np.where(np.asarray(canvas)[:24] > 127, ink, 1500)
+        header.PixelData = values.tobytes()
+        header.save_as(tmp_path / "film.dcm")
+        shown = take_in(tmp_path / "film.dcm", window, burned_in="black")
+        assert shown.origin.blacked_out == 1 and not shown.rgb[8:16, 8:60].any()
+
+
 def test_through_a_pipe_it_is_shown_and_a_line_names_the_option(edge: Path, named: Path) -> None:
     once = command(edge, "--image", str(named), "--ask", "How many?", "--max-tokens", "2", "--json")
     done = subprocess.run(once, capture_output=True, text=True, timeout=120)

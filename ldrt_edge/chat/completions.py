@@ -27,11 +27,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ldrt_edge.chat.desk import Desk
+from ldrt_edge.chat.pictures import refuse_too_many
 from ldrt_edge.chat.replies import aside, follow, json_reply, read_object, sampling_of, text_of
 from ldrt_edge.chat.spelling import Spelled, Speller, joined
 from ldrt_edge.chat.turns import Turn
 from ldrt_edge.errors import ConfigError, DataError, LdrtError, NotThere
-from ldrt_edge.front import Front, Message
+from ldrt_edge.front import Message
 from ldrt_edge.image import read_image_bytes
 from ldrt_edge.runtimes.base import FrontImage, Prompt, Sampling, check_room
 
@@ -171,8 +172,8 @@ def _read(body: Mapping[str, Any], desk: Desk) -> Completion:
     for name, value in body.items():
         if name not in _KNOWN and value is not None and value not in _HARMLESS.get(name, ()):
             raise DataError(f"{name}: this server cannot do that; leave it out")
-    most = body.get("max_completion_tokens") or body.get("max_tokens")
-    messages = _messages(body.get("messages"), desk.front)
+    most = next((body[name] for name in ("max_completion_tokens", "max_tokens") if body.get(name) is not None), None)
+    messages = _messages(body.get("messages"), desk)
     prompt = desk.front.prompt(messages)
     check_room(prompt, 1, desk.runtime.context_length)
     options = body.get("stream_options")
@@ -188,41 +189,47 @@ def _read(body: Mapping[str, Any], desk: Desk) -> Completion:
     )
 
 
-def _messages(listed: object, front: Front) -> list[Message]:
+def _messages(listed: object, desk: Desk) -> list[Message]:
     if not isinstance(listed, list) or not listed:
         raise DataError("messages: wants a list of messages")
     found: list[Message] = []
+    images: list[FrontImage] = []  # of all of them
     before: list[str] = []
     for message in listed:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("system", "developer", "user", "assistant"):
             raise DataError(f"messages: a message of role {role!r}; there are system, user and assistant")
-        text, images = _content(message.get("content"), front)
+        shown = len(images)
+        text = _content(message.get("content"), desk, images)
         if role in ("system", "developer"):
+            if len(images) > shown:
+                raise DataError("messages: a system message has no pictures: put them before a question")
             before.append(text)
             continue
         if role == "user" and before:
             text, before = "\n\n".join([*before, text]), []
-        found.append(Message(role, text, tuple(images)))
+        found.append(Message(role, text, tuple(images[shown:])))
     if before:
         raise DataError("messages: a system message has no question behind it: put it before the last one")
     return found
 
 
-def _content(content: object, front: Front) -> tuple[str, list[FrontImage]]:
+def _content(content: object, desk: Desk, images: list[FrontImage]) -> str:
+    """Its text; its pictures are put behind `images`."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise DataError("messages: content wants text, or a list of parts")
-    texts, images = [], []
+    texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             texts.append(text_of(part.get("text"), "messages"))
         elif kind == "image_url" and isinstance(part.get("image_url"), dict):
-            images.append(front.image(read_image_bytes(_data_url(part["image_url"].get("url"))).rgb))
+            images.append(desk.front.image(read_image_bytes(_data_url(part["image_url"].get("url"))).rgb))
+            refuse_too_many(images, desk.runtime.context_length)
         else:
             raise DataError(f"messages: a part of type {kind!r}; there are text and image_url")
-    return "\n".join(texts), images
+    return "\n".join(texts)
 
 
 def _data_url(url: object) -> bytes:

@@ -92,7 +92,7 @@ class Desk:
             self.conversations[name].session.exchanges = exchanges
 
     def take(
-        self, client: str, work: Callable[[], Generator[T, None, None]], pictures: Sequence[Shot] = ()
+        self, client: str, work: Callable[[], Generator[T | None, None, None]], pictures: Sequence[Shot] = ()
     ) -> Turn[T]:
         """Put work about pictures at the end of a client's queue; what is read ahead for other work gives way.
 
@@ -102,17 +102,19 @@ class Desk:
         return self.turns.take(client, work)
 
     def read_ahead(
-        self, conversation: Conversation, read: Callable[[], object], pictures: Sequence[Shot] = ()
+        self, conversation: Conversation, read: Callable[[], Generator[None, None, None]], pictures: Sequence[Shot] = ()
     ) -> None:
-        """Let the model read about pictures while a question is thought of, if it has nothing else to do."""
+        """Let the model read about pictures while a question is thought of, if it has nothing else to do.
+
+        It gives way where `read` yields, and where the runtime can be interrupted.
+        """
         self._make_way(conversation.name, pictures)
 
         def work() -> Generator[None, None, None]:
             # what cannot be read now will say so when it is asked about
             with suppress(LdrtError):
                 if self.is_open(conversation):
-                    read()
-            yield
+                    yield from read()
 
         if self.turns.idle:
             self._reading, self._read = self.turns.take(conversation.name, work), tuple(pictures)

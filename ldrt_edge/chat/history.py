@@ -31,7 +31,7 @@ from ldrt_edge.runtimes.base import FrontImage, Sampling, Timings
 
 SCHEMA = "ldrt-edge/history/1"
 _LOCK = "lock.json"
-_SUFFIX = ".talk"
+_SUFFIX, _PARTIAL = ".talk", ".partial"
 _NAME = re.compile(r"[A-Za-z0-9_-]{8,40}")
 _NONCE_BYTES = 12
 _SCRYPT = {"length": 32, "n": 2**17, "r": 8, "p": 1}  # 128 MiB, about half a second
@@ -63,13 +63,14 @@ class History:
             if told["schema"] != SCHEMA:
                 raise DataError(f"{folder}: a history of another version ({told['schema']!r})")
             self._cipher = _cipher(passphrase, bytes.fromhex(told["salt"]))
-            check = bytes.fromhex(told["check"])
+            if self._open(_LOCK, bytes.fromhex(told["check"])) is None:
+                raise DataError(f"{folder}: this is not the passphrase of this history")
+            for partial in folder.glob(f"*{_PARTIAL}"):  # what a write that was cut off left
+                partial.unlink(missing_ok=True)
         except OSError as error:
             raise DataError(f"{folder}: cannot be used as a history ({error.strerror})") from error
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{lock}: damaged") from error
-        if self._open(_LOCK, check) is None:
-            raise DataError(f"{folder}: this is not the passphrase of this history")
 
     def keep(self, name: str, session: Session) -> None:
         """Write a conversation, in place of what was known of it; whole or not at all.
@@ -88,9 +89,10 @@ class History:
             raise DataError(f"the history cannot be written ({error.strerror}): this answer is not in it") from error
 
     def forget(self, name: str) -> None:
-        """Delete a conversation's file, if there is one."""
+        """Delete a conversation's file, if there is one, and what a write that was cut off left of it."""
         try:
-            self._path(name).unlink(missing_ok=True)
+            for path in (self._path(name), self._path(name).with_suffix(_PARTIAL)):
+                path.unlink(missing_ok=True)
         except OSError as error:
             problem = f"the history cannot be changed ({error.strerror}): the conversation stays in it"
             raise DataError(problem) from error
@@ -99,19 +101,22 @@ class History:
         """The last `most` conversations with a model, the oldest first; another model's stay where they are.
 
         Raises:
-            DataError: a file was changed, or cut off; the message names it.
+            DataError: a file cannot be read, was changed, or cut off; the message names it.
         """
-        files = [path for path in self._folder.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.stem)]
         found: list[tuple[str, list[Exchange]]] = []
-        for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-            if len(found) == most:
-                break
-            plain = self._open(path.stem, path.read_bytes())
-            if plain is None:
-                raise DataError(f"{path}: was changed or cut off since it was written: delete it to go on")
-            told = json.loads(zlib.decompress(plain))
-            if told["model"] == asdict(model):
-                found.append((path.stem, [_exchange_of_json(exchange) for exchange in told["exchanges"]]))
+        try:
+            files = [path for path in self._folder.glob(f"*{_SUFFIX}") if _NAME.fullmatch(path.stem)]
+            for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+                if len(found) == most:
+                    break
+                plain = self._open(path.stem, path.read_bytes())
+                if plain is None:
+                    raise DataError(f"{path}: was changed or cut off since it was written: delete it to go on")
+                told = json.loads(zlib.decompress(plain))
+                if told["model"] == asdict(model):
+                    found.append((path.stem, [_exchange_of_json(exchange) for exchange in told["exchanges"]]))
+        except OSError as error:
+            raise DataError(f"{error.filename or self._folder}: cannot be read ({error.strerror})") from error
         yield from reversed(found)
 
     def _path(self, name: str) -> Path:
@@ -134,7 +139,7 @@ class History:
             return None
 
     def _write(self, path: Path, content: bytes) -> None:
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(_PARTIAL)
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode=0o600), "wb") as stream:
             stream.write(content)
             stream.flush()

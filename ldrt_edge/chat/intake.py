@@ -14,11 +14,11 @@ from typing import Literal
 
 from rich.prompt import Prompt
 
-from ldrt_edge.burned_in import black_out, text_lines
+from ldrt_edge.burned_in import black_out, text_in
 from ldrt_edge.console import say, stderr
 from ldrt_edge.dicom import declares_text
 from ldrt_edge.errors import DataError
-from ldrt_edge.image import Picture, Window, read_file, read_image_bytes
+from ldrt_edge.image import Picture, Window, read_file, read_frame
 
 BurnedIn = Literal["show", "black", "refuse"]
 _ANSWERS: dict[str, BurnedIn] = {"y": "show", "b": "black", "n": "refuse"}
@@ -31,9 +31,8 @@ def take_in(path: Path, window: Window | None = None, frame: int = 0, burned_in:
         DataError: it cannot be read, or has text and is left out.
     """
     data = read_file(path)
-    picture = read_image_bytes(data, window, frame, str(path))
-    # looked for through the file's own window: through a narrow one text cannot be read
-    lines = text_lines(picture.rgb if window is None else read_image_bytes(data, None, frame, str(path)).rgb)
+    look = read_frame(data, frame, str(path))
+    picture, lines = look(window), text_in(look, window)
     if not lines and not (picture.origin.format == "DICOM" and declares_text(data)):
         return picture
     found = "text seems to be burned into it" if lines else "its header says that text is burned into it"

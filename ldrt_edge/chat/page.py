@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from starlette.routing import Route
 
 from ldrt_edge import __version__
 from ldrt_edge.chat.desk import Conversation, Desk
-from ldrt_edge.chat.pictures import Shot, describe, png, tiles_png
+from ldrt_edge.chat.pictures import Shot, describe, png, refuse_too_many, tiles_png
 from ldrt_edge.chat.replies import (
     aside,
     follow,
@@ -25,14 +26,16 @@ from ldrt_edge.chat.replies import (
     text_of,
     whole_of,
 )
-from ldrt_edge.chat.session import NOTICE, Session, Shown
+from ldrt_edge.chat.session import NOTICE, Exchange, Session, Shown
 from ldrt_edge.chat.structured_report import structured_report
 from ldrt_edge.errors import DataError, LdrtError, NotNow, NotThere
-from ldrt_edge.image import MAX_BYTES, Picture
+from ldrt_edge.image import MAX_BYTES
+from ldrt_edge.runtimes.base import Timings
 
-Events = Generator[dict[str, object], None, None]
+Events = Generator[dict[str, object] | None, None, None]
 _OTHER_ANSWER_TEMPERATURE = 0.7
 _MOST_OVERLAYS = 8
+_MOST_NAMES, _LONGEST_NAME = 100_000, 100
 
 
 def routes(desk: Desk) -> list[Route]:
@@ -43,8 +46,8 @@ def routes(desk: Desk) -> list[Route]:
     return [
         Route("/api/model", page.model),
         Route(pictures, page.add_picture, methods=["POST"], max_body_size=MAX_BYTES),
+        Route(f"{pictures}/forget", page.forget_pictures, methods=["POST"]),
         Route(f"{pictures}/{{name}}", page.picture),
-        Route(f"{pictures}/{{name}}", page.delete_picture, methods=["DELETE"]),
         Route(f"{pictures}/{{name}}/seen", page.picture_seen),
         Route(f"{pictures}/{{name}}/text", page.picture_text),
         Route(conversations, page.conversations),
@@ -57,7 +60,7 @@ def routes(desk: Desk) -> list[Route]:
         Route(f"{one}/branch", page.branch, methods=["POST"]),
         Route(f"{one}/stop", page.stop, methods=["POST"]),
         Route(f"{one}/report", page.report),
-        Route(f"{one}/seen/{{exchange:int}}/{{image:int}}", page.seen),
+        Route(f"{one}/seen/{{exchange}}/{{image}}", page.seen),
     ]
 
 
@@ -102,13 +105,13 @@ class Page:
         return png_reply(*await aside(draw))
 
     async def picture_text(self, request: Request) -> Response:
-        """Whether text is burned into a frame."""
+        """Whether text is burned into a frame, so that its own window, its full range or the one asked for shows it."""
         shot = _asked_shot(request)
-        return json_reply(await aside(self._desk.pictures.text, shot.name, shot.frame))
+        return json_reply(await aside(self._desk.pictures.text, shot.name, shot.frame, shot.window))
 
-    async def delete_picture(self, request: Request) -> Response:
-        """Forget one; conversations keep what the model saw of it."""
-        self._desk.pictures.forget(request.path_params["name"])
+    async def forget_pictures(self, request: Request) -> Response:
+        """Forget some, those that are still there; conversations keep what the model saw of them."""
+        self._desk.pictures.forget(_names(await read_object(request)))
         return json_reply({})
 
     async def conversations(self, _: Request) -> Response:
@@ -155,14 +158,16 @@ class Page:
         def work() -> Events:
             session.sampling = sampling
             shown: tuple[Shown, ...] = ()
+            spent: Timings | None = None
             if shots:
                 yield {"stage": "encoding"}
-                shown = session.see(*self._pictures(shots))
-                session.read(shown=shown)
+                began = time.perf_counter()
+                shown = yield from self._look(session, shots)
+                spent = replace(session.read(shown=shown), ttft_ms=(time.perf_counter() - began) * 1e3)
             yield {"stage": "reading"}
-            yield from self._answer(session, question, shown)
+            yield from self._answer(session, question, shown, spent)
 
-        return self._stream(conversation, session, work, shots)
+        return self._stream(conversation, work, shots)
 
     async def read(self, request: Request) -> Response:
         """Let the model read before a question comes: what was said so far, pictures, and what is typed of it."""
@@ -171,7 +176,12 @@ class Page:
         typed = text_of(body["question"], "question") if body.get("question") is not None else ""
         conversation = self._free(request)
         session = conversation.session
-        self._desk.read_ahead(conversation, lambda: session.read(typed, session.see(*self._pictures(shots))), shots)
+
+        def read() -> Generator[None, None, None]:
+            shown = yield from self._look(session, shots)
+            session.read(typed, shown)
+
+        self._desk.read_ahead(conversation, read, shots)
         return json_reply({})
 
     async def again(self, request: Request) -> Response:
@@ -183,11 +193,11 @@ class Page:
         if not kept.exchanges:
             raise NotNow("nothing was asked")
         last = kept.exchanges[-1]
-        session = kept.fork(len(kept.exchanges) - 1, instead=True)
         temperature = sampling.temperature or _OTHER_ANSWER_TEMPERATURE
-        session.sampling = replace(sampling, temperature=temperature, seed=last.sampling.seed + 1)
 
         def work() -> Events:
+            session = kept.fork(len(kept.exchanges) - 1, instead=True)  # here: what is read until now goes along
+            session.sampling = replace(sampling, temperature=temperature, seed=last.sampling.seed + 1)
             yield {"stage": "reading"}
             try:
                 yield from self._answer(session, last.question)
@@ -195,7 +205,7 @@ class Page:
                 if len(session.exchanges) == len(kept.exchanges):
                     conversation.session = session
 
-        return self._stream(conversation, session, work)
+        return self._stream(conversation, work)
 
     async def branch(self, request: Request) -> Response:
         """Another conversation up to an exchange, whose pictures wait there; this one stays."""
@@ -215,30 +225,48 @@ class Page:
 
     async def seen(self, request: Request) -> Response:
         """What the model saw with an exchange."""
+        session = self._conversation(request).session
         try:
-            exchange = self._conversation(request).session.exchanges[request.path_params["exchange"]]
-            image = exchange.shown[request.path_params["image"]].image
+            exchange, place = (int(request.path_params[name]) for name in ("exchange", "image"))
+            if min(exchange, place) < 0:
+                raise ValueError
+            image = session.exchanges[exchange].shown[place].image
+        except ValueError:
+            raise DataError("exchange and image are numbers that count from 0") from None
         except IndexError:
             raise NotThere("there is no such picture in the conversation") from None
         return png_reply(await aside(lambda: tiles_png(image)), {"seen_sha256": image.sha256})
 
-    def _pictures(self, shots: Sequence[Shot]) -> list[Picture]:
-        return [self._desk.pictures.view(shot) for shot in shots]
+    def _look(self, session: Session, shots: Sequence[Shot]) -> Generator[None, None, tuple[Shown, ...]]:
+        """Pictures as the model gets them; it may be stopped after each."""
+        shown: tuple[Shown, ...] = ()
+        for shot in shots:
+            shown += session.see(self._desk.pictures.view(shot))
+            refuse_too_many([one.image for one in shown], session.runtime.context_length)
+            yield
+        return shown
 
-    def _answer(self, session: Session, question: str, shown: Sequence[Shown] = ()) -> Events:
+    def _answer(
+        self, session: Session, question: str, shown: Sequence[Shown] = (), spent: Timings | None = None
+    ) -> Events:
         before = len(session.exchanges)
+        about = [*(one for exchange in session.exchanges for one in exchange.shown), *session.waiting, *shown]
+        said = ""
         try:
-            with closing(session.ask(question, shown)) as pieces:
+            with closing(session.ask(question, shown, spent)) as pieces:
                 for piece in pieces:
+                    said += piece
                     yield {"text": piece}
         finally:
-            for kept in session.exchanges[before:]:
-                self._desk.record([shown.image.sha256 for shown in kept.shown], kept.question, kept.answer)
+            answer = "".join(exchange.answer for exchange in session.exchanges[before:]) or said
+            if answer:  # even one that cannot be kept was seen
+                self._desk.record([one.image.sha256 for one in about], question, answer)
 
-    def _stream(
-        self, conversation: Conversation, session: Session, work: Callable[[], Events], shots: Sequence[Shot] = ()
-    ) -> Response:
-        before = len(session.exchanges)
+    def _stream(self, conversation: Conversation, work: Callable[[], Events], shots: Sequence[Shot] = ()) -> Response:
+        def last() -> Exchange | None:
+            return next(reversed(conversation.session.exchanges), None)
+
+        before = last()
 
         def kept_work() -> Events:
             if not self._desk.is_open(conversation):  # it was forgotten before its turn came
@@ -254,7 +282,7 @@ class Page:
             try:
                 async for event in turn.events():
                     yield json_line(event)
-                yield json_line({"done": len(session.exchanges) > before})
+                yield json_line({"done": last() not in (before, None)})
             except LdrtError as error:
                 yield json_line({"error": str(error)})
 
@@ -271,6 +299,16 @@ class Page:
         if found.writing:
             raise NotNow("an answer is still being written: stop it first")
         return found
+
+
+def _names(body: dict[str, object]) -> list[str]:
+    listed = body.get("names")
+    if not isinstance(listed, list) or len(listed) > _MOST_NAMES:
+        raise DataError(f"names: wants a list of at most {_MOST_NAMES} names")
+    names = [text_of(name, "names") for name in listed]
+    if any(len(name) > _LONGEST_NAME for name in names):
+        raise DataError(f"names: a name has at most {_LONGEST_NAME} characters")
+    return names
 
 
 def _shots(body: dict[str, object]) -> list[Shot]:

@@ -12,6 +12,7 @@ import io
 import secrets
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -19,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ldrt_edge.burned_in import black_out, text_lines
+from ldrt_edge.burned_in import black_out, text_in
 from ldrt_edge.dicom import declares_text, series_of, slice_position
 from ldrt_edge.errors import DataError, NotThere
-from ldrt_edge.image import Picture, Window, read_image_bytes
+from ldrt_edge.image import Look, Picture, Window, read_frame
 from ldrt_edge.kept import Kept
 from ldrt_edge.overlay import Dose, Structures, lay_over, plane, read_overlay, read_structures
 from ldrt_edge.runtimes.base import FrontImage
@@ -77,12 +78,13 @@ class Pictures:
             }  # fmt: skip
             lies_in = regions.frames_of_reference
         else:
-            picture = read_image_bytes(data)
+            look = read_frame(data)
+            picture = look(None)
             of_dicom = picture.origin.format == "DICOM"
             series = series_of(data) if of_dicom else None
             told = {
                 "position": slice_position(data) if of_dicom else None, "overlay": False,
-                "series": self._word(repr(series)) if series else None, **_text(picture, data), **describe(picture),
+                "series": self._word(repr(series)) if series else None, **_text(look, data), **describe(picture),
             }
             lies_in = frozenset()
             with suppress(DataError):  # with a damaged geometry it is still a picture, for nothing to lie over
@@ -93,27 +95,26 @@ class Pictures:
             self._files.put(name, data)
         return {"name": name, "frames_of_reference": sorted(map(self._word, lies_in)), **told}
 
-    def text(self, name: str, frame: int) -> dict[str, object]:
+    def text(self, name: str, frame: int, window: Window | None = None) -> dict[str, object]:
         """`text_lines`: of burned-in text that was found in a frame. `burned_in`: any, or the file says that it has.
 
+        It is looked for through the file's own window, over the full range, and through the `window` asked for.
+
         Raises:
-            DataError: there is no such picture any more, or no such frame.
+            DataError: there is no such picture any more, no such frame, or the window does not fit it.
         """
         data = self._file(name)
-        return _text(read_image_bytes(data, None, frame), data)
+        return _text(read_frame(data, frame), data, window)
 
-    def forget(self, name: str) -> None:
-        """Keep a picture no longer, nor what was drawn of it or with it.
-
-        Raises:
-            NotThere: there is none.
-        """
+    def forget(self, names: Iterable[str]) -> None:
+        """Keep pictures no longer, nor what was drawn of or with them; names that are not known are passed over."""
+        gone = frozenset(names)
         with self._lock:
-            if self._files.take(name) is None:
-                raise NotThere("the picture is not there any more")
-            self._overlays.pop(name, None)
+            for name in gone:
+                self._files.take(name)
+                self._overlays.pop(name, None)
             for shot in self._views:
-                if name in (shot.name, *shot.over):
+                if not gone.isdisjoint((shot.name, *shot.over)):
                     self._views.take(shot)
 
     def view(self, shot: Shot) -> Picture:
@@ -126,9 +127,10 @@ class Pictures:
         with self._lock:
             known = self._views.get(shot)
         if known is None:
-            known = read_image_bytes(data, shot.window, shot.frame)
-            if shot.black_out:  # found through the file's own window: through a narrow one it cannot be read
-                lines = text_lines(read_image_bytes(data, None, shot.frame).rgb)
+            look = read_frame(data, shot.frame)
+            known = look(shot.window)
+            if shot.black_out:
+                lines = text_in(look, shot.window)
                 origin = replace(known.origin, blacked_out=len(lines))
                 known = replace(known, rgb=black_out(known.rgb, lines), origin=origin)
             known = lay_over(known, data, [self._overlay(name) for name in shot.over])
@@ -162,10 +164,9 @@ class Pictures:
         return hmac.digest(self._salt, identifier.encode(), "sha256").hex()[:16]
 
 
-def _text(picture: Picture, data: bytes) -> dict[str, object]:
-    """Of a frame that was read through the file's own window: through a narrow one text cannot be found."""
-    lines = len(text_lines(picture.rgb))
-    says_so = picture.origin.format == "DICOM" and declares_text(data)
+def _text(look: Look, data: bytes, window: Window | None = None) -> dict[str, object]:
+    lines = len(text_in(look, window))
+    says_so = look(None).origin.format == "DICOM" and declares_text(data)
     return {"burned_in": bool(lines) or says_so, "text_lines": lines}
 
 
@@ -173,6 +174,17 @@ def describe(picture: Picture) -> dict[str, object]:
     """A picture for the page: size, levels of grey and where it came from; no patient data."""
     height, width = picture.rgb.shape[:2]
     return {"width": width, "height": height, "levels": picture.levels, **asdict(picture.origin)}
+
+
+def refuse_too_many(images: Sequence[FrontImage], context_length: int) -> None:
+    """Refuse more pictures than the model holds, before the next one is decoded.
+
+    Raises:
+        DataError: they are.
+    """
+    tokens = sum(image.token_count for image in images)
+    if tokens > context_length:
+        raise DataError(f"the pictures take {tokens} tokens and more, the model holds {context_length}: show fewer")
 
 
 def png(rgb: NDArray[np.uint8]) -> bytes:

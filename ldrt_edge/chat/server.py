@@ -222,8 +222,9 @@ def _no_such(_: Request, __: Exception) -> Response:
 
 
 def _no_such_method(request: Request, _: Exception) -> Response:
-    meant = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    allowed = sorted({method for route in meant for method in route.methods})
+    routes = request.app.routes
+    path = next(route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    allowed = sorted({method for route in routes if route.path == path for method in route.methods})
     return error_reply(405, f"there is only {', '.join(allowed)}", {"allow": ", ".join(allowed)})
 
 

@@ -91,12 +91,16 @@ class Session:
         self.waiting: tuple[Shown, ...] = ()
         self._last: Prompt | None = None  # that the model read for this conversation, and what it wrote behind it
 
-    def ask(self, text: str, shown: Sequence[Shown] = ()) -> Generator[str, None, None]:
+    def ask(
+        self, text: str, shown: Sequence[Shown] = (), spent: Timings | None = None
+    ) -> Generator[str, None, None]:
         """Answer a question about the pictures that wait for it and those `shown` now.
 
         It comes piece by piece; the pieces joined are the answer. What was written when the iterator is closed, or
         interrupted, stays in the conversation. When it raises, the conversation is as before, and the pictures that
         waited still do.
+
+        spent: on reading of this after the question came; it counts as the answer's.
 
         Raises:
             DataError: nothing was asked, the text holds a control token, or the conversation outgrew the context.
@@ -113,10 +117,10 @@ class Session:
             if rest := joined(written.finish()):
                 yield rest
         except (GeneratorExit, KeyboardInterrupt):
-            self._keep(prompt, text, about, written, "stopped")
+            self._keep(prompt, text, about, written, "stopped", spent)
             raise
         limit = min(self.sampling.max_tokens, self.runtime.context_length - len(prompt.ids))
-        self._keep(prompt, text, about, written, "end" if len(written.ids) < limit else "length")
+        self._keep(prompt, text, about, written, "end" if len(written.ids) < limit else "length", spent)
 
     def attach(self, *pictures: Picture, read: bool = False) -> tuple[FrontImage, ...]:
         """Show pictures with the next question, in place of those that wait for it.
@@ -136,16 +140,17 @@ class Session:
         """Pictures as the model gets them, for `ask` and `read`."""
         return tuple(Shown(self.front.image(picture.rgb), picture.origin) for picture in pictures)
 
-    def read(self, typed: str = "", shown: Sequence[Shown] = ()) -> None:
+    def read(self, typed: str = "", shown: Sequence[Shown] = ()) -> Timings:
         """Let the model read what `ask` would give it: all of the conversation, the pictures, what is typed so far.
 
         Then its answer starts at once. The conversation stays as it is; what was read so before and is not part of
-        this is forgotten.
+        this is forgotten. Gives what it took.
 
         Raises:
             DataError: what is typed holds a control token, or the conversation outgrew the context.
         """
         self._read((*self.waiting, *shown), typed.strip())
+        return replace(self.runtime.timings)
 
     def fork(self, count: int, instead: bool = False) -> Session:
         """Another conversation with the first `count` exchanges; the pictures of the one behind them wait in it.
@@ -235,12 +240,13 @@ class Session:
         return self.front.prompt([*history, _user_message(question, shown)])
 
     def _keep(
-        self, prompt: Prompt, question: str, shown: tuple[Shown, ...], written: Speller, finish: Finish
+        self, prompt: Prompt, question: str, shown: tuple[Shown, ...], written: Speller, finish: Finish,
+        spent: Timings | None,
     ) -> None:
         text = itertools.takewhile(lambda token: token != prompt.image_token_id, written.ids)
         self._last = replace(prompt, ids=(*prompt.ids, *text))
         if written.text and self._can_go_on_after(written.text):
-            timings = replace(self.runtime.timings)
+            timings = _together(spent, self.runtime.timings) if spent else replace(self.runtime.timings)
             tokens = len(written.ids)
             self.exchanges.append(Exchange(
                 question, shown, written.text, finish, tokens, self.sampling, timings, math.exp(written.logprob)
@@ -260,6 +266,15 @@ def cannot_be_told(answer: str) -> bool:
     """Whether an answer says, in the words that models were taught, that the picture does not show what was asked."""
     said = " ".join(answer.replace("’", "'").casefold().split())
     return any(words.casefold() in said for words in CANNOT_BE_TOLD.values())
+
+
+def _together(read: Timings, answered: Timings) -> Timings:
+    """Of a reading and of the answer that goes on from it, as of one."""
+    return replace(
+        answered, image_encode_ms=read.image_encode_ms + answered.image_encode_ms,
+        prefill_ms=read.prefill_ms + answered.prefill_ms, prefill_tokens=read.prefill_tokens + answered.prefill_tokens,
+        reused_tokens=read.reused_tokens, ttft_ms=read.ttft_ms + answered.ttft_ms,
+    )  # fmt: skip
 
 
 def _user_message(text: str, shown: Sequence[Shown]) -> Message:

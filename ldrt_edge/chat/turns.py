@@ -5,7 +5,8 @@ All have the same token, so this keeps programs from starving people; it is no d
 to be many.
 
 The model runs in a thread of its own, so that the server stays awake while it thinks; what it makes comes back event
-by event. Stopping is the Ctrl-C of the terminal: what was written so far stays.
+by event. Stopping is the Ctrl-C of the terminal: what was written so far stays. Work that has nothing to tell yields
+None where it may be stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Turns:
         self._waiting: OrderedDict[str, deque[Turn[Any]]] = OrderedDict()  # by client, whose turn is next first
         self._served = ""
 
-    def take(self, client: str, work: Callable[[], Generator[T, None, None]]) -> Turn[T]:
+    def take(self, client: str, work: Callable[[], Generator[T | None, None, None]]) -> Turn[T]:
         """Put work at the end of a client's queue; it starts when its turn comes. Called on the event loop.
 
         Raises:
@@ -113,7 +114,7 @@ class Turns:
 class Turn(Generic[T]):
     """Work for the model, of a client. Its events are read once; leaving them stops it."""
 
-    def __init__(self, turns: Turns, client: str, work: Callable[[], Generator[T, None, None]]) -> None:
+    def __init__(self, turns: Turns, client: str, work: Callable[[], Generator[T | None, None, None]]) -> None:
         self.client = client
         self._turns, self._work = turns, work
         self._loop = asyncio.get_running_loop()
@@ -148,7 +149,8 @@ class Turn(Generic[T]):
         try:
             with closing(self._work()) as events:
                 for event in events:
-                    self._pass_on((event,))
+                    if event is not None:
+                        self._pass_on((event,))
                     if self._stopped.is_set():
                         break
         except KeyboardInterrupt:  # a runtime's way of stopping half-way

@@ -207,13 +207,17 @@ def log_softmax(logits: FloatArray) -> NDArray[np.float64]:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
+_COLDEST = 1e-6
+"""Below it nothing changes any more, and float32 overflows."""
+
+
 def sample(logits: FloatArray, sampling: Sampling, rng: np.random.Generator) -> Token:
     """Draw one token from `logits` (vocab,): top-k, then top-p, at the temperature; argmax at temperature 0."""
     if sampling.temperature == 0:
         best = int(logits.argmax())
         return Token(best, -float(np.log(np.exp(logits - logits[best]).sum())))
     logprobs = log_softmax(logits)
-    scaled = log_softmax((logprobs / sampling.temperature).astype(np.float32))
+    scaled = log_softmax((logprobs / max(sampling.temperature, _COLDEST)).astype(np.float32))
     k = min(sampling.top_k or scaled.size, scaled.size)
     order = np.argpartition(-scaled, k - 1)[:k]
     order = order[np.argsort(-scaled[order])]

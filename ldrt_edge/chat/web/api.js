@@ -15,11 +15,11 @@ export function setToken(value) {
   sessionStorage.setItem(KEPT, token); // this tab's only, for a reload
 }
 
-export async function send(method, path, { json, body, signal } = {}) {
+// keepalive: it goes out though the page is left, if all that go so have 64 KiB of bodies at most.
+export async function send(method, path, { json, body, signal, keepalive } = {}) {
   const headers = { authorization: `Bearer ${token}` };
   if (json !== undefined) headers["content-type"] = "application/json";
   const content = json === undefined ? body : JSON.stringify(json);
-  const keepalive = method === "DELETE"; // what is forgotten as the page is left is forgotten too
   const reply = await fetch(path, { method, headers, body: content, signal, keepalive, credentials: "omit" });
   if (reply.ok) return reply;
   const told = await reply.json().catch(() => null);

@@ -10,9 +10,10 @@ import { Viewer } from "./viewer.js";
 const $ = (id) => document.getElementById(id);
 const viewer = new Viewer(showHint, () => readAhead().catch(fail), fail, askAboutText);
 let model = null;
-let here = talk(null, false); // the conversation on the page; a late reply to another one finds that it is not
+let here = talk(); // the conversation on the page; a late reply to another one finds that it is not
 let asking = Promise.resolve(); // about text, one question at a time
 let busy = false;
+let stopped = false; // before there was an answer to stop
 let pause = 0; // a timer: when it ends, so did the typing
 const PAUSE_MS = 300;
 const MOST_TEXT_VIEWS = 4;
@@ -34,7 +35,7 @@ async function start() {
     }
   }
   const listed = await get("/api/conversations");
-  await open(listed[0]?.name ?? null);
+  await open(talk(listed[0]?.name));
 }
 
 function askForToken() {
@@ -58,20 +59,23 @@ function askAboutText(frames, found) {
   return asking;
 }
 
-// naming: its name on the server, as soon as it is open there. asked: it has turns, and the list has it; else it goes
-// when it is left, since nobody would find it again. waiting: pictures of a branched question, which wait there.
-function talk(name, asked) {
-  return { name, naming: name && Promise.resolve(name), asked, transcript: null, waiting: 0 };
+// naming: its name on the server, as soon as it is open there. asked: it has turns of its own, besides those inherited
+// from where it branched off; else it goes when it is left, since nobody would look for it. waiting: pictures of a
+// branched question, which wait there. shown: the pictures that went with each turn, as far as this page showed them.
+function talk(name = null) {
+  const naming = name && Promise.resolve(name), transcript = { turns: [] };
+  return { name, naming, asked: Boolean(name), inherited: 0, transcript, waiting: 0, shown: [] };
 }
 
-async function open(name, asked = Boolean(name)) {
+async function open(opened) {
   clearTimeout(pause);
-  leave(here);
-  const opened = (here = talk(name, asked));
-  showTalk();
-  if (name) await refresh(opened);
-  if (busy || opened !== here) return;
+  const left = leave(here);
+  here = opened;
   say("");
+  showTalk();
+  if (opened.name) await refresh(opened);
+  await left; // the list has it no more
+  if (busy || opened !== here) return;
   showTalk();
   await showList();
   await readAhead(); // so that it goes on at once
@@ -88,16 +92,16 @@ function named(talk) {
 
 async function refresh(talk) {
   const { waiting, ...transcript } = await get(`/api/conversations/${talk.name}`);
-  Object.assign(talk, { waiting, transcript, asked: transcript.turns.length > 0 });
+  Object.assign(talk, { waiting, transcript, asked: transcript.turns.length > talk.inherited });
 }
 
-function leave(talk) {
-  if (!talk.asked) drop(talk).catch(fail);
+async function leave(talk, keepalive = false) {
+  if (!talk.asked) await drop(talk, keepalive).catch(fail);
 }
 
-async function drop(talk) {
+async function drop(talk, keepalive = false) {
   if (!talk.naming) return;
-  await send("DELETE", `/api/conversations/${await talk.naming}`).catch(unless(404));
+  await send("DELETE", `/api/conversations/${await talk.naming}`, { keepalive }).catch(unless(404));
   talk.naming = null;
 }
 
@@ -112,13 +116,27 @@ async function ask(question) {
     setBusy(false);
     throw error;
   }
-  const pictures = viewer.unseen();
+  if (stopped) {
+    setBusy(false);
+    $("question").focus();
+    return say(t("stopped"));
+  }
+  const pictures = unseen(), before = here.transcript.turns.length;
   $("question").value = "";
   here.asked = true;
-  const kept = await follow(`/api/conversations/${here.name}/ask`, { question, pictures }, question);
-  if (kept) viewer.markSent(pictures);
-  else $("question").value = question;
+  await follow(`/api/conversations/${here.name}/ask`, { question, pictures }, question);
+  if (here.transcript.turns.length > before) here.shown[before] = pictures;
+  else $("question").value ||= question;
   await rest();
+}
+
+function stop() {
+  stopped = busy;
+  if (busy && here.name) return post(`/api/conversations/${here.name}/stop`);
+}
+
+function unseen() {
+  return viewer.unseen(here.shown.flat());
 }
 
 // The model reads pictures and what is typed so far, so that the answer starts at once; and no longer what is neither.
@@ -126,7 +144,7 @@ async function readAhead() {
   clearTimeout(pause);
   const mine = here;
   await viewer.look();
-  const pictures = viewer.unseen(), question = $("question").value;
+  const pictures = unseen(), question = $("question").value;
   if (busy || mine !== here || !(mine.naming || pictures.length)) return;
   const name = await named(mine);
   showHint();
@@ -154,10 +172,11 @@ async function forget() {
   await drop(here).finally(() => setBusy(false));
   $("question").value = "";
   viewer.clear();
-  await open(null);
+  await open(talk());
+  $("question").focus();
 }
 
-// Show an answer as it is written; true when it is in the conversation. Whoever asked lets it rest.
+// Show an answer as it is written. Whoever asked lets it rest.
 async function follow(path, json, question, instead = false) {
   setBusy(true);
   const log = $("log");
@@ -197,7 +216,6 @@ async function follow(path, json, question, instead = false) {
     await refresh(here).catch(() => {});
   }
   cancelAnimationFrame(painted);
-  return kept;
 }
 
 // The next question may be asked: all that this one changed is known.
@@ -217,18 +235,26 @@ function showStage(name) {
   return clock;
 }
 
+// Turns that are there already stay, so that a screen reader hears only what is new.
 function showTalk() {
-  const turns = here.transcript?.turns ?? [];
-  $("log").replaceChildren(...turns.map((turn, i) => {
-    const pictures = element("span", ...turn.images.map((_, k) => drawn(`/api/conversations/${here.name}/seen/${i}/${k}`, "modelSees")));
-    const body = element("div", render(turn.answer));
-    body.className = "answer";
-    return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn, model), buttons(turn, i, turns.length));
-  }));
+  const { turns } = here.transcript, log = $("log");
+  const keys = turns.map((turn) => JSON.stringify([document.documentElement.lang, here.name, turn]));
+  let stay = keys.findIndex((key, i) => log.children[i]?.key !== key);
+  if (stay < 0) stay = keys.length;
+  while (log.children.length > stay) log.lastElementChild.remove();
+  log.append(...turns.slice(stay).map((turn, k) => Object.assign(article(turn, stay + k), { key: keys[stay + k] })));
   toEnd();
   for (const id of ["export-json", "export-sr", "export-pdf"]) $(id).disabled = !turns.length;
   showHint();
   showModel();
+}
+
+function article(turn, i) {
+  const seen = `/api/conversations/${here.name}/seen/${i}`;
+  const pictures = element("span", ...turn.images.map((_, k) => drawn(`${seen}/${k}`, "modelSees")));
+  const body = element("div", render(turn.answer));
+  body.className = "answer";
+  return element("article", asked(turn.question, pictures), body, ...unknown(turn), facts(turn, model), buttons(turn, i));
 }
 
 function toEnd() {
@@ -260,12 +286,12 @@ function unknown(turn) {
   return [made];
 }
 
-function buttons(turn, i, count) {
+function buttons(turn, i) {
   const made = element("p");
   made.className = "buttons";
   const add = (name, does) => {
     const button = element("button", t(name));
-    button.className = "quiet";
+    button.className = `quiet ${name}`;
     button.addEventListener("click", () => Promise.resolve(does(button)).catch(fail));
     made.append(button);
   };
@@ -273,15 +299,15 @@ function buttons(turn, i, count) {
     await navigator.clipboard.writeText(turn.answer);
     button.textContent = t("copied");
   });
-  if (i === count - 1) add("again", again);
+  add("again", again);
   add("edit", async () => {
     if (busy) return;
-    const mine = here;
-    const { name } = await post(`/api/conversations/${mine.name}/branch`, { exchange: i });
-    if (busy || mine !== here) return leave(talk(name, i > 0));
+    setBusy(true);
+    const branching = post(`/api/conversations/${here.name}/branch`, { exchange: i });
+    const { name } = await branching.finally(() => setBusy(false));
     if (turn.images.length) viewer.clear();
     $("question").value = turn.question;
-    await open(name, i > 0);
+    await open({ ...talk(name), asked: false, inherited: i, shown: here.shown.slice(0, i) });
     $("question").focus();
   });
   return made;
@@ -289,16 +315,20 @@ function buttons(turn, i, count) {
 
 async function showList() {
   const listed = await get("/api/conversations");
-  $("conversations").replaceChildren(...listed.map(({ name, title }) => {
+  const focused = document.activeElement?.name;
+  const made = listed.map(({ name, title }) => {
     const button = element("button", title);
+    button.name = name;
     if (name === here.name) button.setAttribute("aria-current", "true");
     button.addEventListener("click", () => {
       if (busy) return;
       viewer.clear();
-      open(name).catch(fail);
+      open(talk(name)).catch(fail);
     });
-    return element("li", button);
-  }));
+    return button;
+  });
+  $("conversations").replaceChildren(...made.map((button) => element("li", button)));
+  made.find(({ name }) => name === focused)?.focus({ preventScroll: true });
 }
 
 function showModel() {
@@ -312,14 +342,15 @@ function showModel() {
 }
 
 function showHint() {
-  const coming = viewer.unseen().length + here.waiting;
-  const held = here.transcript?.turns.some((turn) => turn.images.length);
+  const coming = unseen().length + here.waiting;
+  const held = here.transcript.turns.some((turn) => turn.images.length);
   $("hint").textContent = coming ? t("willShow", coming) : held ? t("hasSeen") : t("noPicture");
   $("forget").disabled = !(here.naming || viewer.slots.length || viewer.overlays.length);
 }
 
 function setBusy(on) {
   busy = on;
+  stopped = false;
   $("remove").disabled = on; // what is asked about is still wanted
   $("send").hidden = on;
   $("stop").hidden = !on;
@@ -357,9 +388,10 @@ function listen() {
     event.preventDefault();
     $("composer").requestSubmit();
   });
-  const stop = doing(() => busy && here.name && post(`/api/conversations/${here.name}/stop`));
-  $("stop").addEventListener("click", stop);
-  document.addEventListener("keydown", (event) => event.key === "Escape" && busy && stop());
+  $("stop").addEventListener("click", doing(stop));
+  document.addEventListener("keydown", doing((event) => {
+    if (event.key === "Escape" && !document.querySelector("dialog[open]")) return stop();
+  }));
   $("file").addEventListener("change", doing(async (event) => {
     const files = [...event.target.files];
     event.target.value = ""; // at once, so that whoever picks the same file while this one is read is heard
@@ -382,7 +414,7 @@ function listen() {
   $("new").addEventListener("click", doing(async () => {
     if (busy) return;
     viewer.clear();
-    await open(null);
+    await open(talk());
     $("question").focus();
   }));
   $("forget").addEventListener("click", doing(forget));
@@ -406,8 +438,8 @@ function listen() {
   });
   addEventListener("pagehide", (event) => {
     if (event.persisted) return; // it may come back as it is
-    leave(here);
-    viewer.clear();
+    leave(here, true);
+    viewer.clear(true);
   });
   $("theme").addEventListener("click", () => {
     const dark = getComputedStyle(document.documentElement).colorScheme === "dark";

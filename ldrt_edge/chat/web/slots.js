@@ -1,13 +1,12 @@
 // What a slot of the picture panel holds: one picture, or the slices of a series, and how the server is told of it.
 
-// Slots for files that the server took; choices: what becomes of text in them, by what is known of it ("show",
-// "blackOut"). sent: its key when the model saw it. looked: frames in which text was looked for; leftOut: those that
-// the model may not see for it.
-export function slotsOf(taken, choices) {
+// Slots for files that the server took. blackOut: text that is found goes under black boxes, in every frame. looked:
+// frames in which text was looked for; leftOut: those that the model may not see for it.
+export function slotsOf(taken, blackOut) {
   return stacks(taken).map((files) => ({
-    files, frame: files.length >> 1, window: null, about: files[0], zoom: 1, x: 0, y: 0, invert: false, sent: "",
+    files, frame: files.length >> 1, window: null, about: files[0], zoom: 1, x: 0, y: 0, invert: false,
     over: [], covered: true, looked: new Set([0]), leftOut: new Set(),
-    choices: Object.fromEntries(files.map(wording).filter(Boolean).map((kind) => [kind, choices[kind]])),
+    blackOut: blackOut && files.some((file) => wording(file) === "found"),
   }));
 }
 
@@ -33,7 +32,7 @@ export function shot(slot) {
   const stacked = slot.files.length > 1;
   return {
     name: slot.files[stacked ? slot.frame : 0].name, frame: stacked ? 0 : slot.frame, window: slot.window,
-    over: slot.covered ? slot.over.map((one) => one.name) : [], black_out: slot.choices.found === "blackOut",
+    over: slot.covered ? slot.over.map((one) => one.name) : [], black_out: slot.blackOut,
   };
 }
 

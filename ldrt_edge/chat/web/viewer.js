@@ -12,9 +12,11 @@ import { level, number, t } from "./strings.js";
 const PRESETS = { lung: [-600, 1500], bone: [400, 1800], soft: [40, 400], brain: [40, 80] };
 const SETTLED_MS = 250;
 const MOST_OVERLAYS = 8;
+const NAMES_FOR_SURE = 3000; // below 64 KiB
 const $ = (id) => document.getElementById(id);
 
 export class Viewer {
+  taken = new Set(); // files that the server keeps for this page
   slots = []; // see slots.js
   current = null;
   overlays = []; // dose and structures, for the pictures of their frame of reference
@@ -34,29 +36,31 @@ export class Viewer {
   async add(files, progress) {
     const { clearings } = this;
     const sorted = [...files].sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
-    let taken = [];
+    let fresh = [];
     for (const [i, file] of sorted.entries()) {
-      if (clearings !== this.clearings) return forget(taken);
       progress(i + 1, sorted.length);
       try {
-        taken.push(await (await send("POST", "/api/pictures", { body: file })).json()); // its name stays here
+        const one = await (await send("POST", "/api/pictures", { body: file })).json(); // the file's name stays here
+        this.taken.add(one);
+        fresh.push(one);
       } catch (error) {
         this.failed(error);
       }
+      if (clearings !== this.clearings) return this.forget(fresh);
     }
     const choices = {}; // by what is known of the text
     for (const kind of ["found", "missed"]) {
-      const worded = taken.filter((one) => wording(one) === kind).map(({ name }) => ({ name, frame: 0 }));
+      const worded = fresh.filter((one) => wording(one) === kind).map(({ name }) => ({ name, frame: 0 }));
       if (worded.length && clearings === this.clearings) choices[kind] = await this.worded(worded, kind === "found");
     }
-    if (clearings !== this.clearings) return forget(taken);
+    if (clearings !== this.clearings) return;
     const wanted = (one) => !wording(one) || choices[wording(one)];
-    forget(taken.filter((one) => !wanted(one)));
-    taken = taken.filter(wanted);
-    this.overlays.push(...taken.filter((one) => one.overlay));
-    taken = taken.filter((one) => !one.overlay);
-    if (!taken.length) return this.settleOverlays();
-    const added = slotsOf(taken, choices);
+    this.forget(fresh.filter((one) => !wanted(one)));
+    fresh = fresh.filter(wanted);
+    this.overlays.push(...fresh.filter((one) => one.overlay));
+    fresh = fresh.filter((one) => !one.overlay);
+    if (!fresh.length) return this.settleOverlays();
+    const added = slotsOf(fresh, choices.found === "blackOut");
     this.slots.push(...added);
     this.settleOverlays();
     this.show(added.find((slot) => this.slots.includes(slot)) ?? this.slots.find((slot) => slot.over.length));
@@ -94,10 +98,10 @@ export class Viewer {
   async lookAt(slot, name, frame) {
     try {
       const kind = wording(await get(`/api/pictures/${name}/text?frame=${frame}`));
-      if (kind && !slot.choices[kind] && this.slots.includes(slot)) {
+      if (kind && !(kind === "found" && slot.blackOut) && this.slots.includes(slot)) {
         const choice = await this.worded([{ name, frame }], kind === "found");
-        if (choice) slot.choices[kind] = choice;
-        else slot.leftOut.add(frame);
+        if (choice === "blackOut") slot.blackOut = true;
+        else if (!choice) slot.leftOut.add(frame);
         if (choice === "blackOut" && slot === this.current) this.draw();
         this.changed();
       }
@@ -107,22 +111,14 @@ export class Viewer {
     }
   }
 
-  // What the server wants to hear of the pictures that the model has not seen so.
-  unseen() {
-    return this.slots.filter((slot) => slot.sent !== key(slot) && !leftOut(slot)).map(shot);
+  // What the server wants to hear of the pictures that the model has not seen so; shown: what it has, as it came.
+  unseen(shown) {
+    const seen = (slot) => shown.findLast(({ name }) => slot.files.some((file) => file.name === name));
+    return this.slots.filter((slot) => !leftOut(slot) && JSON.stringify(seen(slot)) !== key(slot)).map(shot);
   }
 
-  // Some were shown as they were then.
-  markSent(shots) {
-    for (const slot of this.slots) {
-      const sent = shots.find(({ name }) => slot.files.some((file) => file.name === name));
-      if (sent) slot.sent = JSON.stringify(sent);
-    }
-    this.changed();
-  }
-
-  clear() {
-    forget([...this.slots.flatMap((slot) => slot.files), ...this.overlays]);
+  clear(leaving = false) {
+    this.forget([...this.taken], leaving);
     this.clearings++;
     this.slots = [];
     this.overlays = [];
@@ -131,25 +127,40 @@ export class Viewer {
 
   // What lay over the last picture goes with it: nothing would show that it is still there.
   remove() {
-    forget(this.current.files);
+    const gone = [...this.current.files];
     this.slots = this.slots.filter((slot) => slot !== this.current);
-    if (!this.slots.length) forget(this.overlays.splice(0));
+    if (!this.slots.length) gone.push(...this.overlays.splice(0));
+    this.forget(gone);
     this.show(this.slots.at(-1) ?? null);
+    if (!this.current) $("stage").focus({ preventScroll: true });
     this.settled();
+  }
+
+  // Let the server keep files no longer. leaving: the page is left, behind which only so many names go out for sure.
+  forget(files, leaving = false) {
+    const sure = leaving ? NAMES_FOR_SURE : 0;
+    for (const [some, keepalive] of [[files.slice(0, sure), true], [files.slice(sure), false]]) {
+      if (!some.length) continue;
+      send("POST", "/api/pictures/forget", { json: { names: some.map(({ name }) => name) }, keepalive })
+        .then(() => some.forEach((one) => this.taken.delete(one)), this.failed);
+    }
   }
 
   show(slot) {
     this.current = slot;
     $("viewer").classList.toggle("empty", !slot);
     for (const id of ["window-tools", "invert", "fit", "remove", "frames", "seen", "cover", "legend"]) $(id).hidden = !slot;
+    const focused = $("strip").contains(document.activeElement);
     $("strip").replaceChildren(...this.slots.map((one, i) => {
       const tab = element("button", `${i + 1}`);
       tab.setAttribute("role", "tab");
       tab.setAttribute("aria-selected", one === slot);
+      tab.tabIndex = one === slot ? 0 : -1;
       tab.addEventListener("click", () => this.show(one));
       return tab;
     }));
     $("strip").hidden = this.slots.length < 2;
+    if (focused) $("strip").querySelector("[aria-selected=true]")?.focus();
     if (slot) {
       const count = frames(slot);
       $("frames").hidden = count < 2;
@@ -183,7 +194,9 @@ export class Viewer {
         slot.about = drawn.about;
         this.place();
       } catch (error) {
-        if (slot === this.current) this.failed(error);
+        if (slot !== this.current) continue;
+        replace($("view"), "");
+        this.failed(error);
       }
     }
     this.drawing = false;
@@ -334,6 +347,12 @@ export class Viewer {
       this.zoom(event.deltaY < 0 ? 1.15 : 1 / 1.15, x, y);
     }, { passive: false });
     stage.addEventListener("keydown", (event) => this.key(event));
+    $("strip").addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      this.show(this.slots.at((this.slots.indexOf(this.current) + step) % this.slots.length));
+    });
     $("preset").addEventListener("change", (event) => {
       const preset = PRESETS[event.target.value];
       if (preset) this.setWindow(...preset);
@@ -372,11 +391,6 @@ export class Viewer {
     event.preventDefault();
     does();
   }
-}
-
-// Let the server keep files no longer; those that it has not any more are none the worse.
-function forget(files) {
-  for (const { name } of files) send("DELETE", `/api/pictures/${name}`).catch(() => {});
 }
 
 function replace(image, url) {
