@@ -623,6 +623,38 @@ def test_text_that_may_be_shown_on_one_frame_is_asked_about_on_the_next(page: An
         expect(page.locator("#worded")).to_be_hidden()
 
 
+def test_text_that_only_a_chosen_window_shows_is_asked_about_once(page: Any, edge: Path, tmp_path: Path) -> None:
+    from PIL import ImageDraw, ImageFont
+
+    letters, path = Image.new("L", (300, 200)), tmp_path / "deep.png"
+    ImageDraw.Draw(letters).text((20, 20), "DOE JANE 1950", 255, ImageFont.load_default(20))
+    values = np.where(np.asarray(letters) > 127, 1300, 1000).astype(np.uint16)
+    values[150:, 200:] = 60_000  # so that over the full range no letter is told from what is around it
+    Image.fromarray(values).save(path)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/text?" in request.url else None)
+
+    def window(center: int, width: int) -> None:
+        for name, value in (("#center", center), ("#width", width)):
+            page.fill(name, str(value))
+            page.press(name, "Enter")
+
+    drop(page, path)
+    expect(page.locator("#worded")).to_be_hidden()
+    window(1150, 400)
+    expect(page.locator("#worded")).to_contain_text("burned into 1 picture")
+    expect(page.locator("#worded img[src^='blob:']")).to_have_count(1)
+    page.get_by_role("button", name="Show as it is").click()
+    shown = Front.load(edge).image(read_image(path, (1150, 400)).rgb).sha256
+    expect(page.locator("#seen-facts")).to_have_attribute("title", shown)
+    looked = len(asked)
+    window(1160, 500)  # the same text again
+    again = Front.load(edge).image(read_image(path, (1160, 500)).rgb).sha256
+    expect(page.locator("#seen-facts")).to_have_attribute("title", again)
+    assert len(asked) > looked
+    expect(page.locator("#worded")).to_be_hidden()
+
+
 def test_a_question_asks_about_text_before_it_is_sent(page: Any, tmp_path: Path) -> None:
     from PIL import ImageDraw, ImageFont
 

@@ -4,6 +4,7 @@ import { events, get, picture, post, send, setToken, takeToken } from "./api.js"
 import { evidence, facts } from "./facts.js";
 import { dropped, save } from "./files.js";
 import { element, render } from "./markdown.js";
+import { sight } from "./slots.js";
 import { LANGUAGES, choose, number, preferred, t } from "./strings.js";
 import { Viewer } from "./viewer.js";
 
@@ -48,7 +49,7 @@ function askAboutText(frames, found) {
   asking = asking.then(async () => {
     $("text-found").textContent = t(found ? "textFound" : "textMissed", frames.length);
     $("black-out").hidden = $("text-note").hidden = !found;
-    const views = frames.slice(0, MOST_TEXT_VIEWS).map((one) => drawn(`/api/pictures/${one.name}?frame=${one.frame}`, "picture"));
+    const views = frames.slice(0, MOST_TEXT_VIEWS).map((one) => drawn(sight(one), "picture"));
     $("text-views").replaceChildren(...views);
     $("worded").returnValue = "";
     $("worded").showModal();

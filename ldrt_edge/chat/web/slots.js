@@ -1,11 +1,14 @@
 // What a slot of the picture panel holds: one picture, or the slices of a series, and how the server is told of it.
 
 // Slots for files that the server took. blackOut: text that is found goes under black boxes, in every frame. looked:
-// frames in which text was looked for; leftOut: those that the model may not see for it.
+// frames through windows (see `sight`) in which text was looked for; lines: how many a person was asked about, by name
+// and frame; leftOut: frames that the model may not see for it.
 export function slotsOf(taken, blackOut) {
   return stacks(taken).map((files) => ({
     files, frame: files.length >> 1, window: null, about: files[0], zoom: 1, x: 0, y: 0, invert: false,
-    over: [], covered: true, looked: new Set([0]), leftOut: new Set(),
+    over: [], covered: true, leftOut: new Set(),
+    looked: new Set(files.map(({ name }) => sight({ name, frame: 0, window: null }))),
+    lines: new Map(files.map(({ name, text_lines }) => [`${name} 0`, text_lines])),
     blackOut: blackOut && files.some((file) => wording(file) === "found"),
   }));
 }
@@ -54,8 +57,12 @@ export function key(slot) {
   return JSON.stringify(shot(slot));
 }
 
-export function address(slot, rest = "") {
-  const { name, frame, window, over, black_out } = shot(slot);
+// A frame through a window, and nothing else.
+export function sight({ name, frame, window }, rest = "") {
+  return address({ name, frame, window }, rest);
+}
+
+export function address({ name, frame, window = null, over = [], black_out = false }, rest = "") {
   const query = new URLSearchParams({ frame, ...(window && { window }) });
   for (const one of over) query.append("over", one);
   if (black_out) query.set("black_out", 1);

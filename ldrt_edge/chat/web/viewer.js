@@ -5,7 +5,7 @@
 
 import { get, picture, send } from "./api.js";
 import { element } from "./markdown.js";
-import { address, frames, key, leftOut, meet, shot, slotsOf, whole, wording } from "./slots.js";
+import { address, frames, key, leftOut, meet, shot, sight, slotsOf, whole, wording } from "./slots.js";
 import { level, number, t } from "./strings.js";
 
 // Center and width in HU, as CT consoles commonly have them.
@@ -85,27 +85,29 @@ export class Viewer {
     this.draw();
   }
 
-  // Look for text in the frames that would be shown and that nobody looked at yet, and ask about it.
+  // Look for text in what would be shown and nobody looked at yet, frames through windows, and ask about what is new.
   look() {
     this.looking = this.looking.catch(() => {}).then(async () => {
-      for (let slot; (slot = this.slots.find((one) => one.files.length === 1 && !one.looked.has(one.frame))); ) {
-        await this.lookAt(slot, slot.files[0].name, slot.frame);
+      for (let slot; (slot = this.slots.find((one) => !one.looked.has(sight(shot(one))))); ) {
+        await this.lookAt(slot, slot.frame, shot(slot));
       }
     });
     return this.looking;
   }
 
-  async lookAt(slot, name, frame) {
+  async lookAt(slot, place, { name, frame, window }) {
+    const seen = { name, frame, window }, known = slot.lines.get(`${name} ${frame}`) ?? -1;
     try {
-      const kind = wording(await get(`/api/pictures/${name}/text?frame=${frame}`));
-      if (kind && !(kind === "found" && slot.blackOut) && this.slots.includes(slot)) {
-        const choice = await this.worded([{ name, frame }], kind === "found");
+      const told = await get(sight(seen, "/text")), kind = told.text_lines > known && wording(told);
+      slot.lines.set(`${name} ${frame}`, Math.max(told.text_lines, known));
+      if (kind && !(kind === "found" && slot.blackOut) && !slot.leftOut.has(place) && this.slots.includes(slot)) {
+        const choice = await this.worded([seen], kind === "found");
         if (choice === "blackOut") slot.blackOut = true;
-        else if (!choice) slot.leftOut.add(frame);
+        else if (!choice) slot.leftOut.add(place);
         if (choice === "blackOut" && slot === this.current) this.draw();
         this.changed();
       }
-      slot.looked.add(frame);
+      slot.looked.add(sight(seen));
     } catch (error) {
       if (this.slots.includes(slot)) throw error;
     }
@@ -185,7 +187,7 @@ export class Viewer {
       this.wanted = false;
       const slot = this.current;
       try {
-        const drawn = await picture(address(slot));
+        const drawn = await picture(address(shot(slot)));
         if (slot !== this.current) {
           URL.revokeObjectURL(drawn.url);
           continue;
@@ -213,7 +215,7 @@ export class Viewer {
     try {
       await this.look();
       if (overtaken()) return;
-      const seen = leftOut(slot) ? null : await picture(address(slot, "/seen"));
+      const seen = leftOut(slot) ? null : await picture(address(shot(slot), "/seen"));
       if (overtaken()) return seen && URL.revokeObjectURL(seen.url);
       this.placeSeen(seen);
       this.settled();
