@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.exports import open_export
 from ldrt_edge.convert.faults import _tensor_fault
 from ldrt_edge.convert.feedback import Compensated, Rounding, compensated, gains
-from ldrt_edge.convert.gradients import gradients, linears, prompts
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import Moments, measure
 from ldrt_edge.convert.planned import Format, quantize_planned
@@ -116,28 +114,6 @@ def test_moments_are_the_same_in_any_number_of_passes(
         one, many = np.load(tmp_path / "one" / name), np.load(tmp_path / "many" / name)
         np.testing.assert_allclose(one, many, rtol=1e-3, atol=1e-5 * one.max())
         assert (np.diag(one) >= 0).all() and np.allclose(one, one.T, rtol=1e-3, atol=1e-5 * one.max())
-
-
-def test_moments_count_inputs_by_what_answers_depend_on_and_all_a_little(
-    tiny: builders.Tiny, data: Path, tmp_path: Path
-) -> None:
-    merged, rows = tiny("llava15", "llama"), Calibration(data, limit=8).rows()
-    name, seen = "language_model.layers.0.mlp.down_proj.weight", []
-    runtime = HfRuntime(merged)
-    asked = prompts(runtime, data, rows)
-    with linears(runtime, {name: name}, lambda _, inputs, gradient: seen.append((inputs.numpy(), gradient.numpy()))):
-        deque(gradients(runtime, asked, 0, "gradients"), maxlen=0)
-    runtime.close()
-
-    tokens, expected, depended = sum(len(answer) for _, answer in asked), 0.0, 0.0
-    for inputs, gradient in seen:
-        weights, squares = 0.5 * (gradient**2).sum(1) / tokens, (inputs**2).sum(1)
-        depended += (weights * squares).sum()
-        expected = expected + (inputs.T * (weights + 0.1 * np.average(weights, weights=squares))) @ inputs
-
-    found = measure(open_source(merged), data, rows, tmp_path)[name]
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * found.max())
-    assert np.trace(found) == pytest.approx(1.1 * depended, rel=1e-3)
 
 
 def test_rows_are_changed_alike_one_by_one(tiny: builders.Tiny, tmp_path: Path) -> None:
