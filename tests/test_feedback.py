@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.exports import open_export
 from ldrt_edge.convert.faults import _tensor_fault
 from ldrt_edge.convert.feedback import Compensated, Rounding, compensated, gains
+from ldrt_edge.convert.gradients import gradients, linears, prompts
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import Moments, measure
 from ldrt_edge.convert.planned import Format, quantize_planned
@@ -114,6 +116,22 @@ def test_moments_are_the_same_in_any_number_of_passes(
         one, many = np.load(tmp_path / "one" / name), np.load(tmp_path / "many" / name)
         np.testing.assert_allclose(one, many, rtol=1e-3, atol=1e-5 * one.max())
         assert (np.diag(one) >= 0).all() and np.allclose(one, one.T, rtol=1e-3, atol=1e-5 * one.max())
+
+
+def test_moments_weigh_inputs_by_what_answers_depend_on(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    merged, rows = tiny("llava15", "llama"), Calibration(data, limit=8).rows()
+    name, expected, seen = "language_model.layers.0.mlp.down_proj.weight", 0.0, []
+    runtime = HfRuntime(merged)
+    asked = prompts(runtime, data, rows)
+    with linears(runtime, {name: name}, lambda _, inputs, gradient: seen.append((inputs.numpy(), gradient.numpy()))):
+        deque(gradients(runtime, asked, 0, "gradients"), maxlen=0)
+    runtime.close()
+    for inputs, gradient in seen:
+        expected = expected + (inputs.T * 0.5 * (gradient**2).sum(1)) @ inputs
+
+    found = measure(open_source(merged), data, rows, tmp_path)[name]
+    expected = expected / sum(len(answer) for _, answer in asked)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * found.max())
 
 
 def test_rows_are_changed_alike_one_by_one(tiny: builders.Tiny, tmp_path: Path) -> None:
