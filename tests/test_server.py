@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -685,6 +686,29 @@ def test_there_is_an_end_to_what_waits_of_all(server: Server) -> None:
     assert first.is_alive()
     first.leave()
     assert server.events(f"{talks[32]}/ask", {"question": "Now", "max_tokens": 2})[-1]["done"]
+
+
+def test_conversations_may_be_forgotten_while_they_are_listed(edge: Path) -> None:
+    """Another thread gets its turn wherever Python makes objects; here the garbage collector is that thread."""
+    with closing(load(edge, threads=1)) as runtime:
+        desk = Desk(runtime, Front.load(edge), Model.of(edge), Sampling(max_tokens=2))
+        session = desk.conversations[desk.open()].session
+        names = [str(number) for number in range(5000)]  # more than the tuples that Python has at hand
+        desk.conversations |= {name: Conversation(name, session) for name in names}
+
+        def forget(phase: str, info: dict[str, int]) -> None:
+            if phase == "stop" and len(names) > 1000:
+                desk.conversations.pop(names.pop())
+
+        threshold = gc.get_threshold()
+        gc.callbacks.append(forget)
+        gc.set_threshold(1)
+        try:
+            listed = [conversation.name for conversation in desk.opened()]
+        finally:
+            gc.callbacks.remove(forget)
+            gc.set_threshold(*threshold)
+        assert set(names) <= set(listed)
 
 
 def test_what_is_read_ahead_gives_way_to_a_question_elsewhere(edge: Path) -> None:

@@ -119,6 +119,10 @@ class Desk:
         if self.turns.idle:
             self._reading, self._read = self.turns.take(conversation.name, work), tuple(pictures)
 
+    def opened(self) -> list[Conversation]:
+        """Those that are open now, the oldest first."""
+        return list(self.conversations.copy().values())  # copied at once: other threads forget theirs meanwhile
+
     def is_open(self, conversation: Conversation) -> bool:
         """Whether a conversation was not forgotten since."""
         return self.conversations.get(conversation.name) is conversation
@@ -130,9 +134,9 @@ class Desk:
             DataError: too many are open.
         """
         if len(self.conversations) >= _MOST_CONVERSATIONS:
-            for name, old in list(self.conversations.items()):
+            for old in self.opened():
                 if not old.session.exchanges and not old.writing:
-                    del self.conversations[name]
+                    self.conversations.pop(old.name, None)
                     self._end(old)
         if len(self.conversations) >= _MOST_CONVERSATIONS:
             raise DataError(f"{_MOST_CONVERSATIONS} conversations are open: delete some")

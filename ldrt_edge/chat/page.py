@@ -117,8 +117,8 @@ class Page:
     async def conversations(self, _: Request) -> Response:
         """Names and first questions, the newest first."""
         listed = [
-            {"name": name, "title": exchanges[0].question[:200]}
-            for name, conversation in reversed(list(self._desk.conversations.items()))  # others forget theirs meanwhile
+            {"name": conversation.name, "title": exchanges[0].question[:200]}
+            for conversation in reversed(self._desk.opened())
             if (exchanges := list(conversation.session.exchanges))
         ]
         return json_reply(listed)
