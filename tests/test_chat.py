@@ -359,6 +359,7 @@ class Terminal:
         self._pid, self._screen = pty.fork()
         if self._pid == 0:
             os.chdir(folder)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs the tests behind others ignores it
             settings = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "200", "HOME": str(folder)}
             os.execve(command[0], command, os.environ | settings | more)
 
