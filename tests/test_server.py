@@ -18,7 +18,6 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -1112,16 +1111,3 @@ def test_its_only_sockets_are_on_loopback(edge: Path, ct: bytes, tmp_path: Path)
     server.process.communicate(timeout=30)
     internet = [line for line in trace.read_text().splitlines() if "AF_INET" in line]
     assert internet and all('"127.0.0.1"' in line or '"::1"' in line for line in internet), internet
-
-
-def test_conversations_are_listed_while_others_are_forgotten() -> None:
-    class Forgetting:
-        @property
-        def session(self) -> Any:
-            desk.conversations.pop("older", None)
-            return SimpleNamespace(exchanges=[SimpleNamespace(question="Why?")])
-
-    kept = SimpleNamespace(session=SimpleNamespace(exchanges=[]))
-    desk: Any = SimpleNamespace(conversations={"oldest": kept, "older": kept, "newest": Forgetting()})
-    listed = asyncio.run(Page(desk).conversations(cast(Any, None)))
-    assert json.loads(bytes(listed.body)) == [{"name": "newest", "title": "Why?"}]
