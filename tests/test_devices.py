@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from test_train import FAST, colour_dataset
 
 from ldrt_edge.train.recipe import load_recipe
-from ldrt_edge.train.watch import METRICS, read_metrics
+from ldrt_edge.train.watch import METRICS, SAMPLES, read_metrics
 
 Tiny = Callable[..., Path]
 SETTINGS = [
@@ -33,6 +34,7 @@ SETTINGS = [
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 CLI = ["-m", "ldrt_edge.cli"]
 FSDP_ON_CPU = [str(Path(__file__).with_name("fsdp_on_cpu.py"))]
+deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,20 @@ def launch_environment(name: str, processes: int) -> dict[str, str]:
     given = ["--config_file", str(config), "--num_processes", str(processes), "x.py"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(given))
     return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if os.environ.get(name) != value}
+
+
+def zero3(folder: Path, processes: int) -> list[str]:
+    """`accelerate launch` with the config that ships, but that small parameters are spread as well."""
+    shipped = yaml.safe_load((resources.files("ldrt_edge.train") / "launch" / "zero3.yaml").read_text())
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    spread = {"stage": shipped["deepspeed_config"].pop("zero_stage"), "stage3_param_persistence_threshold": 0}
+    told = folder / "zero3.json"
+    told.write_text(json.dumps({"zero_optimization": spread, **dict.fromkeys(sizes, "auto")}))
+    shipped["deepspeed_config"] = {"deepspeed_config_file": str(told), "zero3_init_flag": False}
+    config = folder / "zero3.yaml"
+    config.write_text(yaml.safe_dump(shipped))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
+    return [sys.executable, *launch, *CLI]
 
 
 def losses(adapter: Path) -> list[float]:
@@ -113,18 +129,35 @@ def test_fsdp2_trains_what_one_process_trains(tiny: Tiny, data: Path, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("processes", [2, 1])
+@deepspeed
+def test_zero3_trains_what_one_process_trains(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    """Both stages, the best weights put back, sample answers; every parameter spread over two processes."""
+    base = tiny("llava15", "smollm2")
+    settings = ["devices=2", "align.epochs=1", "keep_best=true", "eval_steps=3", "sample_steps=4"]
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", settings)])
+    run([*zero3(tmp_path, 2), *command(base, data, tmp_path / "spread", settings)], DS_ACCELERATOR="cpu")
+    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    same_adapter(tmp_path / "one", tmp_path / "spread")
+    assert (tmp_path / "spread" / SAMPLES).read_text() == (tmp_path / "one" / SAMPLES).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "processes"),
+    [("ddp", 2), ("ddp", 1), ("fsdp2", 2), ("fsdp2", 1), pytest.param("zero3", 2, marks=deepspeed)],
+)
 def test_a_killed_run_goes_on_with_as_many_processes_or_fewer(
     tiny: Tiny, data: Path, tmp_path: Path, kind: str, processes: int
 ) -> None:
     base, settings = tiny("llava15", "smollm2"), ["devices=2", "save_steps=10", "instruct.epochs=12"]
-    program = FSDP_ON_CPU if kind == "fsdp2" else CLI
 
     def started(number: int) -> subprocess.Popen[str]:
+        torchrun = [*TORCHRUN, "--nproc-per-node", str(number)]
+        program = {"ddp": [*torchrun, *CLI], "fsdp2": [*torchrun, *FSDP_ON_CPU], "zero3": zero3(tmp_path, number)}[kind]
+        environment = launch_environment(kind, number) if kind == "fsdp2" else {"DS_ACCELERATOR": "cpu"}
         return subprocess.Popen(
-            [*TORCHRUN, "--nproc-per-node", str(number), *program, *command(base, data, tmp_path / "out", settings)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(launch_environment(kind, number) if kind == "fsdp2" else {})},
+            [*program, *command(base, data, tmp_path / "out", settings)],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
@@ -138,6 +171,9 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_fewer(
     for process in (launcher, *launcher.children(recursive=True)):  # they are in sessions of their own
         process.kill()
     killed.communicate()
+    if kind == "zero3":  # its shards are for as many
+        told, _ = started(1).communicate(timeout=300)
+        assert "was written by 2 processes under ZeRO-3" in told and not (tmp_path / "out").exists()
     told, _ = started(processes).communicate(timeout=300)
     assert "going on from step" in told
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

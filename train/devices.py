@@ -6,14 +6,15 @@ the artefact, the others work on the same draft, so `--out` lies where all of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from ldrt_edge import artifact
 from ldrt_edge.errors import ConfigError
@@ -97,5 +98,47 @@ def gathered(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter whole and on the CPU, however it is sharded; all processes must ask."""
     from torch.distributed.tensor import DTensor
 
-    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return whole.detach().cpu().contiguous()
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach().cpu().contiguous()
+    with _whole(parameter):
+        return parameter.detach().cpu().contiguous().clone()
+
+
+def assign(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Give parameters and buffers whole values by name, however they are sharded; all processes must ask."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    rest: dict[str, Any] = dict(state)
+    for name, parameter in model.named_parameters():
+        if name in rest and _of_zero3(parameter):
+            with _whole(parameter, written=True), torch.no_grad():
+                parameter.copy_(rest.pop(name))
+    set_model_state_dict(model, rest, options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def check_shards(checkpoint: Path) -> None:
+    """That a checkpoint's optimizer can be read by these processes: DeepSpeed's can by as many as wrote it.
+
+    Raises:
+        ConfigError: they are more, or fewer.
+    """
+    shards, number = len(list(checkpoint.glob("*/*zero_pp_rank_*_optim_states.pt"))), state().num_processes
+    if shards and shards != number:
+        raise ConfigError(
+            f"{checkpoint.name} was written by {shards} processes under ZeRO-3, which goes on with as many only: "
+            f"start {shards} instead of {number}, or begin anew with --fresh"
+        )
+
+
+def _of_zero3(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "ds_id")  # what DeepSpeed calls the parameters that it spreads
+
+
+def _whole(parameter: torch.Tensor, written: bool = False) -> AbstractContextManager[Any]:
+    """A parameter of ZeRO-3 put together, and spread again afterwards, with what the first process wrote to it."""
+    if not _of_zero3(parameter):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    context: AbstractContextManager[Any] = GatheredParameters([parameter], modifier_rank=0 if written else None)
+    return context

@@ -249,7 +249,8 @@ def _save_adapter(model: PackedLlava, folder: Path, base_name: str) -> None:
     """A stock PEFT adapter: LoRA weights, and the projector for raw features."""
     from peft import get_peft_model_state_dict
 
-    state = {name: devices.gathered(tensor) for name, tensor in get_peft_model_state_dict(model.peft).items()}
+    trained = get_peft_model_state_dict(model.peft, state_dict=dict(model.peft.named_parameters()))
+    state = {name: devices.gathered(parameter) for name, parameter in trained.items()}
     folded = model.folded_projector()
     for name in list(state):
         state[name] = folded[name.rpartition("multi_modal_projector.")[2]] if "projector" in name else state[name]

@@ -149,9 +149,19 @@ class PackedTrainer(Trainer):
         save_trained(self.packed, folder)
         self._losses.save(folder)
 
+    def train(self, resume_from_checkpoint: str | None = None) -> Any:  # type: ignore[override]
+        """As transformers does, from a checkpoint's losses on; its weights come with the engine's way to load them.
+
+        Raises:
+            ConfigError: ZeRO-3's checkpoint is of another number of processes.
+        """
+        if resume_from_checkpoint:
+            devices.check_shards(Path(resume_from_checkpoint))
+            self._losses.load(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.packed, Path(resume_from_checkpoint))
-        self._losses.load(Path(resume_from_checkpoint))
 
 
 def save_trained(model: PackedLlava, folder: Path) -> None:
@@ -169,7 +179,4 @@ def save_trained(model: PackedLlava, folder: Path) -> None:
 
 def load_trained(model: PackedLlava, folder: Path) -> None:
     """Read what `save_trained` wrote, onto however many devices there are now."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    state: dict[str, Any] = dict(load_file(folder / TRAINED))
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+    devices.assign(model, load_file(folder / TRAINED))
