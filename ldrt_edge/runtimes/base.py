@@ -298,8 +298,17 @@ def keys_of(prompt: Prompt, extra: Sequence[int] = ()) -> list[Key]:
     return [*keys, *extra]
 
 
+def of_pictures(prompt: Prompt) -> int:
+    """How many tokens a prompt has up to the end of its last picture; 0 without one."""
+    places = [place for place, key in enumerate(keys_of(prompt), 1) if isinstance(key, tuple)]
+    return max(places, default=0)
+
+
 def common_prefix(prompts: Sequence[Prompt]) -> int:
-    """How many leading tokens all prompts share; 0 where a picture stands behind them, or one would have none left."""
+    """How many leading tokens all prompts share, with pictures those up to their end: text runs through kernels whole.
+
+    0 where a picture stands behind them, or one would have none left.
+    """
     keys = [keys_of(prompt) for prompt in prompts]
     count = 0
     for column in zip(*keys, strict=False):
@@ -307,7 +316,9 @@ def common_prefix(prompts: Sequence[Prompt]) -> int:
             break
         count += 1
     count = min(count, min(map(len, keys)) - 1)
-    return 0 if any(isinstance(key, tuple) for key in itertools.chain(*(k[count:] for k in keys))) else count
+    seen = of_pictures(prompts[0])
+    behind = any(isinstance(key, tuple) for key in itertools.chain(*(k[count:] for k in keys)))
+    return 0 if behind else seen or count
 
 
 def remaining(prompt: Prompt, extra: Sequence[int], start: int) -> list[tuple[int, ...] | FrontImage]:

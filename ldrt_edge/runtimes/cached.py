@@ -29,6 +29,7 @@ from ldrt_edge.runtimes.base import (
     check_room,
     generate_tokens,
     keys_of,
+    of_pictures,
     remaining,
 )
 
@@ -102,8 +103,15 @@ class CachedRuntime(ABC):
         return [self.score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def generate_all(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Token]]:
-        """`generate` of several prompts, one after the other."""
-        return [list(self.generate(prompt, sampling)) for prompt in prompts]
+        """`generate` of several prompts, one after the other, each as if it were the first after its pictures.
+
+        What other questions begin with as well is computed again: in another batch it was rounded otherwise.
+        """
+        given = []
+        for prompt in prompts:
+            self._prefix.keys = self._prefix.keys[: of_pictures(prompt)]
+            given.append(list(self.generate(prompt, sampling)))
+        return given
 
     def remember(self, most_bytes: int) -> None:
         """Keep what was read for other conversations too, in at most so many bytes: they go on as if not left."""

@@ -28,7 +28,7 @@ from ldrt_edge.runtimes.llamacpp_bindings import Watch, library
 from ldrt_edge.runtimes.llamacpp_models import Inputs, LanguageModel, VisionModel
 from ldrt_edge.runtimes.processor import free_cores
 
-_MOST_DOUBTED, _TRIED = 0.4, 40
+_MOST_DOUBTED, _TRIED = 0.4, 16
 """Side by side, short answers take half of the time; so no more than that share of them may be asked again. It is
 judged by so many answers at least."""
 
@@ -110,8 +110,9 @@ class LlamaCppRuntime(CachedRuntime):
             given = Branches(self._text, held).generate(prompts, sampling)
         self._side_by_side += len(given)
         self._doubted += given.count(None)
-        pairs = zip(prompts, given, strict=True)
-        return [list(self.generate(prompt, sampling)) if found is None else found for prompt, found in pairs]
+        doubted = [prompt for prompt, found in zip(prompts, given, strict=True) if found is None]
+        again = iter(super().generate_all(doubted, sampling))
+        return [next(again) if found is None else found for found in given]
 
     def _held_in_common(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> int | None:
         """Fill the cache with what all prompts begin with; its length, or None where side by side is not possible."""
