@@ -161,7 +161,7 @@ class DatasetWriter:
         digest = hashlib.sha256(data).hexdigest()
         name = f"{IMAGES}/{digest[:24]}{suffix.lower()}"
         path = self._folder / name
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != len(data):  # a full disk may have left half of one
             path.write_bytes(data)
         return name, digest
 
@@ -213,18 +213,27 @@ def group_by_image(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def assign_splits(
     groups: Sequence[str], test_fraction: float, seed: int, strata: Sequence[str] | None = None
 ) -> dict[str, Split]:
-    """Give every distinct group a split, `test_fraction` of the groups in each stratum to "test".
+    """Give every distinct group a split: `test_fraction` of all groups to "test", spread evenly over the strata.
 
+    What one stratum's share leaves over or lacks of a whole group, the next by name makes up for: strata of few groups
+    each still give as many as they should together. Between 0 and 1, each side gets one of two or more groups.
     Depends only on the names, the fraction and the seed: the order of `groups` does not matter.
     """
     stratum_of = dict(zip(groups, strata or [""] * len(groups), strict=True))
     by_stratum: dict[str, list[str]] = {}
     for group, stratum in stratum_of.items():
         by_stratum.setdefault(stratum, []).append(group)
+    count = len(stratum_of)
+    wanted = round(count * test_fraction)
+    if 0 < test_fraction < 1 and count > 1:
+        wanted = min(max(wanted, 1), count - 1)
     splits: dict[str, Split] = {}
-    for members in by_stratum.values():
+    seen = given = 0
+    for _, members in sorted(by_stratum.items()):
         members.sort(key=lambda name: hashlib.sha256(f"{seed}\0{name}".encode()).digest())
-        tests = round(len(members) * test_fraction)
+        seen += len(members)
+        tests = round(seen * wanted / count) - given
+        given += tests
         splits.update({name: "test" if i < tests else "train" for i, name in enumerate(members)})
     return splits
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ldrt_edge.errors import DataError
 from ldrt_edge.train.data import reading
 
 LICENCE = (
@@ -94,6 +95,11 @@ def tarred(path: Path, files: dict[str, bytes], links: dict[str, str] | None = N
             info.type, info.linkname = tarfile.SYMTYPE, target
             archive.addfile(info)
     return path
+
+
+def refusing_reader(chunk: reading.Chunk) -> int:
+    """As `read_chunk` where the machine has no room."""
+    raise DataError("the disk is full")
 
 
 def dying_reader(chunk: reading.Chunk) -> int:

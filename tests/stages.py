@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from articles import figure, jats, picture
+from articles import folder as article_folder
 from bundling import Made, make
 from test_train import colour_dataset
 
@@ -27,11 +29,14 @@ from ldrt_edge.convert.gguf import convert
 from ldrt_edge.convert.quantize import quantize
 from ldrt_edge.errors import LdrtError
 from ldrt_edge.train.base import resolve_base
+from ldrt_edge.train.data.curate import curate
+from ldrt_edge.train.data.generators import Reply, Request
+from ldrt_edge.train.data.instruct import instruct
 from ldrt_edge.train.lora import train
 from ldrt_edge.train.merge import merge
 from ldrt_edge.train.recipe import load_recipe
 
-STAGES = ("train", "merge", "convert", "quantize", "bench", "bundle")
+STAGES = ("train", "merge", "convert", "quantize", "bench", "bundle", "instruct")
 SMALL = (
     "lora.rank=2", "lora.alpha=4", "lora.dropout=0", "precision=fp32", "validation_images=0", "rows_per_step=4",
     "vision_tokens=null", "align.epochs=1", "instruct.epochs=1", "save_steps=1",
@@ -46,6 +51,7 @@ class Line:
     data: Path
     adapter: Path
     made: Made
+    pairs: Path
 
     def run(self, stage: str, out: Path) -> None:
         """A stage into `out`."""
@@ -64,13 +70,34 @@ class Line:
                 bench(self.made.edge, self.data, out, merged, runs=0, threads=1)
             case "bundle":
                 pack(self.made.edge, self.made.report, out, max_loss=100)
+            case "instruct":
+                instruct(self.pairs, out, Writer(), ["complex reasoning"], parallel=1)
+
+
+class Writer:
+    """A generator that answers from what it is told, at length."""
+
+    name = "writer"
+
+    def ask(self, request: Request) -> Reply:
+        caption = request.user.partition("Caption: ")[2].partition("\n")[0]
+        return Reply(json.dumps({"question": "What does it show?", "answer": " ".join([caption] * 40)}), 1)
+
+    def close(self) -> None:
+        pass
 
 
 def make_line(base: Path, folder: Path) -> Line:
     """Everything that a stage reads, made of a tiny checkpoint in a new folder."""
     data = colour_dataset(folder / "colours", 12)
     adapter = train(resolve_base(str(base)), [data], folder / "adapter", load_recipe("starter", SMALL))
-    return Line(base, data, adapter, make(base, folder))
+    files: dict[str, bytes] = {}
+    for number in range(24):
+        caption = f"Dose distribution over the left heel of patient {number + 100} in plan {number + 300}"
+        files[f"{number}/a.xml"] = jats(f"10.1/{number}", figure(1, caption))
+        files[f"{number}/x-g001.png"] = picture(number)
+    pairs = curate([article_folder(folder / "articles", files)], folder / "pairs")
+    return Line(base, data, adapter, make(base, folder), pairs)
 
 
 def forked(work: Callable[[], None], told: Path = Path(os.devnull)) -> int:

@@ -14,7 +14,9 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from articles import (
     folder,
     jats,
     picture,
+    refusing_reader,
     tarred,
     zipped,
 )
@@ -39,8 +42,9 @@ from ldrt_edge.train.data.curate import curate
 from ldrt_edge.train.data.filters import Settings
 from ldrt_edge.train.data.language import language_of
 from ldrt_edge.train.data.licences import is_allowed, spdx
-from ldrt_edge.train.data.pairs import DROPPED, Dropped, Pair, Pairs
-from ldrt_edge.train.data.panels import caption_parts, panel_boxes
+from ldrt_edge.train.data.packages import Halted, find_units
+from ldrt_edge.train.data.pairs import DROPPED, Dropped, Pair, Pairs, pair_line
+from ldrt_edge.train.data.panels import caption_parts, panel_boxes, panels_named
 from ldrt_edge.train.data.relevance import load_terms
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/articles"
@@ -123,6 +127,47 @@ def test_a_picture_that_no_name_means_is_counted_and_not_guessed(tmp_path: Path)
     assert told[2][0] == "no picture named"
 
 
+def packed(path: Path, how: str, files: dict[str, bytes]) -> Path:
+    return {"folder": folder, "zip": zipped, "tar.gz": tarred}[how](path.with_suffix(f".{how}"), files)
+
+
+@pytest.mark.parametrize("how", ["folder", "zip", "tar.gz"])
+@pytest.mark.parametrize("place", ["a/a.xml", "a.xml"])
+def test_a_picture_beside_another_article_is_not_taken(tmp_path: Path, how: str, place: str) -> None:
+    files = {
+        place: jats("10.1/a", figure(1, CAPTION, "gr1")),
+        "b/b.xml": jats("10.1/b", figure(1, other(2), "gr1")),
+        "b/images/gr1.png": picture(1),
+        "b/images/c/c.xml": jats("10.1/c", figure(1, other(3), "gr1")),
+    }
+    path = curate([packed(tmp_path / "in", how, files)], tmp_path / "pairs")
+    assert [pair.article for pair in Pairs(path)] == ["doi:10.1/b"]
+    assert steps(path) == {"picture not found": 2}
+
+
+@pytest.mark.parametrize("how", ["zip", "tar.gz"])
+def test_an_archive_of_one_article_is_all_its_own(tmp_path: Path, how: str) -> None:
+    files = {"xml/a.xml": jats("10.1/a", figure(1, CAPTION, "gr1")), "images/gr1.png": picture(1)}
+    path = curate([packed(tmp_path / "in", how, files)], tmp_path / "pairs")
+    assert [pair.figure for pair in Pairs(path)] == ["f1"]
+
+
+@pytest.mark.parametrize("how", ["folder", "zip", "tar.gz"])
+def test_the_path_that_the_xml_gives_comes_before_the_name_alone(tmp_path: Path, how: str) -> None:
+    figures = figure(1, CAPTION, "two/gr1.png") + figure(2, other(2), "./One/gr1") + figure(3, other(3), "http://x/gr2.tif")
+    files = {
+        "p/a.xml": jats("10.1/a", figures),
+        "p/one/gr1.png": picture(1),
+        "p/two/gr1.png": picture(2),
+        "p/two/deep/gr2.png": picture(3),
+    }
+    path = curate([packed(tmp_path / "in", how, files)], tmp_path / "pairs")
+    shown = {pair.figure: np.asarray(Image.open(path / pair.image)) for pair in Pairs(path)}
+    seeds = {"f1": 2, "f2": 1, "f3": 3}
+    drawn = {name: np.asarray(Image.open(io.BytesIO(picture(seed)))) for name, seed in seeds.items()}
+    assert shown.keys() == drawn.keys() and all((shown[name] == drawn[name]).all() for name in drawn)
+
+
 def test_captions_in_several_languages_share_one_picture(tmp_path: Path) -> None:
     spanish = "Distribución de la dosis en el talón izquierdo, en el plano del isocentro"
     german = "Dosisverteilung des Bestrahlungsplans an der linken Ferse in der Ebene des Isozentrums"
@@ -175,6 +220,81 @@ def test_figure_groups_several_pictures_and_reprints(tmp_path: Path) -> None:
     assert steps(path) == {"licence of the figure": 1}
 
 
+def test_a_group_with_one_picture_and_captions_of_its_parts_is_one_figure(tmp_path: Path) -> None:
+    group = (
+        '<fig-group id="g"><label>Figure 7</label><caption><title>Both heels after therapy.</title></caption>'
+        '<graphic xlink:href="x-g007"/>'
+        + figure(1, "Left heel with the isodose lines", "")
+        + figure(2, "Right heel with the isodose lines", "")
+        + "</fig-group>"
+    )
+    body = 'Heels are in <xref ref-type="fig" rid="f2">Fig. 2</xref>.'
+    (pair,) = Pairs(made(tmp_path, {"a.xml": jats("10.1/a", group, body=body), "x-g007.png": picture(7)}))
+    assert (pair.figure, pair.label, pair.mentions) == ("g", "Figure 7", ("Heels are in Fig. 2.",))
+    assert pair.caption == (
+        "Both heels after therapy. Figure 1: Left heel with the isodose lines"
+        " Figure 2: Right heel with the isodose lines"
+    )
+
+
+@pytest.mark.parametrize("dash", ["–", "-", " — "])
+def test_a_range_of_figures_mentions_those_between(dash: str) -> None:
+    body = (
+        f'Heels are in <xref ref-type="fig" rid="f1">Figs. 1</xref>{dash}<xref ref-type="fig" rid="f3">3</xref>. '
+        'See <xref ref-type="fig" rid="f2">Fig. 2</xref> and <xref ref-type="fig" rid="f4">Fig. 4</xref>.'
+    )
+    (article,) = read_articles(jats("10.1/a", "".join(figure(n, other(n)) for n in (1, 2, 3, 4)), body=body))
+    range_, two = f"Heels are in Figs. 1{dash}3.", "See Fig. 2 and Fig. 4."
+    assert [one.mentions for one in article.figures] == [(range_,), (range_, two), (range_,), (two,)]
+
+
+def test_figures_that_are_someone_elses_are_not_under_the_articles_licence(tmp_path: Path) -> None:
+    own = "<permissions><copyright-statement>© Elsevier, all rights reserved</copyright-statement></permissions>"
+    group = f'<fig-group id="g">{own}{figure(1, other(1))}{figure(2, other(2))}</fig-group>'
+    said = [
+        "Reprinted from Smith et al. with permission from Elsevier.",
+        "© 2010 Springer.",
+        "Mit freundlicher Genehmigung des Verlags nachgedruckt.",
+        "Reproducido con permiso de Elsevier.",
+        "Reproduit avec l'autorisation de Masson.",
+        "Adaptado com permissão da Springer.",
+        "Riprodotto per gentile concessione dell'editore.",
+        "Adapted from Jones (CC BY-NC-ND 4.0).",
+    ]
+    kept = [
+        "Reprinted from Smith under CC BY 3.0.",
+        "Photograph reproduced with permission of the patient.",
+        "© The Authors 2020.",
+    ]
+    figures = "".join(figure(number, f"{other(number)}. {words}") for number, words in enumerate(said + kept, start=3))
+    credit = figure(20, other(20), None, "<attrib>© Springer. Reproduced with permission</attrib>")
+    translated = figure(21, "Distribución de la dosis en el talón izquierdo", "").replace("Figure", "Figura")
+    after = f"<sub-article article-type='translation' xml:lang='es'><body>{translated}</body></sub-article>"
+    reprint = figure(21, other(21), None, own)
+    files = {f"x-g{number:03d}.png": picture(number) for number in range(1, 22)}
+    path = made(tmp_path, {"a.xml": jats("10.1/a", group + figures + credit + reprint, after=after), **files})
+    found = {pair.figure: pair.licence for pair in Pairs(path)}
+    assert found == {"f11": "CC-BY-3.0", "f12": "CC-BY-4.0", "f13": "CC-BY-4.0"}
+    assert steps(path) == {"licence of the figure": len(said) + 5}
+    assert {one.reason for one in dropped(path)} == {"unknown", "CC-BY-NC-ND-4.0"}
+
+
+def test_two_figures_of_one_id_are_two_pairs(tmp_path: Path) -> None:
+    figures = figure(1, CAPTION, "x1") + figure(1, other(2), "x2") + figure(1, other(3), "x3").replace('"f1"', '"f1-2"')
+    path = made(tmp_path, {"a.xml": jats("10.1/a", figures), **{f"x{n}.png": picture(n) for n in (1, 2, 3)}})
+    assert [pair.id for pair in Pairs(path)] == [f"doi:10.1/a#{name}/en" for name in ("f1", "f1-2", "f1-2-2")]
+
+
+def test_an_article_that_says_too_much_stays_readable(tmp_path: Path) -> None:
+    much = "word " * 400_000
+    data = jats("10.1/" + "a" * 2_000_000, figure(1, CAPTION), title=much, body=much)
+    data = data.replace(b"<kwd>heel</kwd>", f"<kwd>{much}</kwd>".encode())
+    data = data.replace(b'id="f1"', f'id="{"f" * 2_000_000}"'.encode())
+    path = curate([folder(tmp_path / "in", {"a.xml": data, "x-g001.png": picture(1)})], tmp_path / "pairs")
+    (pair,) = Pairs(path)
+    assert pair.caption == CAPTION and len(pair_line(pair)) < 10_000
+
+
 def test_real_scielo_packages_in_three_languages() -> None:
     if not SHARED.is_dir():
         pytest.skip("the real packages are not beside this checkout (shared/data/articles)")
@@ -212,10 +332,50 @@ def test_real_packages_give_pairs_and_count_what_cannot_be_matched(tmp_path: Pat
         ("Creative Commons Attribution Non-Commercial License", "CC-BY-NC"),
         ("Este artículo se publica bajo CC BY-NC-SA 4.0", "CC-BY-NC-SA-4.0"),
         ("© 2010 Some Society. All rights reserved", "unknown"),
+        ("CC BY NC ND 4.0", "CC-BY-NC-ND-4.0"),
+        ("CC BY (NC)", "CC-BY-NC"),
+        ("CC BY - NC - ND", "CC-BY-NC-ND"),
+        ("CC BY\u2011NC\u2013ND", "CC-BY-NC-ND"),
+        ("CC-BY_NC 3.0", "CC-BY-NC-3.0"),
+        ("Licencia Creative Commons Atribución-NoComercial-SinDerivadas 4.0 Internacional", "CC-BY-NC-ND"),
+        ("Licença Creative Commons Atribuição-NãoComercial-SemDerivações", "CC-BY-NC-ND"),
+        ("licença Creative Commons Atribuição, que permite o uso sem fins comerciais", "CC-BY-NC"),
+        (
+            "Licence Creative Commons Attribution - Pas d’Utilisation Commerciale - Pas de Modification",
+            "CC-BY-NC-ND",
+        ),
+        ("Creative Commons Namensnennung – Nicht kommerziell – Keine Bearbeitungen 4.0", "CC-BY-NC-ND"),
+        ("Lizenz: Creative Commons Namensnennung – Weitergabe unter gleichen Bedingungen", "CC-BY-SA"),
+        ("licenza Creative Commons Attribuzione - Non commerciale - Non opere derivate", "CC-BY-NC-ND"),
+        ("https://creativecommons.org/licenses/by%2Dnc/4.0/", "CC-BY-NC-4.0"),
+        ("http://creativecommons.org/licenses/by_nc/4.0", "CC-BY-NC-4.0"),
+        ("http://creativecommons.org/licenses/by-unheard/4.0", "unknown"),
+        ("This article is not in the public domain", "unknown"),
+        ("Ce travail n’est pas dans le domaine public", "unknown"),
+        ("This work is in the public domain", "public-domain"),
+        ("10 cc by hand", "unknown"),
+        ("a Creative Commons Attribution License, for commercial and non-commercial use alike", "CC-BY"),
+        (
+            "under the CC BY-NC-ND license. The Creative Commons Public Domain Dedication waiver"
+            " (http://creativecommons.org/publicdomain/zero/1.0/) applies to the data made available in this article",
+            "CC-BY-NC-ND",
+        ),
+        (
+            "All rights reserved. The Creative Commons Public Domain Dedication waiver"
+            " (http://creativecommons.org/publicdomain/zero/1.0/) applies to the data",
+            "unknown",
+        ),
     ],
 )
 def test_licences_are_told_by_link_and_by_word(said: str, licence: str) -> None:
     assert spdx([said]) == licence
+
+
+@pytest.mark.parametrize("kinds", [("by", "by-nc-nd"), ("by-nc-nd", "by"), ("by-nc-nd", "by", "by-sa")])
+def test_of_several_licences_the_strictest_holds(kinds: tuple[str, ...]) -> None:
+    links = "".join(f'<license xlink:href="http://creativecommons.org/licenses/{kind}/4.0/"/>' for kind in kinds)
+    (article,) = read_articles(jats("10.1/a", figure(1, CAPTION), permissions=f"<permissions>{links}</permissions>"))
+    assert article.licence == "CC-BY-NC-ND-4.0"
 
 
 def test_an_allowed_licence_covers_its_versions_and_no_other() -> None:
@@ -279,6 +439,8 @@ def test_duplicates_within_and_across_articles_go_and_form_clusters(tmp_path: Pa
     again, scan = io.BytesIO(), io.BytesIO()
     image.resize((160, 120)).save(again, "PNG")
     image.save(scan, "JPEG", quality=40)
+    cut = io.BytesIO()
+    Image.open(io.BytesIO(picture(3))).crop((9, 7, 310, 232)).save(cut, "PNG")
     other = "A wholly different sentence about how the beams were placed around the calcaneus of patient two"
     long = (
         "Kaplan Meier estimate of freedom from pain after six fractions of half a gray in patients with painful heels"
@@ -290,6 +452,7 @@ def test_duplicates_within_and_across_articles_go_and_form_clusters(tmp_path: Pa
         "d.xml": jats("10.1/d", figure(1, long + ".", "d1")),
         "e.xml": jats("10.1/e", figure(1, "A figure of its own, unlike the others", "e1")),
         "f.xml": jats("10.1/A", figure(1, CAPTION, "e1")),
+        "g.xml": jats("10.1/g", figure(1, long + "!", "g1")),
         "a1.png": picture(1),
         "a2.png": again.getvalue(),
         "a3.png": picture(3),
@@ -297,17 +460,110 @@ def test_duplicates_within_and_across_articles_go_and_form_clusters(tmp_path: Pa
         "c1.jpg": scan.getvalue(),
         "d1.png": picture(4),
         "e1.png": picture(5),
+        "g1.png": cut.getvalue(),
     }
     path = made(tmp_path, files)
     pairs = [*Pairs(path)]
     assert [(pair.article, pair.figure) for pair in pairs] == [
         ("doi:10.1/a", "f1"),
         ("doi:10.1/a", "f3"),
+        ("doi:10.1/d", "f1"),
         ("doi:10.1/e", "f1"),
-    ]
+    ], "the same words beside another picture are no copy"
     assert steps(path) == {"repeated picture": 1, "near picture": 2, "near caption": 1, "repeated article": 1}
     assert {pair.cluster for pair in pairs} == {"doi:10.1/a", "doi:10.1/e"}
     assert {path.name for path in (path / "images").iterdir()} == {pair.image.split("/")[1] for pair in pairs}
+
+
+def _chart(kind: str, seed: int) -> Image.Image:
+    """A plot as all of its kind are drawn, of data of its own."""
+    from matplotlib.figure import Figure as Page
+
+    rng = np.random.default_rng(seed)
+    page = Page(figsize=(5, 4), dpi=100)
+    axes = page.subplots()
+    if kind == "survival":
+        for _ in range(2):
+            axes.step(np.sort(rng.uniform(0, 60, 25)), 1 - np.cumsum(rng.uniform(0, 0.03, 25)))
+        axes.set(xlim=(0, 60), ylim=(0, 1), xlabel="months", ylabel="freedom from pain")
+    else:
+        dose = np.linspace(0, 6, 100)
+        for _ in range(3):
+            axes.plot(dose, 100 / (1 + np.exp((dose - rng.uniform(1, 5)) * rng.uniform(2, 6))))
+        axes.set(xlabel="Gy", ylabel="volume %")
+    stream = io.BytesIO()
+    page.savefig(stream, format="png")
+    return Image.open(stream).convert("RGB")
+
+
+@pytest.mark.parametrize("kind", ["survival", "dose volume"])
+def test_charts_of_one_kind_are_different_pictures_and_copies_of_one_are_not(tmp_path: Path, kind: str) -> None:
+    def saved(image: Image.Image, **options: Any) -> bytes:
+        stream = io.BytesIO()
+        image.save(stream, **options)
+        return stream.getvalue()
+
+    words = (
+        "Outcome of radiotherapy of the painful heel by dose in series {}; each line is a group of patients, six weeks"
+        " and six months after the last of six fractions of half a gray, from the first day of treatment on"
+    )
+    charts = [_chart(kind, seed) for seed in range(14)]
+    wide, high = charts[3].size
+    copies = [
+        saved(charts[0], format="JPEG", quality=30),
+        saved(charts[1].resize((wide // 2, high // 2)), format="PNG"),
+        saved(charts[2].resize((wide * 4 // 3, high * 4 // 3)), format="PNG"),
+        saved(charts[3].crop((wide // 100, high // 100, wide - wide // 100, high - high // 100)), format="PNG"),
+    ]
+    files: dict[str, bytes] = {}
+    for number, data in enumerate([*(saved(chart, format="PNG") for chart in charts), *copies]):
+        caption = words.format(number) if number < 14 else other(number)
+        files[f"{number:02d}/a.xml"] = jats(f"10.1/{number:02d}", figure(1, caption))
+        files[f"{number:02d}/x-g001.{'jpg' if number == 14 else 'png'}"] = data
+    path = made(tmp_path, files)
+    assert [pair.article for pair in Pairs(path)] == [f"doi:10.1/{number:02d}" for number in range(14)]
+    assert [(one.step, one.reason) for one in dropped(path)] == [
+        ("near picture", f"like doi:10.1/{number:02d}#f1/en") for number in range(4)
+    ]
+    assert len({pair.cluster for pair in Pairs(path)}) < 4, "captions of one series keep to one side"
+
+
+def test_what_is_like_a_struck_pair_goes_with_it(tmp_path: Path) -> None:
+    files = {
+        "a.xml": jats("10.1/a", figure(1, CAPTION, "one")),
+        "b.xml": jats("10.1/b", figure(1, other(2), "one")),
+        "c.xml": jats("10.1/c", figure(1, other(3), "one") + figure(2, other(4), "two")),
+        "one.png": picture(1),
+        "two.png": picture(2),
+    }
+    source = folder(tmp_path / "in", files)
+    path = curate([source], tmp_path / "pairs", strikes={"doi:10.1/a#f1/en": "bad"})
+    assert [pair.id for pair in Pairs(path)] == ["doi:10.1/c#f2/en"]
+    assert [(one.step, one.reason) for one in dropped(path)] == [
+        ("struck", "bad"),
+        ("struck", "like doi:10.1/a#f1/en"),
+        ("struck", "like doi:10.1/a#f1/en"),
+    ]
+
+
+@pytest.mark.parametrize("bare", [("0",), ("0", "1"), ("2",), ("0", "2")])
+def test_of_two_copies_of_an_article_that_with_pictures_is_read(tmp_path: Path, bare: tuple[str, ...]) -> None:
+    article = jats("10.1/a", figure(1, CAPTION))
+    files = {f"{name}/a.xml": article for name in (*bare, "1b")} | {"1b/x-g001.png": picture(1)}
+    path = made(tmp_path, files)
+    assert [pair.article for pair in Pairs(path)] == ["doi:10.1/a"]
+    assert steps(path)["repeated article"] == len(bare) and artifact.read(path).metrics["articles"] == len(bare) + 1
+
+
+def test_names_and_labels_are_told_by_whole_words(tmp_path: Path) -> None:
+    names = ["radiologo-2020-fig1.png", "iconography-3.png", "inlines.png"]
+    names += ["society-logo.png", "icon3.png", "logo_2.png"]
+    figures = "".join(figure(number, other(number), name) for number, name in enumerate(names))
+    figures += figure(9, other(9), "table").replace("Figure 9", "Tab. 1")
+    files = {name: picture(number) for number, name in enumerate(names)}
+    path = made(tmp_path, {"a.xml": jats("10.1/a", figures), **files})
+    assert [pair.picture for pair in Pairs(path)] == names[:3]
+    assert steps(path) == {"equation, table or logo": 4}
 
 
 def test_one_link_joins_two_articles_that_both_stay(tmp_path: Path) -> None:
@@ -330,10 +586,43 @@ def test_one_link_joins_two_articles_that_both_stay(tmp_path: Path) -> None:
         ("Group (B) and group (A) are shown", ""),
         ("No panels. A heel.", ""),
         ("Vitamin A. The (A) single letter", ""),
+        ("（A）左足跟治疗前。（B）左足跟治疗后。", "AB"),
+        ("Axial CT (A) and sagittal MRI (B) of the left heel", ""),
+        ("Pain before (A), six weeks after (B) and one year after (C) radiotherapy", ""),
+        ("(A) CT of the heel. (B) MRI of (C) the knee", ""),
+        ("(A) CT; (B,C) MRI; (D) PET.", ""),
+        ("Hepatitis A: rates. Hepatitis B: rates of cure", ""),
     ],
 )
 def test_caption_parts(caption: str, letters: str) -> None:
     assert "".join(part.letter for part in caption_parts(caption)) == letters
+
+
+@pytest.mark.parametrize(
+    ("caption", "count"),
+    [
+        ("Axial CT (A) and sagittal MRI (B) of the left heel", 2),
+        ("(A, B) Left and right heel before therapy. (C) Knee of the same patient.", 3),
+        ("(A–C) Three slices of one plan. (D) Dose volume histogram.", 4),
+        ("Six plans (a-f)", 6),
+        ("a Left heel before therapy. b Right heel after therapy", 2),
+        ("a) calcanhar esquerdo; b) calcanhar direito", 2),
+        ("Panel A: left heel. Panel B: right heel.", 2),
+        ("（A）左足跟治疗前。（B）左足跟治疗后。", 2),
+        ("(i) Left heel; (ii) right heel; (iii) knee", 3),
+        ("(1) Left heel. (2) Right heel.", 2),
+        ("Left: heel. Right: knee.", 2),
+        ("Axial (left) and sagittal (right) MRI", 2),
+        ("Links: Ferse. Rechts: Knie.", 2),
+        ("Group (B) and group (A) are shown", 0),
+        ("Hepatitis A: rates. Hepatitis B: rates of cure", 0),
+        ("As Smith (1) and Jones (2) did", 0),
+        ("A heel of a patient. The left one.", 0),
+        ("The dose in grays (a prescription) of the left heel", 0),
+    ],
+)
+def test_panels_that_a_caption_names_are_counted_whether_or_not_it_can_be_cut(caption: str, count: int) -> None:
+    assert panels_named(caption) == count
 
 
 def test_a_compound_figure_is_cut_where_caption_and_picture_agree_and_marked_where_not(tmp_path: Path) -> None:
@@ -344,18 +633,21 @@ def test_a_compound_figure_is_cut_where_caption_and_picture_agree_and_marked_whe
     whole.save(stream, "PNG")
     four = "Plans of four patients. (A) Left heel of one. (B) Right heel of two. (C) Left knee of three. (D) A hip."
     two = "Two plans in one. (A) Left elbow, dose in grays. (B) Right elbow, dose in grays."
+    behind = "Axial CT (A) and sagittal MRI (B) of the left heel before the first fraction of half a gray."
+    figures = figure(1, four, "four") + figure(2, two, "two") + figure(3, behind, "behind")
     path = made(
         tmp_path,
         {
-            "a.xml": jats("10.1/a", figure(1, four, "four") + figure(2, two, "two")),
+            "a.xml": jats("10.1/a", figures),
             "four.png": stream.getvalue(),
             "two.png": picture(9),
+            "behind.png": picture(10),
         },
     )
     pairs = {pair.id.split("#")[1]: pair for pair in Pairs(path)}
-    assert [*pairs] == ["f1/A/en", "f1/B/en", "f1/C/en", "f1/D/en", "f2/en"]
+    assert [*pairs] == ["f1/A/en", "f1/B/en", "f1/C/en", "f1/D/en", "f2/en", "f3/en"]
     assert pairs["f1/C/en"].caption == "Plans of four patients. Left knee of three."
-    assert pairs["f2/en"].compound and not pairs["f1/A/en"].compound
+    assert pairs["f2/en"].compound and pairs["f3/en"].compound and not pairs["f1/A/en"].compound
     cut = np.asarray(Image.open(path / pairs["f1/D/en"].image).convert("RGB")).astype(int)
     source = np.asarray(whole.crop((365, 265, 685, 505))).astype(int)
     assert cut.shape[0] <= source.shape[0] and cut.shape[1] <= source.shape[1] and min(cut.shape[:2]) > 150
@@ -389,6 +681,16 @@ def test_languages_are_told_by_their_letters(said: str, language: str) -> None:
     assert language_of("", said) == (language, "identified")
 
 
+@pytest.mark.parametrize("most_letters", [None, 60])
+def test_languages_of_real_text(most_letters: int | None) -> None:
+    """Ten paragraphs of the Universal Declaration of Human Rights (United Nations, in the public domain) in each."""
+    lines = Path(__file__).with_name("declaration.tsv").read_text("utf-8").splitlines()[1:]
+    right = [tuple(line.split("\t")) for line in lines]
+    assert len(right) == 130 and len({language for language, _ in right}) == 13
+    wrong = [(told, text) for told, text in right if language_of("", text[:most_letters]) != (told, "identified")]
+    assert len(wrong) <= 1, wrong
+
+
 def test_the_articles_own_word_comes_first_and_short_strings_are_not_guessed() -> None:
     assert language_of("pt-BR", CAPTION) == ("pt", "declared")
     assert language_of("und", "CT 1.0 Gy x 6") is None
@@ -396,6 +698,14 @@ def test_the_articles_own_word_comes_first_and_short_strings_are_not_guessed() -
         "de",
         "identified",
     )
+
+
+def test_a_short_caption_is_told_by_the_abstract(tmp_path: Path) -> None:
+    abstract = "<abstract><p>Untersucht wurde die Bestrahlung der Ferse bei Entzündungen.</p></abstract>"
+    data = jats("10.1/a", figure(1, "Plan in axialer Ebene, Ferse"), title="Ferse", language="")
+    data = data.replace(b"<kwd-group>", f"{abstract}<kwd-group>".encode())
+    (pair,) = Pairs(made(tmp_path, {"a.xml": data, "x-g001.png": picture(1)}, Settings()))
+    assert (pair.language, pair.language_source) == ("de", "identified")
 
 
 def test_a_physicists_own_terms_count(tmp_path: Path) -> None:
@@ -535,6 +845,62 @@ def test_a_tar_that_unpacks_without_end_is_stopped(tmp_path: Path, monkeypatch: 
     assert len(found) == 1 and isinstance(found[0].data, packages.Refused) and "unpacked" in found[0].data.reason
 
 
+def _sparse(name: str, size: int) -> bytes:
+    """An old GNU header of a file that is one hole.
+
+    Source: GNU tar manual, "Storing Sparse Files".
+    """
+    info = tarfile.TarInfo(name)
+    info.type = b"S"
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
+    header[386:410] = b"%011o\0%011o\0" % (size, 0)
+    header[482:495] = b"\0%011o\0" % size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def test_a_sparse_tar_writes_nothing_of_its_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldrt_edge.train.data import packages
+
+    bomb = tmp_path / "sparse.tar"
+    bomb.write_bytes(b"".join(_sparse(f"{n}.xml", 30 << 20) for n in range(4)) + bytes(1024))
+    path = curate([bomb], tmp_path / "pairs")
+    assert [(one.step, one.reason[:13]) for one in dropped(path)] == [("refused", "a sparse file")] * 4
+    monkeypatch.setattr(packages, "PACKAGE_LIMIT_BYTES", 1 << 20)
+    plain = tmp_path / "plain.tar"
+    with tarfile.open(plain, "w") as archive:
+        for name in "ab":
+            info = tarfile.TarInfo(f"{name}.xml")
+            info.size = 700_000
+            archive.addfile(info, io.BytesIO(bytes(info.size)))
+    (unit,) = packages.find_units([plain])
+    reasons = [one.data.reason for one in packages.open_unit(unit) if isinstance(one.data, packages.Refused)]  # type: ignore[arg-type]
+    assert any("unpacked" in reason for reason in reasons)
+
+
+def test_a_zip_is_opened_once_for_all_its_articles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[str, bytes] = {}
+    for number in range(30):
+        files[f"{number:02d}/a.xml"] = jats(f"10.1/{number}", figure(1, other(number)))
+        files[f"{number:02d}/x-g001.png"] = picture(number)
+    units = tuple(find_units([zipped(tmp_path / "many.zip", files)]))
+    opened: list[object] = []
+    plain = zipfile.ZipFile.__init__
+
+    def counted(self: zipfile.ZipFile, file: Any, *args: Any, **named: Any) -> None:
+        opened.append(file)
+        plain(self, file, *args, **named)
+
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", counted)
+    (tmp_path / "images").mkdir()
+    for number, some in enumerate((units[:16], units[16:])):
+        assert reading.read_chunk(reading.Chunk(number, some, Settings(), tmp_path)) == len(some)
+    parts = [reading.part_path(tmp_path, number).read_text().splitlines() for number in (0, 1)]
+    assert sum(bool(reading.Told.parse(line).pair) for part in parts for line in part) == 30
+    assert opened.count(tmp_path / "many.zip") == 1
+
+
 def test_a_picture_of_20_000_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     raw = zlib.compress(bytes(1 << 10))
     tags = [
@@ -616,6 +982,9 @@ def test_a_local_ray_writes_the_same_bytes_and_outlives_a_poison_article(
         line for line in dropped(curate([source], tmp_path / "poison", ray_address="local")) if not line.article
     ]
     assert poison.where == "in/007/a.xml"
+    monkeypatch.setattr(stage, "read_chunk", refusing_reader)
+    with pytest.raises(DataError, match=r"^the disk is full$"):
+        curate([source], tmp_path / "full", ray_address="local")
 
 
 def test_a_killed_run_goes_on_without_losing_or_repeating_an_article(tmp_path: Path) -> None:
@@ -677,14 +1046,35 @@ def test_an_error_in_one_article_of_a_tar_costs_only_that_article(
     monkeypatch.setattr(reading, "read_articles", failing)
     files = {f"{name}.xml": jats(f"10.1/{name}", figure(1, f"{CAPTION} {name}", name)) for name in "abc"}
     path = tarred(tmp_path / "t.tar.gz", files | {f"{name}.png": picture(ord(name)) for name in "abc"})
-    from ldrt_edge.train.data.packages import find_units
-
     (tmp_path / "images").mkdir()
     chunk = reading.Chunk(0, tuple(find_units([path])), Settings(), tmp_path)
     assert reading.read_chunk(chunk) == 3
     told = [reading.Told.parse(line) for line in reading.part_path(tmp_path, 0).read_text().splitlines()]
     assert [one.pair.article for one in told if one.pair] == ["doi:10.1/a", "doi:10.1/c"]
     assert [one.dropped.reason for one in told if one.dropped] == ["RecursionError: too deep"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), *(OSError(number, os.strerror(number)) for number in (28, 122, 5, 24, 23, 30))]
+)
+def test_what_the_machine_lacks_is_not_the_articles_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """No room, no memory, no more open files, a broken disk: no part, so that the next run has the article."""
+
+    def failing(*_: object) -> object:
+        raise error
+
+    source = folder(tmp_path / "in", {"a.xml": jats("10.1/a", figure(1, CAPTION)), "x-g001.png": picture(1)})
+    (tmp_path / "images").mkdir()
+    chunk = reading.Chunk(0, tuple(find_units([source])), Settings(), tmp_path)
+    for name in ("_store", "read_articles"):
+        with monkeypatch.context() as patched:
+            patched.setattr(reading, name, failing)
+            with pytest.raises(Halted, match=r"in/a.xml: .* while it was read"):
+                reading.read_chunk(chunk)
+        assert not reading.part_path(tmp_path, 0).exists()
+    assert reading.read_chunk(chunk) == 1 and reading.part_path(tmp_path, 0).exists()
 
 
 def test_pairs_are_read_back_as_written(tmp_path: Path) -> None:
@@ -759,6 +1149,115 @@ def test_a_pdf_gives_its_pictures_with_the_captions_of_its_layout(tmp_path: Path
             shown = np.asarray(image.convert("RGB").resize((64, 48))).astype(int)
         drawn = np.asarray(Image.open(io.BytesIO(picture(number))).resize((64, 48))).astype(int)
         assert np.abs(shown - drawn).mean() < 12, "the picture over the caption, and nothing else"
+
+
+Item = tuple[float, float, str] | tuple[float, float, float, float, int]
+
+
+def _laid_out(items: Sequence[Item]) -> bytes:
+    """A page of texts (left, bottom, text) and pictures (left, bottom, width, height, seed), in parts of the page."""
+    from matplotlib.figure import Figure as Page
+
+    page = Page(figsize=(8.27, 11.69))
+    for item in items:
+        if len(item) == 3:
+            page.text(*item, fontsize=8)
+        else:
+            axes = page.add_axes(item[:4])
+            axes.imshow(np.asarray(Image.open(io.BytesIO(picture(item[4])))), interpolation="none", aspect="auto")
+            axes.set_axis_off()
+    stream = io.BytesIO()
+    page.savefig(stream, format="pdf")
+    return stream.getvalue()
+
+
+def _shows(png: bytes) -> int | None:
+    """Which of the drawings a picture shows, and nothing else."""
+    shown = np.asarray(Image.open(io.BytesIO(png)).convert("RGB").resize((64, 48))).astype(int)
+    for seed in range(6):
+        drawn = np.asarray(Image.open(io.BytesIO(picture(seed))).resize((64, 48))).astype(int)
+        if np.abs(shown - drawn).mean() < 12:
+            return seed
+    return None
+
+
+ONE, TWO, THREE = "Figure 1. Dose in the left heel", "Figure 2. Pain of the right shoulder", "Figure 3. A knee"
+
+
+@pytest.mark.parametrize(
+    ("items", "found"),
+    [
+        pytest.param(
+            [(0.1, 0.66, 0.6, 0.25, 0), (0.1, 0.64, ONE), (0.1, 0.36, 0.6, 0.25, 1), (0.1, 0.34, TWO)],
+            {"Figure 1": 0, "Figure 2": 1},
+            id="captions under stacked pictures",
+        ),
+        pytest.param(
+            [
+                (0.1, 0.93, ONE), (0.1, 0.66, 0.6, 0.25, 0),
+                (0.1, 0.63, TWO), (0.1, 0.36, 0.6, 0.25, 1),
+                (0.1, 0.33, THREE), (0.1, 0.06, 0.6, 0.25, 2),
+            ],
+            {"Figure 1": 0, "Figure 2": 1, "Figure 3": 2},
+            id="captions over stacked pictures",
+        ),
+        pytest.param(
+            [(0.06, 0.6, 0.42, 0.3, 0), (0.52, 0.6, 0.42, 0.3, 1), (0.06, 0.58, ONE), (0.52, 0.58, TWO)],
+            {"Figure 1": 0, "Figure 2": 1},
+            id="two columns, 24 points apart",
+        ),
+        pytest.param(
+            [(0.1, 0.6, 0.3, 0.3, 0), (0.1, 0.58, ONE), (0.1, 0.56, TWO), (0.1, 0.2, 0.3, 0.3, 1), (0.1, 0.18, THREE)],
+            {"Figure 1": 0, "Figure 2": None, "Figure 3": 1},
+            id="a caption of what is no picture",
+        ),
+        pytest.param(
+            [
+                (0.1, 0.95, "Fig. 1 and Fig. 2 show how the pain of the patients fell, while"),
+                (0.1, 0.6, 0.4, 0.3, 0), (0.1, 0.58, ONE),
+                (0.1, 0.55, "Figure 2 shows that pain fell in most of the patients; it is told in"),
+                (0.1, 0.54, "Fig. 3. The others are not shown."),
+                (0.1, 0.52, "Fig. 1) shows more, and Fig. 4–6 and Fig. 1, 2 as well."),
+            ],
+            {"Figure 1": 0},
+            id="sentences about figures",
+        ),
+        pytest.param(
+            [
+                (0.1, 0.7, 0.4, 0.2, 0), (0.1, 0.68, "Figura 1 – Dose no calcanhar"),
+                (0.1, 0.4, 0.4, 0.2, 1), (0.1, 0.38, "Figure S1. Dose in the left heel"),
+                (0.1, 0.1, 0.4, 0.2, 2), (0.1, 0.08, "Fig. 2 a Left heel. b Right heel"),
+            ],
+            {"Figura 1": 0, "Figure S1": 1, "Fig. 2": 2},
+            id="labels of all kinds",
+        ),
+    ],
+)
+def test_each_picture_of_a_pdf_goes_to_its_own_caption(items: list[Item], found: dict[str, int | None]) -> None:
+    from ldrt_edge.train.data.pdfs import read_pdf
+
+    paper = read_pdf(_laid_out(items))
+    for one in paper.article.figures:
+        assert (_shows(paper.files[one.pictures[0][0]]) if one.pictures else None) == found[one.label]
+    assert [one.label for one in paper.article.figures] == [*found]
+
+
+@pytest.mark.parametrize(
+    ("said", "doi", "licence"),
+    [
+        (["An article of its own.", "References: 1. Smith, The heel. https://doi.org/10.1000/smith.1"], "", "unknown"),
+        (["doi:10.1000/own.1", "This article is under CC BY 4.0", "References", "10.1000/smith.1"], "10.1000/own.1",
+         "CC-BY-4.0"),
+        (["10.1000/own.1 comments on 10.1000/other.7", "Open access under the CC BY NC ND license"], "", "CC-BY-NC-ND"),
+        (["© 2019 Elsevier. All rights reserved.", "Images from TCIA are available under CC BY 3.0."], "", "unknown"),
+        (["This article is of 2019.", "The data set of the phantom is distributed under CC BY 3.0."], "", "unknown"),
+    ],
+)  # fmt: skip
+def test_a_pdf_is_asked_for_its_own_doi_and_licence(said: list[str], doi: str, licence: str) -> None:
+    from ldrt_edge.train.data.pdfs import read_pdf
+
+    article = read_pdf(_laid_out([(0.1, 0.95 - 0.05 * n, line) for n, line in enumerate(said)])).article
+    assert (article.doi, article.licence) == (doi, licence)
 
 
 def test_scans_locked_and_damaged_pdfs_are_reported_and_left(tmp_path: Path) -> None:

@@ -11,8 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from articles import figure, folder, jats, picture, tarred, zipped
 from stages import STAGES, Line, check_whole, finished, forked, make_line, name_of, result
+
+from ldrt_edge.convert.type_plan import TypePlan, read_type_plan, write_type_plan
+from ldrt_edge.train.data.curate import curate
+from ldrt_edge.train.data.pairs import Pairs
+from ldrt_edge.train.data.pictures import png_bytes
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,23 @@ def test_a_full_disk_leaves_nothing_under_the_name(line: Line, tmp_path: Path, s
         assert finished(forked(lambda out=out: line.run(stage, out))) == 0
         assert result(out) == result(wanted)
     assert refused > 3
+
+
+@pytest.mark.parametrize("limit", [0, 40])
+def test_a_plan_that_cannot_be_written_leaves_nothing(tmp_path: Path, limit: int) -> None:
+    out, told = tmp_path / "out" / "plan.yaml", tmp_path / "told"
+    out.parent.mkdir()
+    plan = TypePlan("gguf", {"model": {"*": "Q8_0"}, "mmproj": {"*": "F16"}})
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        write_type_plan(plan, out)
+
+    assert finished(forked(limited, told)) == 3, told.read_text()
+    assert str(out) in told.read_text() and list(out.parent.iterdir()) == []
+    write_type_plan(plan, out)
+    assert list(out.parent.iterdir()) == [out] and read_type_plan(out, "gguf") == plan
 
 
 class Disk:
@@ -168,3 +192,28 @@ def test_a_folder_that_may_not_be_written_is_one_line(line: Line, tmp_path: Path
     assert finished(forked(as_nobody, told)) == 3, told.read_text()
     assert str(closed / name_of(stage)) in told.read_text() and "Permission denied" in told.read_text()
     assert list(closed.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["folder", "zip", "tar.gz"])
+def test_a_full_disk_costs_no_article(tmp_path: Path, how: str) -> None:
+    """A picture that cannot be stored, or unpacked, is not dropped: the same command has it when there is room."""
+    files: dict[str, bytes] = {}
+    for number in range(20):
+        caption = f"Dose distribution of plan {number} over the heel of patient {number * 7}, series {number + 90}"
+        files[f"{number:02d}/a.xml"] = jats(f"10.1/{number}", figure(1, caption))
+        files[f"{number:02d}/x-g001.png"] = picture(number)
+    for number in (18, 19):
+        noise = np.random.default_rng(number).integers(0, 256, (400, 600, 3), np.uint8)
+        files[f"{number}/x-g001.png"] = png_bytes(noise)
+    source = {"folder": folder, "zip": zipped, "tar.gz": tarred}[how](tmp_path / f"in.{how}", files)
+    out, told = tmp_path / "out", tmp_path / "told"
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        curate([source], out)
+
+    assert finished(forked(limited, told)) == 3, told.read_text()
+    assert "File too large while it was read" in told.read_text() and not out.exists()
+    assert finished(forked(lambda: curate([source], out) and None, told)) == 0, told.read_text()
+    assert len([*Pairs(out)]) == 20 and (out / "dropped.jsonl").read_text() == ""

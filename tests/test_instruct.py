@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from articles import figure, folder, jats, picture
 
 from ldrt_edge.dataset import Dataset, DatasetWriter, Row, Split, Turn, read_rows
 from ldrt_edge.errors import ConfigError, DataError, RuntimeLoadError
+from ldrt_edge.train.data import grounding
 from ldrt_edge.train.data.curate import curate
-from ldrt_edge.train.data.generators import Budget, Endpoint
+from ldrt_edge.train.data.generators import Answers, Budget, Endpoint, Request
 from ldrt_edge.train.data.grounding import ungrounded
-from ldrt_edge.train.data.instruct import TASKS, instruct
+from ldrt_edge.train.data.instruct import TASKS, instruct, load_prompts
 from ldrt_edge.train.data.split import Groups, check_leakage
 from ldrt_edge.train.data.summary import summary
 
@@ -237,6 +239,125 @@ def test_an_endpoint_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPat
         Endpoint("http://127.0.0.1:9/v1", None)
 
 
+def _bare(content: Any, **more: Any) -> bytes:
+    """A chat completion without `usage`, but for what is given."""
+    message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
+    return json.dumps({"choices": [message], **more}).encode()
+
+
+Replies = Callable[[dict[str, Any]], tuple[int, bytes]]
+
+
+@pytest.fixture
+def replying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Replies], str]]:
+    """The address of an endpoint that sends the bytes which a test gives for a request; retries cost no time."""
+    from ldrt_edge.train.data import generators
+
+    monkeypatch.setattr(generators, "_RETRIES", 2)
+    monkeypatch.setattr(generators, "_wait_s", lambda attempt: 0.0)
+    servers: list[ThreadingHTTPServer] = []
+
+    def serve(reply: Replies) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self._send(*reply(json.loads(self.rfile.read(int(self.headers["content-length"])))))
+
+            def do_GET(self) -> None:
+                self._send(*reply({}))
+
+            def _send(self, status: int, data: bytes) -> None:
+                self.send_response(status)
+                self.send_header("content-type", "text/html" if data[:1] == b"<" else "application/json")
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}/v1"
+
+    yield serve
+    for one in servers:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>a page</html>", b"", b"null", b"[]", b"5", b'{"choices": [{', b'{"error": "no such model"}',
+        b'{"choices": []}', b'{"choices": [{"message": null}]}', b'{"choices": [null]}', b'{"choices": "text"}',
+        _bare(5), _bare([{"type": "image"}]), _bare({"text": "x"}), b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_reply_that_is_none_is_asked_for_again_and_then_one_line(
+    tmp_path: Path, replying: Any, body: bytes
+) -> None:
+    sent: list[int] = []
+
+    def reply(asked: dict[str, Any]) -> tuple[int, bytes]:
+        sent.append(1)
+        return 200, body if len(sent) < mended else _bare("at last")
+
+    mended = 3
+    with Answers(tmp_path / "kept", Endpoint(replying(reply), "m")) as answers:
+        assert answers.get(Request("s", "u")) == "at last" and len(sent) == 3
+    mended = 100
+    with Answers(tmp_path / "kept", Endpoint(replying(reply), "m")) as answers:
+        with pytest.raises(RuntimeLoadError, match="does not answer as an OpenAI endpoint does") as error:
+            answers.get(Request("s", "another"))
+        assert len(sent) == 6 and "\n" not in str(error.value)
+    with pytest.raises(RuntimeLoadError, match=r"as an OpenAI endpoint|0 models"):
+        Endpoint(replying(reply), None)
+
+
+@pytest.mark.parametrize(
+    ("body", "text", "tokens"),
+    [
+        (_bare("four"), "four", 3),
+        (_bare("four", usage=None), "four", 3),
+        (_bare("four", usage={"total_tokens": None}), "four", 3),
+        (_bare("four", usage={"total_tokens": "12"}), "four", 3),
+        (_bare("four", usage={"total_tokens": 12}), "four", 12),
+        (_bare([{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]), "four", 3),
+        (_bare("f\ud83d"), "f?", 3),
+    ],
+)
+def test_what_a_reply_costs_is_estimated_where_it_is_not_told(
+    tmp_path: Path, replying: Any, body: bytes, text: str, tokens: int
+) -> None:
+    endpoint = Endpoint(replying(lambda asked: (200, body)), "m")
+    with Answers(tmp_path / "kept", endpoint, Budget(tokens=2 * tokens)) as answers:
+        for number in range(2):
+            assert answers.get(Request("system", f"u{number}")) == text
+        assert answers.budget.spent_tokens == 2 * tokens
+        with pytest.raises(DataError, match="tokens is spent"):
+            answers.get(Request("system", "more"))
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_option_or_a_text_that_is_refused_costs_only_itself(tmp_path: Path, replying: Any, status: int) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def reply(body: dict[str, Any]) -> tuple[int, bytes]:
+        asked.append(body)
+        if "response_format" in body or "long" in body["messages"][1]["content"]:
+            return status, b'{"error": {"message": "extra fields, or too long"}}'
+        return 200, _bare("" if "empty" in body["messages"][1]["content"] else "said")
+
+    with Answers(tmp_path / "kept", Endpoint(replying(reply), "m")) as answers:
+        wanted = {"long": "", "short": "said", "next": "said", "empty": ""}
+        assert {text: answers.get(Request("s", text)) for text in wanted} == wanted
+        assert ["response_format" in body for body in asked] == [True, False, True, False, False, False]
+        assert [answers.get(Request("s", text)) for text in ("short", "long", "empty")] == ["said", "", ""]
+        assert len(asked) == 8, "what was said is kept, and nothing else"
+    with pytest.raises(RuntimeLoadError, match="set --model"):
+        Endpoint(replying(lambda _: (status, b"{}")), None)
+
+
 def test_our_own_server_can_be_the_generator(pairs: Path, tmp_path: Path, tiny: Any, monkeypatch: Any) -> None:
     """A tiny random model writes no JSON: every answer is refused, and that is said."""
     from serving import Server, tiny_edge
@@ -282,6 +403,77 @@ def test_grounding(answer: str, claims: list[str]) -> None:
     assert ungrounded(answer, source) == claims
 
 
+@pytest.mark.parametrize(
+    ("answer", "source"),
+    [
+        ("5 µm", "5 mm"), ("6 milligray", "6 Gy"), ("6 MBq", "6 Gy"), ("50 percent", "50 Gy"), ("12 hours", "12 mm"),
+        ("with 150mAs", "15 fractions"), ("a weight of 40kg", "4 patients"), ("1.5T", "3 T"), ("3 cm2", "3 cm"),
+        ("twenty fractions", "6 fractions"), ("of fifteen gray", "5 Gy"), ("eleven patients", "6 patients"),
+        ("sixty-four patients", "60 patients, 4 of them"), ("two hundred patients", "2 of 100"), (".5 Gy", "5 Gy"),
+        ("six weeks", "six months"), ("a 5-year follow-up", "5 weeks"), ("10 to 20 mm", "10 to 20 Gy"),
+        ("5 Gy", "0,5 Gy"), ("6 Gy", "6 fractions of 0.5 Gy"), ("12 mm", "twelve patients"),
+        ("the ankle joint", "the heel"), ("foot and stomach", "heel"), ("the neck", "heel"), ("the tibia", "femur"),
+        ("pancreas", "liver"), ("the jaw", "sacrum"), ("the oesophagus", "lung"), ("left of it", "heel"),
+    ],
+)  # fmt: skip
+def test_what_the_source_does_not_state_is_not_grounded(answer: str, source: str) -> None:
+    assert ungrounded(answer, source, "en")
+
+
+@pytest.mark.parametrize(
+    ("answer", "source"),
+    [
+        ("a tube voltage of 120kVp", "at 120 kVp"), ("10, 20 and 30 Gy", "doses (10,20,30 Gy)"),
+        ("100 and 200 mGy", "100 200 mGy"), ("It was left untreated", "heel"), ("1,234.5 patients", "1234.5"),
+        ("1.234,5", "1,234.5"), (".5 Gy", "0.5 Gy"), ("p < 0.05", "p<.05"), ("1 fraction", "one fraction"),
+        ("50 cGy", "half a gray, 0.5 Gy"), ("500 milligray", "0.5 Gy"), ("5 centimetres", "50 mm"), ("5 cm²", "5 cm2"),
+        ("20 percent", "20%"), ("2 × 3 cm", "2×3cm"), ("10 Gy to 20 Gy", "10–20 Gy"), ("25 fractions", "twenty-five"),
+        ("at right angles", "heel"), ("1,250 patients", "1 250 patients"), ("6-MV photons", "6 MV"),
+        ("5 years", "a 5-year"), ("6 Gy", "in Gy: 6"), ("6 fractions", "6 × 0.5 Gy"),
+    ],
+)  # fmt: skip
+def test_what_the_source_states_in_another_way_is_grounded(answer: str, source: str) -> None:
+    assert ungrounded(answer, source, "en") == []
+
+
+@pytest.mark.parametrize(
+    ("language", "source", "same", "others"),
+    [
+        ("de", "21 Wochen, 0,5 Gy, Ferse", "einundzwanzig Wochen, 0,5 Gray, Ferse", ("21 Tage", "Knie")),
+        ("es", "22 semanas, 50%, talón", "veintidós semanas, 50 por ciento, talón", ("22 días", "rodilla")),
+        ("fr", "77 semaines, 50%, talon", "soixante-dix-sept semaines, 50 %", ("douze semaines", "77 ans", "genou")),
+        ("it", "28 settimane, 5 mm, tallone", "ventotto settimane, 5 millimetri", ("28 giorni", "ginocchio")),
+        ("pt", "25 semanas, 5 Gy, calcanhar", "vinte e cinco semanas, 500 cGy", ("cinco semanas", "25 dias", "joelho")),
+        ("nl", "22 weken, 5 mm, hiel", "tweeëntwintig weken, 5 millimeter", ("twee weken", "22 dagen", "knie")),
+        ("pl", "25 tygodni, 5 mm, pięta", "dwadzieścia pięć tygodni", ("pięć tygodni", "25 dni", "kolano")),
+        ("ru", "25 недель, 0,5 Гр, пятка", "двадцать пять недель, 50 сГр", ("пять недель", "25 дней", "колено")),
+        ("cs", "25 týdnů, 5 mm, pata", "pětadvacet týdnů, 5 milimetrů", ("pět týdnů", "25 dní", "koleno")),
+        ("zh", "三次，共6戈瑞，足跟，25例", "3次，六戈瑞，二十五例", ("五次照射", "3戈瑞", "膝关节", "CT扫描")),
+        ("ja", "三回、0.5グレイ、踵", "3回、50センチグレイ", ("六回", "3グレイ", "膝")),
+        ("ko", "세 번, 0.5그레이, 6주, 뒤꿈치", "3번, 0.5 Gy, 여섯 주", ("여섯 번, 열두 번", "6일", "무릎")),
+    ],
+)  # fmt: skip
+def test_grounding_in_the_languages_of_the_prompts(
+    language: str, source: str, same: str, others: tuple[str, ...]
+) -> None:
+    assert ungrounded(same, source, language) == []
+    assert [other for other in others if not ungrounded(other, source, language)] == []
+
+
+def test_number_words_mean_themselves_in_the_answers_language_only() -> None:
+    source = "La dosis en el talón"
+    assert ungrounded("once patients", source, "en") == [] and ungrounded("ten pacjent", source, "pl") == []
+    assert ungrounded("ten patients", source, "en") == ["10"] and ungrounded("dos pacientes", source, "es") == ["2"]
+
+
+def test_anatomy_and_numbers_speak_the_languages_of_the_prompts() -> None:
+    folder = Path(grounding.__file__).parent
+    anatomy, numbers = (yaml.safe_load((folder / f"{name}.yaml").read_text()) for name in ("anatomy", "numbers"))
+    languages = set(load_prompts().languages)
+    assert {name: languages ^ set(terms) for name, terms in anatomy.items()} == {name: set() for name in anatomy}
+    assert languages - set(numbers["words"]) == {"zh", "ja"}, "which have numerals instead"
+
+
 def _row(number: int, **changes: Any) -> Row:
     turns = (Turn("user", "What?"), Turn("assistant", "That."))
     row = Row(
@@ -318,6 +510,42 @@ def _splits(rows: Sequence[Row]) -> dict[str, Split]:
     for row in rows:
         groups.see(row)
     return groups.splits(0.25, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "tests"),
+    [(300, 0.05, 15), (117, 0.05, 6), (9, 0.05, 1), (9, 0.97, 8), (2, 0.5, 1), (1, 0.5, 0), (40, 0, 0), (40, 1, 40)],
+)
+def test_strata_of_few_groups_give_together_what_the_fraction_asks(count: int, fraction: float, tests: int) -> None:
+    """Many languages and many mixes of tasks, since answers are dropped: no stratum has enough for a whole group."""
+    languages = ("en", "de", "es", "fr", "it", "pt")
+    groups = Groups()
+    for n in range(count):
+        for bit, task in enumerate(TASKS):
+            if (n * 7 // 6 + 1) >> bit & 1 or bit == 0:
+                groups.see(_row(n, language=languages[n % 6], task=task))
+    splits = groups.splits(fraction, seed=0)
+    chosen = [int(name[1:]) for name, split in splits.items() if split == "test"]
+    assert len(chosen) == tests
+    counts = [sum(n % 6 == at for n in chosen) for at in range(6)]
+    assert max(counts) - min(counts) <= 1, "each language gives its share"
+
+
+def test_a_side_without_rows_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"a.xml": jats("10.1/a", figure(1, CAPTIONS["en"].format(n=1))), "x-g001.png": picture(1)}
+    alone = curate([folder(tmp_path / "in", files)], tmp_path / "pairs")
+    rows = Dataset(instruct(alone, tmp_path / "data")).rows()
+    assert [row.split for row in rows] == ["train"]
+    assert "nothing is left to test on" in capsys.readouterr().err
+
+
+def test_half_a_picture_that_a_full_disk_left_is_written_again(tmp_path: Path) -> None:
+    data = picture(1)
+    with DatasetWriter(tmp_path) as writer:
+        name, _ = writer.add_image(data, ".png")
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+        assert writer.add_image(data, ".png")[0] == name
+    assert (tmp_path / name).read_bytes() == data
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from ldrt_edge.train.data.instruct import instruct
 from ldrt_edge.train.data.outputs import export
 from ldrt_edge.train.data.pairs import Pairs
 from ldrt_edge.train.data.stats import count, draw, stats_text
+from ldrt_edge.train.data.view import Desk
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -47,7 +48,7 @@ def pairs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return instruct(pairs, tmp_path_factory.mktemp("data") / "data", test_fraction=0.4)
+    return instruct(pairs, tmp_path_factory.mktemp("data") / "data", test_fraction=0.5)
 
 
 def test_llava_json_comes_back_as_it_went(dataset: Path, tmp_path: Path) -> None:
@@ -134,6 +135,17 @@ def test_strikes_are_kept_at_once_and_applied_on_the_next_build(
     built = curate([source], tmp_path / "again", strikes=read_strikes(strikes))
     assert chosen["id"] not in {pair.id for pair in Pairs(built)} and len([*Pairs(built)]) == 5
     assert '"step": "struck"' in (built / "dropped.jsonl").read_text()
+
+
+@pytest.mark.parametrize("before", ["", "\n", "\n\n"])
+def test_a_strikes_file_that_a_person_edited_goes_on(pairs: Path, tmp_path: Path, before: str) -> None:
+    strikes = tmp_path / "strikes.jsonl"
+    strikes.write_text('{"id": "mine", "reason": "one\u2028line, half a \\ud83d"}' + before)
+    desk = Desk(pairs, strikes)
+    desk.strike(0, True, "bad \ud83d")
+    desk.strike(1, True, "")
+    wanted = {"mine": "one\u2028line, half a ?", desk.pair(0).id: "bad ?", desk.pair(1).id: ""}
+    assert desk.strikes == read_strikes(strikes) == wanted
 
 
 def test_the_page_needs_its_token_and_takes_nothing_else(viewer: Viewer, tmp_path: Path) -> None:

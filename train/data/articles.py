@@ -12,7 +12,7 @@ from __future__ import annotations
 import html
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -20,17 +20,21 @@ from typing import Any
 from lxml import etree
 
 from ldrt_edge.errors import DataError
-from ldrt_edge.train.data.licences import UNKNOWN, licence_of
+from ldrt_edge.train.data.licences import UNKNOWN, licence_of, licence_said
 
 _LANG = "{http://www.w3.org/XML/1998/namespace}lang"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _TITLE_LIMIT, _CAPTION_LIMIT, _MENTIONS_LIMIT, _ABSTRACT_LIMIT = 1_000, 8_000, 4_000, 8_000
 _FIGURES_LIMIT = 500
+_NAME_LIMIT = 300
+"""Of ids, DOIs and keywords, in characters: a row of all that an article says stays far below what is read of one."""
 _MARK = "\x01"
 _SENTENCE_END = re.compile(
     r"(?<=[.!?。！？])(?<!\bFigs\.)(?<!\b[Ff]ig\.)(?<!\bal\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\b[A-Z]\.)\s+"
     r"(?=[\[(¿¡]*[^\Wa-z_]|\x01)"
 )
+_MARKED = rf"{_MARK}([^{_MARK}\s]*){_MARK}"
+_RANGE = re.compile(rf"{_MARKED}[^{_MARK}]*\d[a-z]?\s*[-\u2010-\u2015]\s*(?={_MARKED})")
 _APART = {"p", "title", "label", "list-item", "break", "sec", "td", "th", "tr", "disp-formula", "caption"}
 _LEFT_OUT = {"graphic", "inline-graphic", "media", "table", "object-id", "fn", "tex-math", "permissions", "alt-text"}
 _HOLDERS = ("fig", "fig-group", "table-wrap", "disp-formula", "inline-formula")
@@ -102,7 +106,7 @@ def _article(root: etree._Element, data: bytes) -> Article:
     journal = root.find("front/journal-meta")
     if meta is None:
         meta = etree.Element("article-meta")
-    ids = {str(node.get("pub-id-type")): text(node) for node in meta.iterchildren("article-id")}
+    ids = {str(node.get("pub-id-type")): text(node)[:_NAME_LIMIT] for node in meta.iterchildren("article-id")}
     doi = re.sub(r"^(?:https?://(?:dx\.)?doi\.org/|doi:)", "", ids.get("doi", ""), flags=re.I).lower()
     pmc = ids.get("pmc") or ids.get("pmcid") or ids.get("pmcaid") or ""
     language = root.get(_LANG) or ""
@@ -121,7 +125,8 @@ def _article(root: etree._Element, data: bytes) -> Article:
         journal=_first(journal, "journal-title-group/journal-title", "journal-title", "journal-id"),
         date=_date(meta), licence=_licence(meta),
         keywords=tuple(dict.fromkeys(
-            word for group in meta.iterchildren("kwd-group") for node in group.iter("kwd") if (word := text(node))
+            word for group in meta.iterchildren("kwd-group") for node in group.iter("kwd")
+            if (word := text(node)[:_NAME_LIMIT])
         ))[:50],
         language=language, figures=tuple(_figures(root)), aside=_aside(root),
     )
@@ -158,7 +163,7 @@ def _date(meta: etree._Element) -> str:
         numbers = [parts[0].zfill(4), *(part.zfill(2) for part in parts[1:])]
         kept = []
         for number in numbers:
-            if not number.isdigit() or number in ("0000", "00"):
+            if not number.isdigit() or len(number) > 4 or number in ("0000", "00"):
                 break
             kept.append(number)
         if kept:
@@ -186,37 +191,78 @@ def _figures(root: etree._Element) -> Iterator[Figure]:
     found = [*root.iter("fig", "fig-group")][:_FIGURES_LIMIT]
     if not found:
         return
-    mentions = _mentions(root)
-    originals: dict[str, list[tuple[tuple[str, ...], ...]]] = {}
+    mentions = _mentions(root, found)
+    originals: dict[str, list[etree._Element]] = {}
     for node in found:
-        if node.tag == "fig" and _translation(node) is None and (pictures := _pictures(node)):
-            originals.setdefault(_number(_label(node)), []).append(pictures)
+        if node.tag == "fig" and _translation(node) is None and _pictures(node):
+            originals.setdefault(_number(_label(node)), []).append(node)
+    whole = {node for node in found if node.tag == "fig-group" and (_is_one(node) or node.find(".//fig") is None)}
     for node in found:
-        if node.tag == "fig-group" and node.find(".//fig") is not None:
-            continue  # its figures come by themselves, with its caption
+        group = node.getparent()
+        if (node.tag == "fig-group" and node not in whole) or group in whole:
+            continue  # its figures come by themselves, with its caption; or it comes with their captions
         part = _translation(node)
         if part is not None and part.get("article-type") != "translation":
             continue  # a reviewer's or an author's letter
-        pictures = _pictures(node)
-        if not pictures and part is not None:  # SciELO: the translation repeats the caption, not the picture
-            same = originals.get(_number(_label(node)), [])
-            pictures = same[0] if len(same) == 1 and _number(_label(node)) else ()
-        elif not pictures:
-            pictures = _from_group(node)
-        group = node.getparent() if node.tag == "fig" and node.getparent() is not None else None
-        shared = group.find("caption") if group is not None and group.tag == "fig-group" else None
-        before = text(shared) + " " if shared is not None else ""
-        permissions = node.find("permissions")
-        identity = node.get("id") or ""
-        said = mentions.get((_key(part), identity), ())
+        inner = [*node.iter("fig")] if node.tag == "fig-group" else []
+        before = _said(group.find("caption")) if group is not None and group.tag == "fig-group" else ""
+        after = [f"{_first(one, 'label').rstrip(' .:')}: {_said(one.find('caption'))}".lstrip(": ") for one in inner]
+        said = [line for one in (node, *inner) for line in mentions.get((_key(part), one.get("id") or ""), ())]
+        source = _source(node, originals)
         captions: list[etree._Element | None] = [*node.iterchildren("caption")] or [None]
         for caption in captions:
+            words = " ".join(filter(None, (before, _said(caption), *after)))[:_CAPTION_LIMIT]
+            licence = _own_licence(node, words)
             yield Figure(
-                id=identity, label=_label(node)[:100],
-                caption=(before + (text(caption) if caption is not None else "")).strip()[:_CAPTION_LIMIT],
-                language=_language(caption if caption is not None else node), pictures=pictures, mentions=tuple(said),
-                licence=None if permissions is None else licence_of(permissions),
+                id=(node.get("id") or "")[:_NAME_LIMIT], label=_label(node)[:100], caption=words,
+                language=_language(caption if caption is not None else node),
+                pictures=() if source is None else _pictures(source),
+                mentions=tuple(_up_to(said, _MENTIONS_LIMIT)),
+                licence=_own_licence(source, "") if licence is None and source is not None else licence,
             )
+
+
+def _is_one(group: etree._Element) -> bool:
+    """Whether a group is one figure: a picture of its own, and figures that are captions of its parts."""
+    return bool(_pictures(group)) and not any(fig.get(_LANG) or _pictures(fig) for fig in group.iter("fig"))
+
+
+def _source(node: etree._Element, originals: Mapping[str, list[etree._Element]]) -> etree._Element | None:
+    """The element whose pictures a figure shows: itself, or its twin in another language."""
+    if _pictures(node):
+        return node
+    if _translation(node) is not None:  # SciELO: the translation repeats the caption, not the picture
+        number = _number(_label(node))
+        same = originals.get(number, []) if number else []
+        return same[0] if len(same) == 1 else None
+    group = node.getparent()
+    if group is None or group.tag != "fig-group" or not node.get(_LANG):
+        return None
+    others = [fig for fig in group.iterchildren("fig") if fig.get(_LANG) != node.get(_LANG) and _pictures(fig)]
+    return others[0] if len(others) == 1 else None if others else group
+
+
+def _own_licence(node: etree._Element, caption: str) -> str | None:
+    """What a figure's own permissions, its group's, or else its attribution and caption say; None where none does."""
+    holders = [node, *node.iterancestors("fig-group")]
+    for holder in holders:
+        if (permissions := holder.find("permissions")) is not None:
+            return licence_of(permissions)
+    attributions = [text(credit) for holder in holders for credit in holder.iterchildren("attrib")]
+    return licence_said(". ".join((*attributions, caption)))
+
+
+def _said(caption: etree._Element | None) -> str:
+    return "" if caption is None else text(caption)
+
+
+def _up_to(said: Iterable[str], limit: int) -> Iterator[str]:
+    """Different texts, as many as fit into `limit` characters."""
+    for one in dict.fromkeys(said):
+        limit -= len(one)
+        if limit < 0:
+            return
+        yield one
 
 
 def _label(node: etree._Element) -> str:
@@ -251,17 +297,6 @@ def _pictures(node: etree._Element) -> tuple[tuple[str, ...], ...]:
     return tuple(pictures)
 
 
-def _from_group(node: etree._Element) -> tuple[tuple[str, ...], ...]:
-    """The picture of the group's other figures, where the group is one figure in several languages."""
-    group = node.getparent()
-    if group is None or group.tag != "fig-group" or not node.get(_LANG):
-        return ()
-    others = [other for other in group.iterchildren("fig") if other.get(_LANG) != node.get(_LANG)]
-    named = [pictures for other in others if (pictures := _pictures(other))]
-    direct = tuple((name,) for graphic in group.iterchildren("graphic") if (name := graphic.get(_HREF)))
-    return named[0] if len(named) == 1 else direct
-
-
 def _translation(node: etree._Element) -> etree._Element | None:
     """The sub-article (or response) that a node stands in."""
     for parent in node.iterancestors("sub-article", "response"):
@@ -282,8 +317,13 @@ def _language(node: etree._Element) -> str:
     return ""
 
 
-def _mentions(root: etree._Element) -> dict[tuple[str, str], list[str]]:
-    """Sentences that refer to a figure, by sub-article and figure id, in the order of the text."""
+def _mentions(root: etree._Element, figures: list[etree._Element]) -> dict[tuple[str, str], list[str]]:
+    """Sentences that refer to a figure, by sub-article and figure id, in the order of the text.
+
+    "Figs. 1–3" refers to the second figure too.
+    """
+    order = [(_key(_translation(node)), node.get("id") or "") for node in figures]
+    places = {name: place for place, name in enumerate(order)}
     paragraphs: dict[etree._Element, None] = {}
     for reference in root.iter("xref"):
         if reference.get("ref-type") != "fig":
@@ -297,6 +337,9 @@ def _mentions(root: etree._Element) -> dict[tuple[str, str], list[str]]:
         key = _key(_translation(paragraph))
         for sentence in _SENTENCE_END.split(text(paragraph, mark=True)):
             names = {name for run in re.findall(f"{_MARK}([^{_MARK}]*){_MARK}", sentence) for name in run.split()}
+            for first, last in _RANGE.findall(sentence):
+                start, end = places.get((key, first), len(order)), places.get((key, last), -1)
+                names.update(name for where, name in order[start : end + 1] if where == key)
             plain = re.sub(f"{_MARK}[^{_MARK}]*{_MARK}", "", sentence).strip()
             for name in names:
                 said = mentions.setdefault((key, name), [])

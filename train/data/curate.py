@@ -19,7 +19,7 @@ from pathlib import Path
 from ldrt_edge import artifact, console
 from ldrt_edge.artifact import Json
 from ldrt_edge.errors import ConfigError, DataError
-from ldrt_edge.train.data.duplicates import Clusters, Index, Seen
+from ldrt_edge.train.data.duplicates import Clusters, Index, Marks, Seen
 from ldrt_edge.train.data.filters import ARTICLE_STEPS, Settings, funnel
 from ldrt_edge.train.data.funnel import write_funnel
 from ldrt_edge.train.data.packages import Refused, Unit, find_units
@@ -38,7 +38,7 @@ def curate(
     """Make a pairs artefact from articles: folders, zips, tars, JATS files, PDFs.
 
     Args:
-        articles: read in this order; of two copies the first stays.
+        articles: read in this order; of two copies the first that has pictures stays.
         out: the artefact.
         settings: what is kept.
         workers: processes; with Ray, tasks at once.
@@ -47,6 +47,7 @@ def curate(
 
     Raises:
         DataError: a path that is no article or package, or nothing to read.
+        Halted: the machine failed while a document was read; the same command goes on.
         ConfigError: a setting out of range.
     """
     settings = settings or Settings()
@@ -85,12 +86,12 @@ def read_strikes(path: Path) -> dict[str, str]:
     strikes: dict[str, str] = {}
     number = 0
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             number += 1
             if line.strip():
                 data = json.loads(line)
                 if data.get("struck", True):
-                    strikes[str(data["id"])] = str(data.get("reason", ""))
+                    strikes[str(data["id"])] = as_text(str(data.get("reason", "")))
                 else:
                     strikes.pop(str(data["id"]), None)
     except OSError as error:
@@ -98,6 +99,11 @@ def read_strikes(path: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: line {number} is not a strike ({error})") from error
     return strikes
+
+
+def as_text(said: str) -> str:
+    """What of a text can be written as UTF-8: half a character, as JSON may hold, becomes a question mark."""
+    return said.encode("utf-8", "replace").decode()
 
 
 def _sources(articles: Sequence[Path]) -> tuple[str, int]:
@@ -137,7 +143,7 @@ def _chunks(articles: Sequence[Path]) -> Iterator[tuple[Unit | Refused, ...]]:
 
 def _read_around(chunk: Chunk, ray_address: str | None) -> None:
     """Find the units that end a process, one by one in scratch parts, then read the chunk without them."""
-    scratch = chunk.folder / f"{WORK}-alone"
+    scratch = chunk.folder / WORK / "alone"
     tasks = [replace(chunk, number=at, units=(unit,), folder=scratch) for at, unit in enumerate(chunk.units)]
     (scratch / IMAGES).mkdir(parents=True, exist_ok=True)
     fatal = {task.units[0].where for task, result in run_all(tasks, read_chunk, 1, ray_address) if result is None}
@@ -197,24 +203,48 @@ def _sifted(
     told: Iterator[Told], index: Index, clusters: Clusters, strikes: Mapping[str, str]
 ) -> Iterator[Pair | Dropped | None]:
     """What stays and what is dropped for something that came before; None stands for an article that stays."""
-    repeated = ""
-    for one in told:
-        if one.article is not None:
-            repeated = "" if index.is_new(one.article) else one.article
-            yield Dropped("repeated article", one.where or "", one.article, "", "") if repeated else None
-        elif one.dropped is not None and (not one.dropped.figure or one.dropped.article != repeated):
-            yield one.dropped
-        elif one.pair is not None and one.marks is not None and one.pair.article != repeated:
-            pair = one.pair
-            where = f"{pair.figure} {pair.part}".strip()
-            if pair.id in strikes:
-                yield Dropped("struck", "", pair.article, where, strikes[pair.id])
-                continue
-            seen = Seen(pair.id, pair.article, pair.figure, pair.language, pair.image_sha256, one.marks)
-            hits = index.add(seen)
-            for hit in hits:
-                clusters.link(pair.article, hit.article)
-            if hits and hits[0].step is not None:
-                yield Dropped(hits[0].step, "", pair.article, where, f"like {hits[0].id}")
+    for copy in _copies(told):
+        first = copy[0]
+        if first.article is not None:
+            new, shows = index.is_new(first.article), any(one.pair is not None for one in copy)
+            if shows and index.is_new(f"with pictures {first.article}"):
+                earlier = f"a copy without pictures, before {first.where}"
+                yield None if new else Dropped("repeated article", "", first.article, "", earlier)
+            elif new:
+                yield None
             else:
-                yield pair
+                yield Dropped("repeated article", first.where or "", first.article, "", "")
+                continue
+        for one in copy:
+            if one.dropped is not None:
+                yield one.dropped
+            elif one.pair is not None and one.marks is not None:
+                yield _judged(one.pair, one.marks, index, clusters, strikes)
+
+
+def _copies(told: Iterator[Told]) -> Iterator[list[Told]]:
+    """Each copy of an article with all that was read from it; what is of no article comes alone."""
+    copy: list[Told] = []
+    for one in told:
+        if copy and (one.article is not None or (one.dropped is not None and not one.dropped.figure)):
+            yield copy
+            copy = []
+        copy.append(one)
+    if copy:
+        yield copy
+
+
+def _judged(
+    pair: Pair, marks: Marks, index: Index, clusters: Clusters, strikes: Mapping[str, str]
+) -> Pair | Dropped:
+    """A pair, or why it goes. A struck one stays in the index: what is like it goes with it."""
+    where = f"{pair.figure} {pair.part}".strip()
+    hits = index.add(Seen(pair.id, pair.article, pair.figure, pair.language, pair.image_sha256, marks))
+    for hit in hits:
+        clusters.link(pair.article, hit.article)
+    if pair.id in strikes:
+        return Dropped("struck", "", pair.article, where, strikes[pair.id])
+    if hits and hits[0].step is not None:
+        step = "struck" if hits[0].id in strikes else hits[0].step
+        return Dropped(step, "", pair.article, where, f"like {hits[0].id}")
+    return pair

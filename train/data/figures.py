@@ -1,7 +1,8 @@
 """From the name that an article gives a picture to pixels that may enter a dataset.
 
 Publishers ship other names than their XML gives: another suffix, other case, a prefix or an ending of their own. The
-known variants are tried in order; a file that none of them names, or that several do, is counted and never guessed.
+known variants are tried in order, in the folder that the XML names, then by the last name alone; a file that none of
+them names, or that several do, is counted and never guessed.
 """
 
 from __future__ import annotations
@@ -46,20 +47,21 @@ def find_file(names: Sequence[str], files: Files) -> str:
     """
     unreadable: str | None = None
     for name in names:
-        base = PurePosixPath(unquote(name.replace("\\", "/").split("?")[0]).rstrip("/")).name.lower()
-        suffix = next((end for end in (*SUFFIXES, *_OTHER_SUFFIXES) if base.endswith(end)), "")
-        stem = base.removesuffix(suffix)
+        path = PurePosixPath(unquote(name.replace("\\", "/").split("?")[0]).rstrip("/").lower())
+        suffix = next((end for end in (*SUFFIXES, *_OTHER_SUFFIXES) if path.name.endswith(end)), "")
+        stem = path.name.removesuffix(suffix)
         if not stem:
             continue
         suffixes = dict.fromkeys((suffix, *SUFFIXES) if suffix in SUFFIXES else SUFFIXES)
-        for prefix in ("", _PREFIX):
-            for ending in _ENDINGS:
-                for candidate in suffixes:
-                    found = files.named(f"{prefix}{stem}{ending}{candidate}")
-                    if len(found) == 1:
-                        return found[0]
-                    if found:
-                        raise DataError(f"{len(found)} files are called {prefix}{stem}{ending}{candidate}")
+        for folder in dict.fromkeys((f"{path.parent}/" if path.parent.name else "", "")):
+            for prefix in ("", _PREFIX):
+                for ending in _ENDINGS:
+                    for candidate in suffixes:
+                        found = files.named(f"{folder}{prefix}{stem}{ending}{candidate}")
+                        if len(found) == 1:
+                            return found[0]
+                        if found:
+                            raise DataError(f"{len(found)} files are called {prefix}{stem}{ending}{candidate}")
         unreadable = unreadable or next((end for end in _OTHER_SUFFIXES if files.named(stem + end)), None)
     if unreadable:
         raise DataError(f"only as {unreadable[1:].upper()}")

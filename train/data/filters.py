@@ -45,10 +45,10 @@ PAIR_STEPS = {
     "struck": "by a person, in data view",
 }
 _NAME = re.compile(
-    r"logo|orcid|crossmark|banner|creative[-_]?commons|(?:^|[-_.])(?:icon|cc[-_]by|inline)|"
+    r"(?<![a-z])logos?(?![a-z])|orcid|crossmark|banner|creative[-_]?commons|(?:^|[-_.])(?:icons?|cc[-_]by|inline)(?![a-z])|"
     r"[-_.](?:e|t|i|eq|equ|tab|table)\d{2,4}(?:\.|$)", re.I,
 )
-_LABEL = re.compile(r"^(?:table|tabla|tabela|tabelle|tableau|tab\.|cuadro|quadro|equation|scheme eq)\b", re.I)
+_LABEL = re.compile(r"^(?:table|tabla|tabela|tabelle|tableau|tab|cuadro|quadro|equation|scheme eq)\b", re.I)
 _STRIP = 8.0
 
 

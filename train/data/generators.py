@@ -6,23 +6,30 @@ goes on without asking again.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
+from ldrt_edge import console
 from ldrt_edge.errors import DataError, RuntimeLoadError, require
 
 API_KEY = "LDRT_EDGE_API_KEY"
 MAX_TOKENS = 900
 _RETRIES = 5
 _TIMEOUT_S = 300.0
+_BYTES_A_TOKEN = 4  # where an endpoint does not tell: of English, and near to it of other scripts
+_GOES_ON = "the same command goes on where it stopped"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,19 +77,23 @@ class Endpoint:
     """An OpenAI-compatible chat endpoint; the key comes from the environment (LDRT_EDGE_API_KEY).
 
     Raises:
-        RuntimeLoadError: it does not answer, or names no model.
+        RuntimeLoadError: it does not answer, not as such an endpoint does, or names no model.
     """
 
     def __init__(self, address: str, model: str | None) -> None:
         openai: Any = require("openai", "train")
         self._openai = openai
+        self._refused = (openai.BadRequestError, openai.UnprocessableEntityError)
         self._client = openai.OpenAI(
             base_url=address, api_key=os.environ.get(API_KEY, "none"), max_retries=_RETRIES, timeout=_TIMEOUT_S
         )
         self._address = address
-        self._structured = True
+        self._structured, self._told = True, False
         if model is None:
-            models = self._call(lambda: [one.id for one in self._client.models.list()])
+            try:
+                models = self._asked(self._client.models.with_raw_response.list, {}, _models)
+            except self._refused as error:
+                raise RuntimeLoadError(f"{address} does not tell its models ({_short(error)}): set --model") from error
             if len(models) != 1:
                 listed = ", ".join(models[:8]) or "none"
                 raise RuntimeLoadError(f"{address} has {len(models)} models ({listed}): choose one with --model")
@@ -90,45 +101,88 @@ class Endpoint:
         self.name = model
 
     def ask(self, request: Request) -> Reply:
-        """One answer, as JSON where the endpoint can be held to it."""
+        """One answer, as JSON where the endpoint can be held to it; "" for a text that it does not take.
+
+        Raises:
+            RuntimeLoadError: it does not answer, or again and again with what is no answer.
+        """
         messages = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
         options: dict[str, Any] = {
             "model": self.name, "messages": messages, "max_tokens": MAX_TOKENS, "seed": request.attempt,
             "temperature": 0.2 + 0.3 * request.attempt,
         }
-        if self._structured:
+        create = self._client.chat.completions.with_raw_response.create
+        structured = self._structured
+        if structured:
             try:
-                return self._complete(options | {"response_format": {"type": "json_object"}})
-            except self._openai.BadRequestError:
-                self._structured = False  # an endpoint that does not know it: our check of the answer stays
+                return self._asked(create, options | {"response_format": {"type": "json_object"}}, _completion(request))
+            except self._refused:
+                pass  # it does not know that option, then our check of the answer stays; or does not take this text
         try:
-            return self._complete(options)
-        except self._openai.BadRequestError:
-            return Reply("", 0)  # this text is not taken: too long, or with a control token in it
+            reply = self._asked(create, options, _completion(request))
+        except self._refused as error:  # this text is too long, or has a control token in it
+            if not self._told:
+                console.say(f"{self._address} does not take every text: {_short(error)}")
+            self._told = True
+            return Reply("", 0)
+        if structured:
+            self._structured = False
+        return reply
 
     def close(self) -> None:
         """Close its connections."""
         self._client.close()
 
-    def _complete(self, options: dict[str, Any]) -> Reply:
-        try:
-            done = self._client.chat.completions.create(**options)
-        except self._openai.BadRequestError:
-            raise
-        except self._openai.OpenAIError as error:
-            raise self._unanswered(error) from error
-        usage = done.usage.total_tokens if done.usage else 0
-        return Reply((done.choices[0].message.content or "") if done.choices else "", int(usage))
+    def _asked(self, call: Callable[..., Any], options: dict[str, Any], read: Callable[[Any], T | None]) -> T:
+        """What `read` makes of the JSON in a reply; asked again where that is nothing."""
+        body = ""
+        for attempt in range(_RETRIES + 1):
+            time.sleep(_wait_s(attempt))
+            try:
+                body = call(**options).text
+                found = read(json.loads(body))
+            except self._refused:
+                raise
+            except self._openai.OpenAIError as error:
+                raise RuntimeLoadError(f"{self._address} did not answer ({_short(error)}); {_GOES_ON}") from error
+            except (ValueError, RecursionError):
+                continue
+            if found is not None:
+                return found
+        said = _short(body) or "nothing"
+        raise RuntimeLoadError(f"{self._address} does not answer as an OpenAI endpoint does ({said}); {_GOES_ON}")
 
-    def _call(self, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except self._openai.OpenAIError as error:
-            raise self._unanswered(error) from error
 
-    def _unanswered(self, error: Exception) -> RuntimeLoadError:
-        said = " ".join(str(error).split())[:200]
-        return RuntimeLoadError(f"{self._address} did not answer ({said}); the same command goes on where it stopped")
+def _models(body: Any) -> list[str] | None:
+    try:
+        return [str(one["id"]) for one in body["data"]]
+    except (KeyError, TypeError):
+        return None
+
+
+def _completion(request: Request) -> Callable[[Any], Reply | None]:
+    def read(body: Any) -> Reply | None:
+        try:
+            said = body["choices"][0]["message"]["content"]
+            if isinstance(said, list):  # of parts
+                said = "".join(part["text"] for part in said)
+            text = (said or "").encode("utf-8", "replace").decode()
+        except (KeyError, IndexError, TypeError, AttributeError):
+            return None
+        usage = body.get("usage")
+        told = usage.get("total_tokens") if isinstance(usage, dict) else None
+        asked = len(f"{request.system}{request.user}{text}".encode())
+        return Reply(text, told if type(told) is int and told > 0 else -(-asked // _BYTES_A_TOKEN))
+
+    return read
+
+
+def _wait_s(attempt: int) -> float:
+    return min(0.5 * 2 ** (attempt - 1), 8.0) if attempt else 0.0
+
+
+def _short(said: object) -> str:
+    return " ".join(str(said).split())[:200]
 
 
 class Local:
@@ -196,10 +250,11 @@ class Answers:
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
         try:
+            self.path.touch()  # SQLite does not say why it cannot make a file
             self._base = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             self._base.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID")
-        except sqlite3.Error as error:
-            raise DataError(f"{self.path}: not a file of kept answers ({error})") from error
+        except (sqlite3.Error, OSError) as error:
+            self._failed(error)
 
     def __enter__(self) -> Answers:
         return self
@@ -210,15 +265,15 @@ class Answers:
         self._base.close()
 
     def get(self, request: Request) -> str:
-        """The answer to a request: the kept one, or a new one.
+        """The answer to a request: the kept one, or a new one, which is kept unless it is empty.
 
         Raises:
-            DataError: the budget is spent.
+            DataError: the budget is spent, or the answer cannot be kept.
             RuntimeLoadError: the generator does not answer.
         """
         key = request.key(self.generator.name)
         with self._lock:
-            kept = self._base.execute("SELECT text FROM answers WHERE key = ?", (key,)).fetchone()
+            kept = self._query("SELECT text FROM answers WHERE key = ? AND text != ''", key).fetchone()
             if kept is not None:
                 return str(kept[0])
             self.budget.check()
@@ -226,8 +281,25 @@ class Answers:
         reply = self.generator.ask(request)
         with self._lock:
             self.budget.spent_tokens += reply.tokens
-            self._base.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, reply.text))
+            if reply.text:
+                self._query("INSERT OR REPLACE INTO answers VALUES (?, ?)", key, reply.text)
         return reply.text
+
+    def _query(self, command: str, *values: str) -> sqlite3.Cursor:
+        try:
+            return self._base.execute(command, values)
+        except sqlite3.Error as error:
+            self._failed(error)
+
+    def _failed(self, error: sqlite3.Error | OSError) -> NoReturn:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest says in which system call
+        no_room = code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)  # for its journal
+        if no_room or getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DataError(f"{self.path}: disk full: free some space, then run this again") from error
+        if isinstance(error, OSError) or code == sqlite3.SQLITE_READONLY:
+            said = getattr(error, "strerror", error)
+            raise DataError(f"{self.path}: answers cannot be kept here ({said}): choose another --cache") from error
+        raise DataError(f"{self.path}: not a file of kept answers ({error})") from error
 
 
 def first_valid(requests: Sequence[Request], answers: Answers, check: Callable[[str], Any]) -> Any:

@@ -137,6 +137,8 @@ def instruct(
             told = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
             raise DataError(f"{pairs}: no rows to write; {told or 'there are no pairs'}")
         splits = groups.splits(test_fraction, seed)
+        if 0 < test_fraction < 1 and len(splits) == 1:
+            console.say(f"{pairs}: all of it is one cluster, which trains: nothing is left to test on")
         with DatasetWriter(draft.path) as writer:
             for row in read_rows(draft.path / _UNSPLIT):
                 writer.add(replace(row, split=splits[row.group]))
@@ -211,7 +213,7 @@ def _write(pair: Pair, task: str, prompts: Prompts, answers: Answers) -> _Exchan
     for question, answer in said:
         # a closed question may ask for what is not there, and then the answer is no
         checked = question if closed and answer == "yes" else "" if closed else f"{question} {answer}"
-        if ungrounded(checked, ground):
+        if ungrounded(checked, ground, pair.language):
             dropped.append("not grounded")
         elif _speaks_of_source(f"{question} {answer}"):
             dropped.append("speaks of a caption or an article")

@@ -2,13 +2,16 @@
 
 `find_units` walks what the user named, in a fixed order, and yields one `Unit` for each thing that a worker reads by
 itself: an XML file, an XML inside a zip, a whole tar, a PDF. `open_unit` gives a unit's articles, each with the files
-beside it. Nothing is ever written under a name that an archive gives; links, special files and names that climb out
-are refused by name; sizes are checked before memory is taken, and a tar's unpacked bytes are counted as they flow.
+beside it: those of its folder, and of folders below it that hold no article of their own. Nothing is ever written
+under a name that an archive gives; links, special files and names that climb out are refused by name; sizes are checked
+before memory is taken, and a tar's unpacked bytes are counted as they flow. What is wrong with a file is a line of its
+own; what is wrong with the machine ends the run (`Halted`).
 """
 
 from __future__ import annotations
 
 import bz2
+import errno
 import functools
 import gzip
 import io
@@ -20,13 +23,14 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal, Protocol, cast
 
-from ldrt_edge.errors import DataError
+from ldrt_edge.errors import DataError, LdrtError
 
 XML_LIMIT_BYTES = 32 << 20
 FILE_LIMIT_BYTES = 256 << 20
@@ -40,6 +44,9 @@ _KNOWN = (*_XML, *_TAR, ".zip", ".pdf")
 _DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError,
     NotImplementedError, ValueError, struct.error,
+)
+_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 )
 
 Kind = Literal["xml", "zip", "tar", "pdf"]
@@ -55,6 +62,23 @@ class Unit:
     where: str
 
 
+class Halted(LdrtError):
+    """The machine failed while something was read: no room, no memory, a broken disk. Nothing was dropped for it."""
+
+
+def check_machine(error: BaseException, where: str) -> None:
+    """Tell what is wrong with the machine from what is wrong with a file.
+
+    Raises:
+        Halted: `error` says nothing about the file `where`: another time it may be read.
+    """
+    if isinstance(error, Halted):
+        raise error
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _MACHINE):
+        said = error.strerror if isinstance(error, OSError) else "not enough memory"
+        raise Halted(f"{where}: {said} while it was read: mend that, then run this again; it goes on") from error
+
+
 @dataclass(frozen=True)
 class Refused:
     """Something that was not opened, and why."""
@@ -67,7 +91,10 @@ class Files(Protocol):
     """The files beside an article."""
 
     def named(self, name: str) -> list[str]:
-        """Handles of the files whose last name is `name` in lower case: of the article's own folder, else of others."""
+        """Handles of the files that `name`, in lower case, may mean.
+
+        A path from the article's folder means that file; a last name alone also files of that name further below.
+        """
 
     def read(self, handle: str, limit_bytes: int = FILE_LIMIT_BYTES) -> bytes:
         """A file's bytes; `DataError` when it is too large or damaged."""
@@ -149,11 +176,14 @@ def open_unit(unit: Unit) -> Iterator[Found]:
     if unit.kind == "tar":
         yield from _open_tar(unit)
     elif unit.kind == "zip":
-        with _reading(unit.where) as problems, _open_zip(Path(unit.path)) as archive:
-            files = ZipFiles(archive, str(PurePosixPath(unit.member).parent))
-            yield _found(unit.where, unit.member, files, unit.member)
-        for reason in problems:
-            yield Found(unit.where, "xml", Refused(unit.where, reason), _NoFiles())
+        try:
+            about = Path(unit.path).stat()
+            archive, territories = _read_zip(unit.path, about.st_mtime_ns, about.st_size)
+        except DataError as error:
+            yield Found(unit.where, "xml", Refused(unit.where, str(error)), _NoFiles())
+            return
+        files = ZipFiles(archive, territories.get(PurePosixPath(unit.member).parent, {}))
+        yield _found(unit.where, unit.member, files, unit.member)
     else:
         path = Path(unit.path)
         folder = FolderFiles(path.parent)
@@ -170,13 +200,16 @@ def _found(where: str, name: str, files: Files, handle: str) -> Found:
 
 
 @contextmanager
-def _reading(where: str) -> Iterator[list[str]]:
-    """Collect what is wrong with an archive, instead of raising it."""
-    problems: list[str] = []
+def _checked(what: str, where: str) -> Iterator[None]:
+    """Say what is wrong with a file or an archive as `DataError`, and what is wrong with the machine as `Halted`."""
     try:
-        yield problems
-    except DataError as error:
-        problems.append(str(error))
+        yield
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        check_machine(error, where)
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"{what} ({said})") from error
 
 
 class _NoFiles:
@@ -187,88 +220,108 @@ class _NoFiles:
         raise DataError("no such file")
 
 
+Territory = Mapping[str, Sequence[str]]
+"""Handles of an article's files by path from its folder, and by last name, in lower case."""
+
+
 class FolderFiles:
-    """The files in a folder and in the folders just below it (`images/`, `figures/`); links are left alone."""
+    """The files in a folder and in folders below it (`images/`, `figures/`); links are left alone."""
 
     def __init__(self, folder: Path) -> None:
-        self._index = _listing(str(folder))
+        self._files = _listing(str(folder))
 
     def named(self, name: str) -> list[str]:
-        return self._index.get(name, [])
+        return [*self._files.get(name, ())]
 
     def read(self, handle: str, limit_bytes: int = FILE_LIMIT_BYTES) -> bytes:
         return _read_file(Path(handle), limit_bytes)
 
 
-def _nearest(handles: Iterable[tuple[str, str]], home: str) -> dict[str, list[str]]:
-    """Handles by last name in lower case, from (archive name, handle); those in `home` hide others of their name."""
-    own: dict[str, list[str]] = {}
-    others: dict[str, list[str]] = {}
-    for name, handle in sorted(handles):
-        path = PurePosixPath(name)
-        (own if str(path.parent) == home else others).setdefault(path.name.lower(), []).append(handle)
-    return others | own
+def _territories(files: Iterable[tuple[str, str]]) -> dict[PurePosixPath, Territory]:
+    """What belongs to the articles of each folder that holds some, from (path, handle).
+
+    A file belongs to the nearest folder above it that has an article; where one folder alone has some, all files are
+    theirs. One that lies beside the article hides those of its name further below.
+    """
+    paths = sorted((PurePosixPath(name), handle) for name, handle in files)
+    homes = {path.parent for path, _ in paths if path.name.lower().endswith(_XML)}
+    by_path: dict[PurePosixPath, dict[str, list[str]]] = {home: defaultdict(list) for home in homes}
+    by_name: dict[PurePosixPath, dict[str, list[str]]] = {home: defaultdict(list) for home in homes}
+    only = min(homes) if len(homes) == 1 else None
+    for path, handle in paths:
+        home = next((folder for folder in path.parents if folder in homes), only)
+        if home is not None:
+            by_name[home][path.name.lower()].append(handle)
+            if path.is_relative_to(home):
+                by_path[home][str(path.relative_to(home)).lower()].append(handle)
+    return {home: {**by_name[home], **by_path[home]} for home in homes}
 
 
 def _read_file(path: Path, limit_bytes: int) -> bytes:
-    try:
+    with _checked("cannot be read", str(path)):
         _check_bytes(path.stat().st_size, limit_bytes)
         return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})") from error
 
 
-def _check_bytes(size: int, limit_bytes: int) -> None:
+def _check_bytes(size: int, limit_bytes: int, how: str = "") -> None:
     if size > limit_bytes:
-        raise DataError(f"{size >> 20} MiB, the limit is {limit_bytes >> 20} MiB")
+        raise DataError(f"{size >> 20} MiB{how}, the limit is {limit_bytes >> 20} MiB")
 
 
 @functools.lru_cache(maxsize=8)
-def _listing(folder: str) -> dict[str, list[str]]:
-    places = (folder, *sorted(entry.path for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)))
-    files = (entry for place in places for entry in os.scandir(place) if entry.is_file(follow_symlinks=False))
-    return _nearest(((entry.path, entry.path) for entry in files), str(PurePosixPath(folder)))
+def _listing(folder: str) -> Territory:
+    """A folder's own territory: folders with an article of their own are not gone into."""
+    files: list[tuple[str, str]] = []
+    places = [folder]
+    for place in places:  # which grows on the way
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except PermissionError:
+            continue
+        own = [entry for entry in entries if entry.is_file(follow_symlinks=False)]
+        if place == folder or not any(entry.name.lower().endswith(_XML) for entry in own):
+            files.extend((entry.path, entry.path) for entry in own)
+            places.extend(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+    return _territories(files).get(PurePosixPath(folder), {})
 
 
 class ZipFiles:
-    """The files of a zip; those in the article's own folder come first."""
+    """The files of a zip that belong to one of its articles."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
-        self._archive = archive
-        self._index = _nearest(((name, name) for name in _safe_members(archive)), folder)
+    def __init__(self, archive: zipfile.ZipFile, files: Territory) -> None:
+        self._archive, self._files = archive, files
 
     def named(self, name: str) -> list[str]:
-        return self._index.get(name, [])
+        return [*self._files.get(name, ())]
 
     def read(self, handle: str, limit_bytes: int = FILE_LIMIT_BYTES) -> bytes:
-        try:
+        with _checked("damaged in its zip", handle):
             info = self._archive.getinfo(handle)
             _check_bytes(info.file_size, limit_bytes)
             with self._archive.open(info) as stream:
-                data = stream.read(info.file_size + 1)
-        except DataError:
-            raise
-        except _DAMAGE as error:
-            raise DataError(f"damaged in its zip ({error})") from error
-        return data
+                return stream.read(info.file_size + 1)
 
 
-@contextmanager
-def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
+@functools.lru_cache(maxsize=1)
+def _read_zip(path: str, _modified_ns: int, _size: int) -> tuple[zipfile.ZipFile, Mapping[PurePosixPath, Territory]]:
+    """An open zip and what belongs to its articles, kept while its units come one after the other."""
+    archive = _open_zip(Path(path))
+    return archive, _territories((name, name) for name in _safe_members(archive))
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    with _checked("not a readable zip", str(path)):
         _check_zip_directory(path)
         archive = zipfile.ZipFile(path)
+    members, unpacked = len(archive.infolist()), sum(info.file_size for info in archive.infolist())
+    try:
+        if members > MEMBERS_LIMIT:
+            raise DataError(f"{members} files in one zip, the limit is {MEMBERS_LIMIT}")
+        _check_bytes(unpacked, PACKAGE_LIMIT_BYTES, " unpacked")
     except DataError:
+        archive.close()
         raise
-    except _DAMAGE as error:
-        raise DataError(f"not a readable zip ({error})") from error
-    with archive:
-        if len(archive.infolist()) > MEMBERS_LIMIT:
-            raise DataError(f"{len(archive.infolist())} files in one zip, the limit is {MEMBERS_LIMIT}")
-        unpacked = sum(info.file_size for info in archive.infolist())
-        if unpacked > PACKAGE_LIMIT_BYTES:
-            raise DataError(f"{unpacked >> 20} MiB unpacked, the limit is {PACKAGE_LIMIT_BYTES >> 20} MiB")
-        yield archive
+    return archive
 
 
 def _check_zip_directory(path: Path) -> None:
@@ -306,13 +359,13 @@ def _stays_inside(name: str) -> bool:
 
 
 class _TarFiles:
-    """Files of a tar, unpacked under numbers."""
+    """Files of a tar, unpacked under numbers, that belong to one of its articles."""
 
-    def __init__(self, names: Mapping[str, Path], home: str) -> None:
-        self._index = _nearest(((name, str(path)) for name, path in names.items()), home)
+    def __init__(self, files: Territory) -> None:
+        self._files = files
 
     def named(self, name: str) -> list[str]:
-        return self._index.get(name, [])
+        return [*self._files.get(name, ())]
 
     def read(self, handle: str, limit_bytes: int = FILE_LIMIT_BYTES) -> bytes:
         return _read_file(Path(handle), limit_bytes)
@@ -322,12 +375,14 @@ def _open_tar(unit: Unit) -> Iterator[Found]:
     with tempfile.TemporaryDirectory(prefix="ldrt-edge-") as scratch:
         names: dict[str, Path] = {}
         refused: list[Refused] = []
-        with _reading(unit.where) as problems:
+        try:
             _unpack(Path(unit.path), Path(scratch), names, refused, unit.where)
-        refused.extend(Refused(unit.where, reason) for reason in problems)
+        except DataError as error:
+            refused.append(Refused(unit.where, str(error)))
+        territories = _territories((name, str(path)) for name, path in names.items())
         xmls = sorted(name for name in names if name.lower().endswith(_XML))
         for name in xmls or sorted(name for name in names if name.lower().endswith(".pdf")):
-            files = _TarFiles(names, str(PurePosixPath(name).parent))
+            files = _TarFiles(territories.get(PurePosixPath(name).parent, {}))
             yield _found(f"{unit.where}!{name}", name, files, str(names[name]))
         for one in refused:
             yield Found(one.where, "xml", one, _NoFiles())
@@ -335,32 +390,41 @@ def _open_tar(unit: Unit) -> Iterator[Found]:
 
 def _unpack(path: Path, scratch: Path, names: dict[str, Path], refused: list[Refused], where: str) -> None:
     """Regular files of a tar into `scratch`, under numbers; what is whole stays usable when the rest is damaged."""
-    try:
-        with _unpacked_stream(path) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
-            for number, member in enumerate(archive):
-                archive.members = []  # type: ignore[attr-defined]  # a tar of a million files is not kept in memory
-                if number >= MEMBERS_LIMIT:
-                    raise DataError(f"more than {MEMBERS_LIMIT} files in one tar")
-                if member.isdir():
-                    continue
-                if not member.isreg() or not _stays_inside(member.name):
-                    reason = "a link, a special file or a name that leaves the archive"
-                    refused.append(Refused(f"{where}!{member.name}", reason))
-                elif member.size > FILE_LIMIT_BYTES:
-                    reason = f"{member.size >> 20} MiB, the limit is {FILE_LIMIT_BYTES >> 20} MiB"
-                    refused.append(Refused(f"{where}!{member.name}", reason))
-                else:
-                    target = scratch / str(number)
-                    source = archive.extractfile(member)
-                    assert source is not None  # a regular file has bytes
-                    with target.open("wb") as copy:
-                        while block := source.read(_TAR_BLOCK_LIMIT_BYTES):
-                            copy.write(block)
-                    names[member.name] = target
-    except DataError:
-        raise
-    except _DAMAGE as error:
-        raise DataError(f"a damaged tar ({error})") from error
+    written = 0
+    with (
+        _checked("a damaged tar", where),
+        _unpacked_stream(path) as stream,
+        tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive,
+    ):
+        for number, member in enumerate(archive):
+            archive.members = []  # type: ignore[attr-defined]  # a tar of a million files is not kept in memory
+            if number >= MEMBERS_LIMIT:
+                raise DataError(f"more than {MEMBERS_LIMIT} files in one tar")
+            if member.isdir():
+                continue
+            if reason := _not_unpacked(member):
+                refused.append(Refused(f"{where}!{member.name}", reason))
+                continue
+            target = scratch / str(number)
+            source = archive.extractfile(member)
+            assert source is not None  # a regular file has bytes
+            with target.open("wb") as copy:
+                while block := source.read(_TAR_BLOCK_LIMIT_BYTES):
+                    written += len(block)
+                    _check_bytes(written, PACKAGE_LIMIT_BYTES, " unpacked")
+                    copy.write(block)
+            names[member.name] = target
+
+
+def _not_unpacked(member: tarfile.TarInfo) -> str:
+    """Why a member is left in its tar, "" where it is not."""
+    if not member.isreg() or not _stays_inside(member.name):
+        return "a link, a special file or a name that leaves the archive"
+    if member.issparse():
+        return "a sparse file: holes that its tar does not hold"
+    if member.size > FILE_LIMIT_BYTES:
+        return f"{member.size >> 20} MiB, the limit is {FILE_LIMIT_BYTES >> 20} MiB"
+    return ""
 
 
 @contextmanager

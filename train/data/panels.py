@@ -1,7 +1,8 @@
 """Compound figures: one picture of several panels under one caption, cut into panels with their part of the caption.
 
 A caption names its panels ("(A) ... (B) ..."), a picture shows them by straight empty gutters. Only where both agree
-on the number is a figure cut; else it stays whole and is marked.
+on the number is a figure cut, and only where each name begins what is said of its panel; "axial CT (A) and MRI (B) of
+the heel" names them behind it. Else it stays whole and is marked.
 """
 
 from __future__ import annotations
@@ -13,11 +14,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_LETTERS = "ABCDEFGHIJKLMNOP"
-_MARKS = (
-    re.compile(r"(?:(?<=^)|(?<=[\s;,.:]))\(([A-Pa-p])\)\s*"),  # (A) text
-    re.compile(r"(?:(?<=^)|(?<=[\s;.:]))([A-P]) ?[,:.)]\s+(?=\S)"),  # A, text or A) text
-    re.compile(r"(?:(?<=^)|(?<=[\s;.:]))([a-p])[:)]\s+(?=\S)"),
+_LETTERS = tuple("ABCDEFGHIJKLMNOP")
+_ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII")
+_DIGITS = tuple("123456789")
+_BEGIN = r"(?:^|(?<=[.;:。；：]))\s*"
+_CUTS = (
+    re.compile(_BEGIN + r"[(（]([A-Pa-p])[)）]\s*"),  # (A) text
+    re.compile(_BEGIN + r"([A-P]) ?[,:.)]\s+(?=\S)"),  # A, text or A) text
+    re.compile(_BEGIN + r"([a-p])[:)]\s+(?=\S)"),
+)
+_BRACKETS = re.compile(r"[(（]([^()（）]{1,24})[)）]")
+_NAME = re.compile(r"(\w+)(?:\s*[-–—~]\s*(\w+))?")
+_JOINING = {"AND", "UND", "ET", "Y", "E", "I", "EN", "A", "И", "和", "と"}
+_BARE = re.compile(_BEGIN + r"(?:[Pp]an\w+\s+)?([A-Pa-p])(?: ?[:.,)]\s|\s+(?=[^\W\d_a-z]))")  # Panel A: one; a One
+_NUMBERED = re.compile(_BEGIN + r"[(（]([1-9])[)）]")
+_SIDES = tuple(
+    re.compile(rf"(?:{_BEGIN}|[(（]\s*)(?:{words})(?:[ ,]\w+){{0,2}}\s*[:：)）]", re.I)
+    for words in (
+        "left|top|upper|links|oben|gauche|haut|izquierd[ao]|arriba|esquerd[ao]|acima|sinistra|alto|左|上",
+        "right|bottom|lower|rechts|unten|droite|bas|derech[ao]|abajo|direit[ao]|abaixo|destra|basso|右|下",
+    )
 )
 _MIN_PANEL_SIDE = 96
 _MIN_GUTTER = 5
@@ -36,17 +52,18 @@ class CaptionPart:
 
 
 def caption_parts(caption: str) -> list[CaptionPart]:
-    """The parts of a caption that names panels A, B, … in order; none where it does not.
+    """The parts of a caption that names panels A, B, … in order, each before its text; none where it does not.
 
     What stands before the first letter is said of all panels.
     """
-    for pattern in _MARKS:
+    named = panels_named(caption)
+    for pattern in _CUTS:
         wanted, marks = 0, []
         for mark in pattern.finditer(caption):
             if wanted < len(_LETTERS) and mark[1].upper() == _LETTERS[wanted]:
                 marks.append(mark)
                 wanted += 1
-        if len(marks) < 2:
+        if len(marks) < max(2, named):
             continue
         common = caption[: marks[0].start()].strip()
         ends = [mark.start() for mark in marks[1:]] + [len(caption)]
@@ -56,6 +73,34 @@ def caption_parts(caption: str) -> list[CaptionPart]:
                 CaptionPart(_LETTERS[number], f"{common} {text}".strip()) for number, text in enumerate(said)
             ]
     return []
+
+
+def panels_named(caption: str) -> int:
+    """How many panels a caption names: by letters or numerals, alone, in lists or in ranges, or by sides; else 0."""
+    brackets = [names for mark in _BRACKETS.finditer(caption) if (names := _names(mark[1]))]
+    bare = [[(mark[1].upper(), mark[1].upper())] for mark in _BARE.finditer(caption)]
+    numbered = [[(mark[1], mark[1])] for mark in _NUMBERED.finditer(caption)]
+    counts = (
+        *(_in_order(sequence, brackets) for sequence in (_LETTERS, _ROMAN)), _in_order(_LETTERS, bare),
+        _in_order(_DIGITS, numbered), 2 * all(side.search(caption) for side in _SIDES),
+    )
+    return max(count if count > 1 else 0 for count in counts)
+
+
+def _names(text: str) -> list[tuple[str, str]]:
+    """What stands between brackets as first and last of ranges; none where it is no list of names."""
+    found = [(first, last or first) for first, last in _NAME.findall(text.upper())]
+    plain = all(name in (*_LETTERS, *_ROMAN, *_JOINING) for names in found for name in names)
+    return found if plain else []
+
+
+def _in_order(sequence: Sequence[str], marks: Sequence[Sequence[tuple[str, str]]]) -> int:
+    """How many names of a sequence are met, each after the one before."""
+    count = 0
+    for first, last in (names for mark in marks for names in mark):
+        if first in sequence and last in sequence and sequence.index(first) <= count <= sequence.index(last):
+            count = sequence.index(last) + 1
+    return count
 
 
 def panel_boxes(rgb: NDArray[np.uint8], count: int) -> list[Box]:

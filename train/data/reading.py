@@ -1,7 +1,8 @@
 """What one worker does: read documents, keep or drop their figures, store pictures, write one part file.
 
 A part file appears whole or not at all, so a killed run neither loses nor repeats an article. Whatever is wrong with
-a document is a line of the part; a document that takes too long ends its process, and the run goes on without it.
+a document is a line of the part; a document that takes too long ends its process, and the run goes on without it. What
+is wrong with the machine leaves no part, so that the next run reads the document again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 
@@ -24,10 +26,10 @@ from ldrt_edge.train.data.articles import Article, Figure, read_articles
 from ldrt_edge.train.data.duplicates import Marks, marks_of
 from ldrt_edge.train.data.figures import Pixels, encoded, find_file, read_pixels, shrunk
 from ldrt_edge.train.data.filters import Drop, Settings, judge_article, judge_figure, judge_name, judge_pixels
-from ldrt_edge.train.data.language import language_of
-from ldrt_edge.train.data.packages import Files, Found, Refused, Unit, open_unit
+from ldrt_edge.train.data.language import Source, language_of
+from ldrt_edge.train.data.packages import Files, Found, Refused, Unit, check_machine, open_unit
 from ldrt_edge.train.data.pairs import IMAGES, Dropped, Pair
-from ldrt_edge.train.data.panels import caption_parts, panel_boxes
+from ldrt_edge.train.data.panels import caption_parts, panel_boxes, panels_named
 
 WORK = "work"
 DOCUMENT_SECONDS = 300
@@ -81,7 +83,11 @@ def part_path(folder: Path, number: int) -> Path:
 
 
 def read_chunk(chunk: Chunk) -> int:
-    """Read a chunk and write its part; how many documents it had."""
+    """Read a chunk and write its part; how many documents it had.
+
+    Raises:
+        Halted: the machine failed (no room, no memory, a broken disk); there is no part.
+    """
     part = part_path(chunk.folder, chunk.number)
     part.parent.mkdir(parents=True, exist_ok=True)
     scratch = part.with_suffix(f".{os.getpid()}")
@@ -172,17 +178,27 @@ def _read_document(found: Found, settings: Settings, folder: Path) -> Iterator[T
         yield Told(article=article.id, where=found.where)
         for page in paper.scanned if found.kind == "pdf" else ():
             yield _dropped(Drop("scanned page", "a picture without text"), found.where, article.id, f"p{page}")
+        used: set[tuple[str, str]] = set()
         for number, figure in enumerate(article.figures, start=1):
-            yield from _read_figure(article, figure, number, relevance, found.where, files, settings, folder)
+            around = " ".join((article.title, *figure.mentions, article.abstract))
+            language = language_of(figure.language, figure.caption, around)
+            name = _unused(figure.id or str(number), language[0] if language else "", used)
+            yield from _read_figure(article, figure, name, language, relevance, found.where, files, settings, folder)
+
+
+def _unused(name: str, language: str, used: set[tuple[str, str]]) -> str:
+    """A figure's name, numbered where another of its article has it in the same language: a pair's id is its own."""
+    names = (f"{name}-{number}" if number > 1 else name for number in count(1))
+    free = next(one for one in names if (one, language) not in used)
+    used.add((free, language))
+    return free
 
 
 def _read_figure(
-    article: Article, figure: Figure, number: int, relevance: float, where: str, files: Files, settings: Settings,
-    folder: Path,
+    article: Article, figure: Figure, name: str, language: tuple[str, Source] | None, relevance: float, where: str,
+    files: Files, settings: Settings, folder: Path,
 ) -> Iterator[Told]:
-    name = figure.id or str(number)
     drop = judge_figure(figure, settings)
-    language = language_of(figure.language, figure.caption, " ".join((article.title, *figure.mentions)))
     if drop is None and language is None:
         drop = Drop("language", "too few letters to tell")
     elif drop is None and language and settings.languages and language[0] not in settings.languages:
@@ -191,9 +207,8 @@ def _read_figure(
         assert drop is not None
         yield _dropped(drop, where, article.id, name)
         return
-    count = len(figure.pictures)
     for index, names in enumerate(figure.pictures, start=1):
-        part = f"{index}/{count}" if count > 1 else ""
+        part = f"{index}/{len(figure.pictures)}" if len(figure.pictures) > 1 else ""
         looked_at = _look(figure, names, part, files, settings)
         for seen in looked_at:
             if isinstance(seen, Drop):
@@ -239,7 +254,8 @@ def _look(
     parts = caption_parts(figure.caption) if not part else []
     boxes = panel_boxes(pixels.rgb, len(parts)) if parts and settings.panels else []
     if not boxes:
-        return [_Seen(_fit(pixels, settings.max_side), figure.caption, part, len(parts) > 1)]
+        compound = not part and panels_named(figure.caption) > 1
+        return [_Seen(_fit(pixels, settings.max_side), figure.caption, part, compound)]
     seen: list[_Seen | Drop] = []
     for (left, top, right, bottom), said in zip(boxes, parts, strict=True):
         panel = np.ascontiguousarray(pixels.rgb[top:bottom, left:right])
@@ -272,5 +288,11 @@ def _dropped(drop: Drop, where: str, article: str = "", figure: str = "") -> Tol
 
 
 def _poison(error: Exception, where: str) -> Told:
+    """What a document met, as its line.
+
+    Raises:
+        Halted: it was not the document's fault.
+    """
+    check_machine(error, where)
     said = " ".join(str(error).split())[:200]
     return _dropped(Drop("unreadable", f"{type(error).__name__}: {said}"), where)

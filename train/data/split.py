@@ -29,7 +29,7 @@ class Groups:
         self._tasks.setdefault(row.group, set()).add(row.task)
 
     def splits(self, test_fraction: float, seed: int) -> dict[str, Split]:
-        """Each group's split: `test_fraction` of the groups of each language and mix of tasks are for testing."""
+        """Each group's split: `test_fraction` of the groups are for testing, of all languages and mixes of tasks."""
         groups = sorted(self._languages)
         strata = [f"{_commonest(self._languages[group])} {' '.join(sorted(self._tasks[group]))}" for group in groups]
         return assign_splits(groups, test_fraction, seed, strata)

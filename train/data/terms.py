@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 _Phrase = tuple[tuple[str, ...], int]
 _REMEMBERED_WORDS = 200_000
 _UNSPACED = re.compile(r"[぀-ヿ㐀-鿿가-힯]")
+_WORDS = re.compile(r"[^\W぀-ヿ㐀-鿿가-힯]+|[぀-ヿ㐀-鿿가-힯]+")  # CT in CT扫描 is a word
 
 
 class TermIndex:
@@ -44,7 +45,7 @@ class TermIndex:
     def found(self, text: str) -> set[int]:
         """The numbers of the concepts that a text names."""
         searched = plain(text)
-        words = re.findall(r"\w+", searched)
+        words = _WORDS.findall(searched)
         unspaced = self._anywhere if _UNSPACED.search(searched) else ()
         found = {number for term, number in unspaced if term in searched}
         phrases = {word: begun for word in set(words) if (begun := self._beginning(word))}

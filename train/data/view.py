@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from ldrt_edge.chat.replies import error_reply, json_reply, read_object
 from ldrt_edge.chat.server import Guard, listen, own_files, run
 from ldrt_edge.errors import DataError, LdrtError
-from ldrt_edge.train.data.curate import read_strikes
+from ldrt_edge.train.data.curate import as_text, read_strikes
 from ldrt_edge.train.data.pairs import Pair, Pairs, parse_pair
 
 _PICTURES = {".png": "image/png", ".jpg": "image/jpeg"}
@@ -83,17 +83,20 @@ class Desk:
         Raises:
             DataError: no such pair, or the file cannot be written.
         """
-        identity = self.pair(number).id
-        line = json.dumps({"id": identity, "struck": struck, "reason": reason[:_REASON_LIMIT]}, ensure_ascii=False)
+        identity, said = self.pair(number).id, as_text(reason[:_REASON_LIMIT])
+        line = json.dumps({"id": identity, "struck": struck, "reason": said}, ensure_ascii=False) + "\n"
         try:
-            with self._file.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            with self._file.open("a+b") as stream:
+                stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+                if stream.read(1) not in (b"", b"\n"):
+                    stream.write(b"\n")  # an editor left the last line without its end
+                stream.write(line.encode())
                 stream.flush()
                 os.fsync(stream.fileno())
         except OSError as error:
             raise DataError(f"{self._file}: cannot be written ({error.strerror})") from error
         if struck:
-            self.strikes[identity] = reason[:_REASON_LIMIT]
+            self.strikes[identity] = said
         else:
             self.strikes.pop(identity, None)
 

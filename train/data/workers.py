@@ -119,6 +119,8 @@ def _on_ray(
                     yield task, ray.get(reference)
                 except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
                     yield task, None
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from error  # what the function raised, as the other ways raise it
     finally:
         if not inner:
             ray.shutdown()
