@@ -130,7 +130,7 @@ class Run:
 
     def finish(self, results: Sequence[Result]) -> Comparison:
         """Put everything together, and remove the full-precision files."""
-        for folder in [self._out / "work", self._out / "shared", *self._out.glob("moments-*")]:
+        for folder in [self._out / "work", *self._out.glob("shared-*"), *self._out.glob("moments-*")]:
             shutil.rmtree(folder, ignore_errors=True)
         steps = [Step(name, what, cost, self._at(name, cost)) for name, what, cost in self._steps]
         asked = self._asked
@@ -205,9 +205,11 @@ class Run:
         return Gguf(Importance(self._importance(name)), calibration)
 
     def _work(self, to: Gguf | Mlx) -> Path:
-        """A folder for what several models are made from."""
-        given = to.calibration
-        return self._out / (f"moments-{digest({'data': str(given.data), 'rows': given.limit})}" if given else "shared")
+        """A folder for what several models are made from, named after what that depends on."""
+        if (given := to.calibration) is None:
+            return self._out / f"shared-{digest(self._model)}"
+        data = artifact.identity(given.data).manifest_sha256
+        return self._out / f"moments-{digest({**self._model, 'data': data, 'rows': given.limit, 'seed': given.seed})}"
 
     def _measure(self, base: str, what: str, wanted: Wanted, to: Gguf | Mlx | None = None) -> Json:
         """Quantise the language model, to a preset or in a format by plan; ask it everything, delete it."""

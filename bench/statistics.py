@@ -12,17 +12,22 @@ Near 0 or 1 that is not enough for a rate: nine of ten right on 15 pictures were
 a rate's interval is the farther one of the bootstrap's and of Student's interval on the logit scale, whose standard
 error is the linearised one between clusters.
 
-Where nothing varies between clusters the bootstrap's interval has no width, which is no evidence of certainty. Then
-the fall-back is Wilson's interval for as many independent trials as there are clusters: 0 wrong of C clusters says "at
-most z²/(C+z²)", which is close to the rule of three (3.8/C against 3/C, as it is two-sided). For a difference that is
-the same everywhere (no answer changed), the interval is ± that bound. It is on the safe side: it counts a cluster with
-many rows as one trial.
+Where a rate does not vary between clusters the bootstrap's interval has no width, which is no evidence of certainty.
+Then the fall-back is Wilson's interval for as many independent trials as there are clusters: 0 wrong of C clusters says
+"at most z²/(C+z²)", which is close to the rule of three (3.8/C against 3/C, as it is two-sided). It is on the safe
+side: it counts a cluster with many rows as one trial.
 
 Where few clusters differ the bootstrap of a difference promises too much: with one answer won among twenty and none
 lost, no draw of clusters loses anything. So each end is the farther one of the bootstrap's and of Newcombe's hybrid
-score interval, for clusters that lost and clusters that won as two shares of them all, each of its mean size. Of
-exports that lose 3 points a gate of 1 point let one in eight pass on 20 questions, and with it one in hundreds (the
-simulations in tests/test_statistics.py count).
+score interval, for clusters that lost and clusters that won as two shares of them all. They count as so many clusters
+of one size as have the same second and third moments (Σd² and Σ|d|³): small ones do not make a large one small.
+
+What moves one answer of a picture here may move all of them on a picture that was not asked about. So the upper end, by
+which a loss is judged, lies farther yet: losses larger than any difference that was met may be in as many clusters as
+Wilson's bound on none allows. Where nothing differs that is all there is, and both ends are that far away: one lost and
+one won never has a lower upper end. Of exports that lose whole pictures, single answers or both, and more than a gate
+allows, about one in forty passes; with the clusters' mean size, and nothing for what was not met, it was up to one in
+four (the simulations in tests/test_statistics.py count).
 
 Source: Field and Welsh, "Bootstrapping clustered data", JRSS B 69 (2007); Hesterberg, "What teachers should know about
 the bootstrap", The American Statistician 69 (2015), section 5.3 (expanded percentile); Korn and Graubard, "Confidence
@@ -69,6 +74,10 @@ class Difference:
     n: int
     clusters: int
 
+    def __neg__(self) -> Difference:
+        """The same the other way round."""
+        return Difference(-self.value, -self.ci_high, -self.ci_low, self.n, self.clusters)
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -100,19 +109,15 @@ def rate(values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -
 def paired_difference(
     first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable], seed: int = 0
 ) -> Difference:
-    """The mean of `first - second`, row by row, with a clustered interval.
+    """The mean of `first - second`, row by row, with a clustered interval: where it is a loss, `second` lost it.
 
     Raises:
         ValueError: no values, or the three are not equally long.
     """
     sums, counts = by_cluster(pairs(first, second), clusters)
     value, low, high = _interval(sums, counts, seed)
-    if high - low < _FLAT:
-        bound = _wilson(0.0, len(sums))[1]
-        low, high = value - bound, value + bound
-    else:
-        ends = _hybrid_interval(value, sums, counts)
-        low, high = min(low, ends[0]), max(high, ends[1])
+    ends = _hybrid_interval(value, sums, counts)
+    low, high = min(low, ends[0]), max(high, ends[1])
     return Difference(value, max(low, -1.0), min(high, 1.0), int(counts.sum()), len(sums))
 
 
@@ -166,11 +171,21 @@ def clustered_variance(sums: FloatVector, counts: FloatVector) -> float:
     return float(clusters / (clusters - 1) * ((sums - counts * value) ** 2).sum() / counts.sum() ** 2)
 
 
-def clusters_for(bound: float) -> int:
-    """How many clusters it takes, if all of them are alike, until no more than `bound` can be behind them."""
+def unseen_share(sums: FloatVector, counts: FloatVector) -> float:
+    """How much of a cluster no difference has reached yet: 1 where nothing differs, 0 where a whole one does."""
+    return max(0.0, 1 - float(np.abs(sums).max() / counts.mean()))
+
+
+def clusters_for(bound: float, spread: float = 0.0, unseen: float = 1.0) -> int:
+    """How many clusters bring what may be behind the differences within `bound`.
+
+    spread: how far sampling reaches with one cluster; it shrinks with the root of their number. unseen: see above.
+    """
     from scipy.special import ndtri
 
-    return math.ceil(float(ndtri((1 + CONFIDENCE) / 2)) ** 2 * (1 / bound - 1))
+    square = float(ndtri((1 + CONFIDENCE) / 2)) ** 2
+    root = (spread + math.sqrt(spread**2 + 4 * bound * unseen * square)) / (2 * bound)
+    return math.ceil(root**2 - square)
 
 
 def joined(*columns: Sequence[Hashable]) -> list[Hashable]:
@@ -219,12 +234,16 @@ def _logit_interval(sums: FloatVector, counts: FloatVector) -> tuple[float, floa
 
 
 def _hybrid_interval(value: float, sums: FloatVector, counts: FloatVector) -> tuple[float, float]:
-    clusters, differing = len(sums), sums[np.abs(sums) > _FLAT]
-    size = np.abs(differing).mean() / counts.mean()
-    above, below = ((sign * differing > 0).sum() / clusters for sign in (1, -1))
+    clusters, parts = len(sums), sums / counts.mean()
+    unseen = unseen_share(sums, counts) * _wilson(0.0, clusters)[1]
+    squares = float((parts**2).sum())
+    if not squares:
+        return value - unseen, value + unseen
+    size = float((np.abs(parts) ** 3).sum()) / squares
+    above, below = (float((parts[sign * parts > 0] ** 2).sum()) / size**2 / clusters for sign in (1, -1))
     (least_above, most_above), (least_below, most_below) = _wilson(above, clusters), _wilson(below, clusters)
     low = value - size * np.hypot(above - least_above, most_below - below)
-    return float(low), float(value + size * np.hypot(most_above - above, below - least_below))
+    return float(low), float(value + unseen + size * np.hypot(most_above - above, below - least_below))
 
 
 def _expanded_tail(clusters: int) -> float:

@@ -11,7 +11,6 @@ ordered hypotheses", Biometrie in der chemisch-pharmazeutischen Industrie 6 (199
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,13 +22,12 @@ from ldrt_edge.convert.allocate import OutOfReach, allocate
 from ldrt_edge.convert.fallbacks import Fallback, Quantized, report
 from ldrt_edge.convert.gguf import identity
 from ldrt_edge.convert.parity import check
-from ldrt_edge.convert.planned import WORK, Format
-from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities
+from ldrt_edge.convert.planned import WORK, Format, check_held_out
+from ldrt_edge.convert.sensitivity import Matrix, kept, sensitivities
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName, TypePlan, write_type_plan
-from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import ArtifactError
 from ldrt_edge.release import RELEASE, Verdict, read_verdict
-from ldrt_edge.train.data.split import check_leakage
 
 BITS = (8.5, 7.0, 6.0, 5.5, 5.0, 4.75, 4.5, 4.25, 4.0, 3.75, 3.5, 3.25, 3.0, 2.75, 2.5)
 """Bits a weight of the whole export, tried in this order."""
@@ -50,59 +48,56 @@ def quantize_to_budget(
     last candidate that was judged.
 
     Raises:
-        ArtifactError, DataError: the model, the dataset (training and test rows share pictures) or what the format was
-            given is wrong, or its quantiser failed.
+        ArtifactError, DataError: the model, the dataset or what the format was given is wrong (test rows share pictures
+            with training rows, or with what was measured), or its quantiser failed.
     """
     config = {"to": to.name, "budget": budget, "limit": limit, **to.config()}
     given = [identity(merged), *to.inputs(), artifact.identity(data)]
     with artifact.create(out, to.name, config, given, seed, resumable=True) as draft:
         if draft.complete:
             return _recorded(draft.metrics)
-        check_leakage(Dataset(data))
-        source = open_source(merged)
-        work, trial, best = (draft.path / name for name in (WORK, ".trial", ".best"))
-        steps = [_Step.read(told) for told in _kept(draft.path / _STEPS)]
+        check_held_out(data, to)
+        source, work = open_source(merged), draft.path / WORK
+        steps = _read(draft.path / _STEPS)
         if not _ended(steps):
-            found = [_matrix(told) for told in _kept(draft.path / _FOUND)]
-            if not found:
-                found = sensitivities(source, data, to, limit, seed, work=work)
-                _keep(draft.path / _FOUND, found)
+            found = kept(draft.path / _FOUND, lambda: sensitivities(source, data, to, limit, seed, work=work))
             for bits, plan in [*_plans(to.name, found, to.fixed_bytes(source))][len(steps) :]:
+                trial = _folder(draft.path, bits)
                 shutil.rmtree(trial, ignore_errors=True)
                 trial.mkdir()
                 held = to.write(source, plan, trial, work)
                 write_type_plan(plan, trial / PLAN)
-                verdict = judge(trial)
-                size = sum(path.stat().st_size for path in trial.glob(to.files))
-                steps.append(_Step(bits, size, plan.expected["kld"], held, verdict))
-                console.say(f"{bits:g} bits, {size / 1e6:.1f} MB: {verdict.reason}")
-                if verdict.released or len(steps) == 1:
-                    shutil.rmtree(best, ignore_errors=True)
-                    trial.rename(best)
-                _keep(draft.path / _STEPS, steps)
+                verdict, digest = judge(trial), artifact.file_sha256(trial / PLAN)
+                steps.append(_Step(bits, _nbytes(trial, to), plan.expected["kld"], held, verdict, digest))
+                console.say(f"{bits:g} bits, {steps[-1].nbytes / 1e6:.1f} MB: {verdict.reason}")
+                _write(draft.path / _STEPS, steps)  # what a killed run goes by; only then is a folder given up
+                for step in steps:
+                    if step is not _best(steps):
+                        shutil.rmtree(_folder(draft.path, step.bits), ignore_errors=True)
                 if _ended(steps):
                     break
-        kept = next((step for step in reversed(steps) if step.verdict.released), steps[0])
-        shutil.copytree(best, draft.path, copy_function=_link, dirs_exist_ok=True)
-        report(kept.quantized, "search")
-        draft.metrics["quantized"] = asdict(kept.quantized)
+        best = _best(steps)
+        _publish(draft.path, best, to)
+        report(best.quantized, "search")
+        draft.metrics["quantized"] = asdict(best.quantized)
         draft.metrics["fidelity"] = asdict(check(merged, draft.path, fed_back="feedback" in config))
         draft.metrics["search"] = [step.told for step in steps]
-        draft.metrics[RELEASE] = asdict(kept.verdict)
-        for folder in (work, trial, best):
+        draft.metrics[RELEASE] = asdict(best.verdict)
+        for folder in (work, *(_folder(draft.path, step.bits) for step in steps)):
             shutil.rmtree(folder, ignore_errors=True)
-    return kept.verdict
+    return best.verdict
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A candidate that was judged."""
+    """A candidate that was judged. plan_sha256: of its plan file."""
 
     bits: float
     nbytes: int
     expected_kld: float
     quantized: Quantized
     verdict: Verdict
+    plan_sha256: str
 
     @property
     def told(self) -> dict[str, artifact.Json]:
@@ -117,26 +112,40 @@ class _Step:
         return _Step(**told | {"quantized": Quantized(**held | {"fallbacks": fallbacks}), "verdict": verdict})
 
 
-def _matrix(told: dict[str, Any]) -> Matrix:
-    return Matrix(**told | {"options": tuple(Option(**option) for option in told["options"])})
+def _best(steps: Sequence[_Step]) -> _Step:
+    """The last that was released, or the largest."""
+    return next((step for step in reversed(steps) if step.verdict.released), steps[0])
 
 
-def _keep(path: Path, made: Sequence[Matrix] | Sequence[_Step]) -> None:
-    """For a killed run to go on from; the file appears when whole."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps([asdict(one) for one in made]))
-    part.replace(path)
+def _folder(draft: Path, bits: float) -> Path:
+    """Where a candidate lies until the search is over."""
+    return draft / f".{bits:g}-bits"
 
 
-def _kept(path: Path) -> list[dict[str, Any]]:
-    told: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    return told
+def _nbytes(folder: Path, to: Format) -> int:
+    return sum(path.stat().st_size for path in folder.glob(to.files))
 
 
-def _link(source: str, target: str) -> None:
-    """The candidate's file also as the artefact's: until that is whole, a killed run finds the candidate."""
-    Path(target).unlink(missing_ok=True)
-    os.link(source, target)
+def _publish(draft: Path, step: _Step, to: Format) -> None:
+    """Make a candidate's files the artefact's, one by one: a killed run moves the rest.
+
+    Raises:
+        ArtifactError: they are not what was judged.
+    """
+    if (folder := _folder(draft, step.bits)).exists():
+        for path in sorted(folder.iterdir()):
+            path.replace(draft / path.name)
+    whole = (draft / PLAN).is_file() and artifact.file_sha256(draft / PLAN) == step.plan_sha256
+    if not whole or _nbytes(draft, to) != step.nbytes:
+        raise ArtifactError(f"{draft}: what lies there is not what was judged: remove that folder, and run this again")
+
+
+def _write(path: Path, steps: Sequence[_Step]) -> None:
+    artifact.replace_text(path, json.dumps([asdict(step) for step in steps]))
+
+
+def _read(path: Path) -> list[_Step]:
+    return [_Step.read(told) for told in json.loads(path.read_text())] if path.exists() else []
 
 
 def _ended(steps: Sequence[_Step]) -> bool:

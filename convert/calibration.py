@@ -46,6 +46,10 @@ class Calibration:
         """For the manifest."""
         return [artifact.identity(self.data)]
 
+    def pictures(self) -> dict[Path, frozenset[str] | None]:
+        """The pictures that weights are fitted to, by sha256."""
+        return {self.data: frozenset(row.image_sha256 for row in self.rows())}
+
     def rows(self) -> list[Row]:
         """The rows that weights are fitted to.
 

@@ -153,7 +153,9 @@ def quantize(
         show_artifact(quantize_planned(merged, out, read_type_plan(plan, wanted.name), wanted), as_json)
     else:
         assert type_ is not None
-        show_artifact(_to_preset(merged, out, type_, wanted, mmproj, int(group_size) if group_size else None), as_json)
+        made = _to_preset(merged, out, type_, wanted, mmproj, int(group_size) if group_size else None)
+        _tell_loss(merged, made)
+        show_artifact(made, as_json)
 
 
 def _to_preset(
@@ -178,6 +180,17 @@ def _to_preset(
     if not fitted:
         return mlx.quantize(merged, out, type_, group_size)
     return quantize_planned(merged, out, to.preset(open_source(merged), type_, group_size), to)
+
+
+def _tell_loss(merged: Path, made: Path) -> None:
+    """How a preset compares with its model, and how to know what that means."""
+    from ldrt_edge import artifact
+    from ldrt_edge.console import say
+
+    found = artifact.read(made).metrics["fidelity"]
+    measured = f"mean KLD {found['mean_kld']:.2g}, same top token {found['top1_agreement']:.1%} of {found['tokens']}"
+    say(f"{made.name}, held against {merged.name}: {measured}")
+    say("what that costs in answers: ldrt-edge quantize --max-loss POINTS --data DATASET")
 
 
 def _importance(folder: Path | None, weighting: str | None) -> Importance | None:
@@ -228,10 +241,13 @@ def _to_budget(
 @click.option("--to", type=click.Choice(["gguf", "mlx"]), default="gguf", show_default=True)
 @click.option("--importance", type=PATH, help="What `ldrt-edge importance` measured; MLX rounds without.")
 @_weighting_option
-@click.option("--target-size", type=float, metavar="MB", help="Of all weights, of vision tower and projector too.")
+@click.option("--target-size", type=float, metavar="MB", help="Of the weights' files, vision tower and projector too.")
 @click.option("--bpw", type=float, metavar="BITS", help="Bits a weight, over all matrices of the export.")
 @click.option("--max-kld", type=float, help="The least size whose estimated mean KLD stays within this.")
-@click.option("--min-speed", type=float, metavar="TOKENS", help="A second, when decoding; with or without the others.")
+@click.option(
+    "--min-speed", type=float, metavar="TOKENS",
+    help="A second, at most, by memory bandwidth: bounds what a token reads. What else it takes comes on top.",
+)
 @click.option("--bandwidth", type=float, metavar="GB/S", help="With --min-speed: the laptop's, as doctor tells there.")
 @_calibration_options
 @click.option("--limit", default=16, show_default=True, type=click.IntRange(min=1), help="About this many rows.")
@@ -243,8 +259,8 @@ def plan(
     bpw: float | None, max_kld: float | None, min_speed: float | None, bandwidth: float | None, rescale: bool,
     feedback: bool, limit: int, seed: int, out: Path, as_json: bool,
 ) -> None:
-    """Choose a type for every matrix: least damage to the answers within a size or above a speed, or least size within
-    a damage.
+    """Choose a type for every matrix: least damage to the answers within a size, or within what a speed lets a token
+    read; or least size within a damage.
 
     The plan is a file to read, edit and pass to `ldrt-edge quantize --plan`. It names GGUF's types (Q4_K, IQ3_S, Q8_0,
     …), or MLX's as affine-BITS-gGROUP: 2, 3, 4, 5, 6 or 8 bits a weight, 32, 64 or 128 weights to a scale. Both have

@@ -7,6 +7,7 @@ tensor. The pair is held against the merged model's logits before it gets its fi
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -85,6 +86,12 @@ def write_outline(plan: FilePlan, path: Path) -> None:
     """Write a planned file with nothing where its tensors would be: it takes no room on the disk."""
     with _begun(plan, path) as stream:
         stream.truncate(stream.tell() + plan.nbytes + _ALIGNMENT * (len(plan.tensors) + 1))
+
+
+def header_bytes(plan: FilePlan) -> int:
+    """Bytes that stand before a planned file's tensors: settings, vocabulary and the tensors' names."""
+    with tempfile.TemporaryDirectory() as folder, _begun(plan, Path(folder) / "header.gguf") as stream:
+        return stream.tell()
 
 
 @contextmanager

@@ -15,7 +15,6 @@ give the same sums. Each weighting of the three kinds becomes a file that stock 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import psutil
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from numpy.typing import NDArray
 
@@ -48,7 +46,7 @@ MeanSquares = dict[str, NDArray[np.float32]]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _VISION, _PROMPT, _ANSWER = range(3)
 _LAST_LAYER = ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-_BYTES_PER_WEIGHT = 4.5  # of float32, with what computing takes
+_PICTURES = "pictures.txt"
 
 
 class Moments(NamedTuple):
@@ -95,10 +93,13 @@ def importance(
             with watched(model, threads) as (runtime, front, tally):
                 for row in console.track(rows, "watching"):
                     _show(row, dataset.image_path(row) if pictures else None, runtime, front, tally)
+                computed_in = str(getattr(runtime, "place", "float32 on cpu"))
+            shown = sorted({row.image_sha256 for row in rows})
+            (draft.path / _PICTURES).write_text("".join(f"{digest}\n" for digest in shown))
             tally.save(draft.path, [dataset.folder.resolve().name], len(rows))
             tokens = tally.moments["blk.0.attn_q.weight"].counts
             draft.metrics.update(
-                collector="llamacpp" if converted else "torch", questions=len(rows),
+                collector="llamacpp" if converted else "torch", computed_in=computed_in, questions=len(rows),
                 images=len({row.image for row in rows}), matrices=len(tally.moments),
                 tokens=dict(zip(_KINDS, tokens.tolist(), strict=True)),
             )
@@ -115,6 +116,12 @@ def imatrix_path(folder: Path, weighting: str) -> Path:
     check_choice("--weighting", weighting, get_args(Weighting))
     artifact.verify(folder, "importance")
     return folder / f"imatrix-{weighting}.gguf"
+
+
+def pictures_of(folder: Path) -> frozenset[str] | None:
+    """The pictures of the rows that an importance artefact is of, by sha256; None where it does not say."""
+    path = folder / _PICTURES
+    return frozenset(path.read_text().split()) if path.is_file() else None
 
 
 def read_imatrix(path: Path) -> MeanSquares:
@@ -282,7 +289,7 @@ def _watch_torch(folder: Path, threads: int | None) -> Iterator[tuple[Runtime, F
 
         return see
 
-    runtime = HfRuntime(folder, threads=threads, dtype=_dtype(source))
+    runtime = HfRuntime(folder, threads=threads)
     try:
         for path, module in runtime.model.named_modules():
             if isinstance(module, torch.nn.Linear) and (name := names.get(canonical(f"{path}.weight"))):
@@ -300,10 +307,3 @@ def matrices(source: Source) -> dict[str, str]:
         found[HEAD] = found[EMBEDDINGS]
     return found
 
-
-def _dtype(source: Source) -> str:
-    """float32 where that fits the memory that the model will be in."""
-    torch = require("torch", "train")
-    cuda = torch.cuda.is_available()
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-    return "float32" if free > math.ceil(_BYTES_PER_WEIGHT * source.weights.count) else "bfloat16"

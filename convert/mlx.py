@@ -81,6 +81,10 @@ class Mlx:
         """What weights are fitted to."""
         return self.calibration.inputs() if self.calibration else []
 
+    def pictures(self) -> dict[Path, frozenset[str] | None]:
+        """Those that weights are fitted to."""
+        return self.calibration.pictures() if self.calibration else {}
+
     def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
         """The matrices that MLX packs, of the language model, and of tower and projector."""
         return _matrices(mlx_plan(source, "f16"))

@@ -15,9 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import psutil
-
-from ldrt_edge import console, golden
+from ldrt_edge import golden
 from ldrt_edge.convert.exports import Export, open_export
 from ldrt_edge.convert.faults import setting_differences, tensor_differences
 from ldrt_edge.convert.inputs import pixel_fault, prompt_fault
@@ -25,12 +23,11 @@ from ldrt_edge.convert.observation import Fidelity, Observed, difference, equal_
 from ldrt_edge.convert.probes import ALL, Probe, pictures, probe_count, probes, questions, text_probes
 from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.convert.stock import Peer, peers_of
-from ldrt_edge.errors import ArtifactError, DataError, LdrtError, require
+from ldrt_edge.errors import ArtifactError, DataError, LdrtError
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.processor import free_cores
 
 Stage = Literal["load", "settings", "pixels", "prompt", "embeddings", "logits", "answers"]
-_BYTES_PER_WEIGHT = 4.5  # of float32, with what computing takes
 
 
 class Gate(NamedTuple):
@@ -276,18 +273,13 @@ class _Reference:
 
     source: Source
     dtype: str
-    device: str | None
+    device: str
 
     @classmethod
     def fitting(cls, source: Source) -> _Reference:
-        torch = require("torch", "train")
-        needed = _BYTES_PER_WEIGHT * source.weights.count
-        if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
-            return cls(source, "float32", "cuda")
-        if psutil.virtual_memory().available > needed:
-            return cls(source, "float32", "cpu")
-        console.say(f"note: the reference runs in bfloat16; in float32 it would take {needed / 1e9:.0f} GB of memory")
-        return cls(source, "bfloat16", None)
+        from ldrt_edge.runtimes.hf import fitting
+
+        return cls(source, *fitting(source.weights.count, precise=True))
 
     def observe(self, wanted: Sequence[Probe]) -> Observed:
         runtime = self._load()

@@ -11,13 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
-from ldrt_edge import artifact
+from ldrt_edge import artifact, console
 from ldrt_edge.convert.fallbacks import Quantized, report
 from ldrt_edge.convert.gguf import identity
 from ldrt_edge.convert.parity import check
 from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.convert.type_plan import FormatName, PlannedMatrix, TypePlan
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import DataError
 from ldrt_edge.runtimes.base import FloatArray
+from ldrt_edge.train.data.split import check_leakage
 
 if TYPE_CHECKING:
     from ldrt_edge.convert.calibration import Calibration
@@ -47,6 +50,9 @@ class Format(Protocol):
     def inputs(self) -> list[artifact.Input]:
         """What an export is made from beside the model."""
 
+    def pictures(self) -> dict[Path, frozenset[str] | None]:
+        """The pictures that each of these showed the model, by sha256; None where it does not say."""
+
     def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
         """The matrices that a plan gives types, by part."""
 
@@ -74,6 +80,25 @@ class Format(Protocol):
             ConfigError: the plan does not fit the model.
             ArtifactError: the disk is too small, or the format's own quantiser failed.
         """
+
+
+def check_held_out(data: Path, to: Format) -> None:
+    """Refuse to plan for held-out questions by their own pictures.
+
+    data: a dataset artefact, whose training rows plan and whose test rows judge. What does not say which pictures it
+    is of is named in one line.
+
+    Raises:
+        DataError: training rows, or what the format was given, have pictures of test rows.
+    """
+    dataset = Dataset(data)
+    check_leakage(dataset)
+    held_out = {row.image_sha256 for row in dataset.rows("test")}
+    for folder, shown in to.pictures().items():
+        if shown is None:
+            console.say(f"note: {folder} does not say which pictures it is of: those that judge must not be among them")
+        elif shared := len(held_out & shown):
+            raise DataError(f"{folder} is of {shared} pictures that {data} holds out to judge by: measure it on others")
 
 
 def quantize_planned(merged: Path, out: Path, plan: TypePlan, to: Format) -> Path:

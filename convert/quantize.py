@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import ClassVar, get_args
 
@@ -25,15 +26,15 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ldrt_edge import artifact
 from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.fallbacks import Quantized, report
-from ldrt_edge.convert.gguf import check_choice, check_room, finish, identity, write, write_outline
-from ldrt_edge.convert.importance import MeanSquares, imatrix_path, read_imatrix, write_imatrix
+from ldrt_edge.convert.gguf import check_choice, check_room, finish, header_bytes, identity, write, write_outline
+from ldrt_edge.convert.importance import MeanSquares, imatrix_path, pictures_of, read_imatrix, write_imatrix
 from ldrt_edge.convert.parity import check
 from ldrt_edge.convert.plan import FilePlan, MmprojType, TensorPlan, TextType, mmproj_plan, text_plan
 from ldrt_edge.convert.quantizer import BIG_BLOCK, Wanted, base_type, preset_types, read_back, resolve, run_quantizer
 from ldrt_edge.convert.rounding import round_ggml, round_half
 from ldrt_edge.convert.source import Source, open_source
 from ldrt_edge.convert.type_plan import PLAN_TYPES, FormatName, PlannedMatrix, TypePlan, assign, nbytes
-from ldrt_edge.errors import ArtifactError
+from ldrt_edge.errors import ArtifactError, ConfigError, all_problems
 from ldrt_edge.runtimes.base import FloatArray
 
 _FULL = ".full-precision.gguf"
@@ -126,6 +127,11 @@ class Gguf:
         importance = [artifact.identity(self.importance.folder)] if self.importance else []
         return importance + (self.calibration.inputs() if self.calibration else [])
 
+    def pictures(self) -> dict[Path, frozenset[str] | None]:
+        """Those that the importance is of, and that weights are fitted to."""
+        importance = {self.importance.folder: pictures_of(self.importance.folder)} if self.importance else {}
+        return importance | (self.calibration.pictures() if self.calibration else {})
+
     def matrices(self, source: Source) -> dict[str, list[PlannedMatrix]]:
         """The tensors of both files that llama.cpp quantises.
 
@@ -138,8 +144,9 @@ class Gguf:
         return found
 
     def fixed_bytes(self, source: Source) -> int:
-        """Bytes of both files' other tensors."""
-        return sum(t.nbytes for file in _files(source).values() for t in file.tensors if not _is_quantizable(t))
+        """Bytes of both files' other tensors, and of what stands before the tensors: settings and vocabulary."""
+        files = _files(source).values()
+        return sum(header_bytes(f) + sum(t.nbytes for t in f.tensors if not _is_quantizable(t)) for f in files)
 
     def types(self, part: str, name: str) -> list[str]:
         """All of the part's, but for those that llama.cpp does not make without an importance."""
@@ -172,8 +179,10 @@ class Gguf:
         """Write a pair; `work` keeps the full-precision files, unless a calibration changes them for this plan."""
         files, matrices = _files(source), self.matrices(source)
         types = assign(plan, matrices)
-        exported, imatrix = source, self.imatrix
+        self._refuse_unknown(types)
+        exported, imatrix, fitted_for = source, self.imatrix, ""
         if self.calibration:
+            fitted_for = sha256(repr(sorted(types.items())).encode()).hexdigest()[:8] + "-"
             fitted = self.calibration.fitted(source, self, matrices["model"], types, work, folder)
             exported, imatrix = fitted.exported(matrices["model"], types), fitted.to._imatrix_in(work)
             files = _files(exported)
@@ -181,13 +190,14 @@ class Gguf:
             nbytes(types[tensor.name], math.prod(tensor.shape)) if tensor.name in types else tensor.nbytes
             for file in files.values() for tensor in file.tensors
         )  # fmt: skip
-        missing = sum(file.nbytes for part, file in files.items() if not (work / _PLANNED[part]).exists())
+        full_names = {part: f"{fitted_for}{_PLANNED[part]}" for part in files}
+        missing = sum(file.nbytes for part, file in files.items() if not (work / full_names[part]).exists())
         check_room(folder, wanted + missing)
         work.mkdir(exist_ok=True)
         for part, file in files.items():
             target, own = folder / _PLANNED[part], {t.name: types[t.name] for t in file.tensors if t.name in types}
             if type_ := _file_type(own):
-                full = write_full(file, work, target.name)
+                full = write_full(file, work, full_names[part])
                 quantize_file(full, target, Wanted(type_, own, imatrix), file)
                 if self.calibration:
                     full.unlink()
@@ -195,6 +205,16 @@ class Gguf:
                 write(text_plan(exported, "f16") if part == "model" else file, target, part)
         finish(source, folder)
         return read_back(folder / _PLANNED["model"])
+
+    def _refuse_unknown(self, types: Mapping[str, str]) -> None:
+        """Types that llama.cpp makes only by an importance matrix, for matrices of which none is given."""
+        wanting = {name: t for name, t in types.items() if t in _NEED_IMPORTANCE and name not in self._mean_squares}
+        if wanting and not self.importance:
+            told = [f"{name}: {type_} wants --importance: run ldrt-edge importance" for name, type_ in wanting.items()]
+        else:
+            told = [f"{name}: {type_}, and the importance does not know it" for name, type_ in wanting.items()]
+        if told:
+            raise ConfigError(all_problems(told, "plan"))
 
     @property
     def imatrix(self) -> Path | None:

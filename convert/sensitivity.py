@@ -23,22 +23,23 @@ Li et al., "MBQ: Modality-balanced quantization", CVPR 2025.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldrt_edge import console
+from ldrt_edge import artifact, console
 from ldrt_edge.convert.calibration import Calibration, Fitted
 from ldrt_edge.convert.gradients import Asked, answers, gradients, linears, questions
 from ldrt_edge.convert.planned import Format
 from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, check_values, is_tied
 from ldrt_edge.convert.type_plan import PlannedMatrix, fits, nbytes
 from ldrt_edge.convert.weights import canonical
-from ldrt_edge.errors import require
+from ldrt_edge.errors import ArtifactError, require
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.hf import HfRuntime
@@ -102,6 +103,30 @@ def sensitivities(
     return [given.scaled(scales[kind(matrix.source)]) for (_, matrix), given in zip(planned, found, strict=True)]
 
 
+def kept(path: Path, measure: Callable[[], list[Matrix]]) -> list[Matrix]:
+    """What a file holds of an earlier measurement; where there is none, it is measured, and written there when whole.
+
+    Raises:
+        ArtifactError: the file holds something else.
+    """
+    if not path.exists():
+        found = measure()
+        artifact.replace_text(path, json.dumps([asdict(matrix) for matrix in found]))
+        return found
+    try:
+        return [
+            Matrix(**matrix | {"options": tuple(Option(**option) for option in matrix["options"])})
+            for matrix in json.loads(path.read_text())
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path}: no sensitivities ({str(error)[:80]!r}): remove it to measure again") from error
+
+
+def admitted(to: Format, part: str, matrix: PlannedMatrix) -> list[str]:
+    """The types that a matrix can have."""
+    return [type_ for type_ in to.types(part, matrix.name) if fits(type_, matrix.shape[-1])]
+
+
 def kind(source: str) -> str:
     """What sort of matrix a checkpoint's tensor is: q_proj, down_proj, …, embed_tokens, lm_head; tower; projector."""
     path = source.split(".")
@@ -126,7 +151,7 @@ def _errors(fitted: Fitted[Format], part: str, matrix: PlannedMatrix) -> dict[st
     wanted = _ROWS_FITTED if matrix.source in fitted.moments else _ROWS_ROUNDED
     chosen = slice(None, None, math.ceil(len(values) / wanted))
     rows, rounded = values[chosen], fitted.rounded(matrix)
-    types = [type_ for type_ in fitted.to.types(part, matrix.name) if fits(type_, rows.shape[1])]
+    types = admitted(fitted.to, part, matrix)
     return {type_: fitted.unscaled(matrix, rounded(rows, type_) - rows, chosen) for type_ in types}
 
 
@@ -186,8 +211,8 @@ def _measure(
     for name in fitted.source.weights.changed & parameters.keys():  # another form of the same function
         parameters[name].data.copy_(torch.from_numpy(fitted.source.weights.read(name)))
     for label, members in console.track(sorted(kinds.items()), "measuring"):
-        admitted = [{option.type for option in given.options} for _, given in members]
-        probe = next((type_ for type_ in fitted.to.probes if all(type_ in types for types in admitted)), None)
+        given_types = [{option.type for option in given.options} for _, given in members]
+        probe = next((type_ for type_ in fitted.to.probes if all(type_ in types for types in given_types)), None)
         estimate = sum(o.damage for _, m in members for o in m.options if o.type == probe)
         kept: dict[Any, Any] = {}
         for matrix, _ in members if probe else ():

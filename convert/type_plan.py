@@ -24,6 +24,7 @@ For MLX the parts are `model` and `vision`, and a type says bits a weight and we
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -75,6 +76,17 @@ class PlannedMatrix:
     shape: tuple[int, ...]
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which only the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ."""
+        keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        if twice := [f"'{key}' stands {count} times" for key, count in keys.items() if count > 1]:
+            raise ValueError(f"{', '.join(twice)}: of each key keep one line")
+        return super().construct_mapping(node, deep)
+
+
 def read_type_plan(path: Path, to: FormatName) -> TypePlan:
     """Read a plan file for one format.
 
@@ -84,7 +96,7 @@ def read_type_plan(path: Path, to: FormatName) -> TypePlan:
     try:
         if path.stat().st_size > _LIMIT_BYTES:
             raise ConfigError(f"--plan {path}: larger than {_LIMIT_BYTES >> 20} MiB, refused")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _Once)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--plan {path}: cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(data, dict) or data.get("format") != _SCHEMA:
@@ -124,10 +136,13 @@ def write_type_plan(plan: TypePlan, path: Path) -> None:
     refuse_existing(path)
     parts = {part: dict(types) for part, types in plan.parts.items()}
     data = {"format": _SCHEMA, "to": plan.to, **parts, "expected": dict(plan.expected)}
-    part = artifact.partial_path(path)
-    with artifact.writing(path):
-        part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
-        part.rename(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with artifact.writing(path):
+            part.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+            part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def refuse_existing(path: Path) -> None:

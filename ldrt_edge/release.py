@@ -26,6 +26,7 @@ class Verdict:
     max_flips, flips, flips_high: percent of answers that changed, for better or worse; max_flips may be None.
     questions, clusters: how many were asked, on how many groups of pictures.
     needed: about how many questions would tell, if the loss stays what it is; None where it is beyond the budget.
+    reference: what the merged model computed in ("float32 on cpu"), where that is known.
     """
 
     released: bool
@@ -40,6 +41,7 @@ class Verdict:
     questions: int
     clusters: int
     needed: int | None
+    reference: str | None = None
 
     @property
     def told(self) -> str:

@@ -171,6 +171,35 @@ def test_an_export_that_its_gate_did_not_release_says_so_wherever_it_answers(mad
     assert told["unreleased"] == listed["unreleased"] == "not released: too many flips"
 
 
+def test_a_model_that_two_measurements_judge_differently_says_one_thing(
+    made: Made, tmp_path: Path, home: Path
+) -> None:
+    """Released by its gate, and packed although a later report found more loss: nobody calls it released."""
+    edge, report = tmp_path / "judged", tmp_path / "report"
+    shutil.copytree(made.edge, edge)
+    manifest = json.loads((edge / "manifest.json").read_text())
+    judged = asdict(Verdict(True, "within budget: loss +0.4 points", 1.0, 0.4, -0.2, 0.9, None, 2.0, 3.0, 400, 50, 400))
+    (edge / "manifest.json").write_text(json.dumps(manifest | {"metrics": manifest["metrics"] | {RELEASE: judged}}))
+    alone = run("chat", edge, "--ask", "What is it?", "--max-tokens", "2", "--threads", "1")
+    assert "judged is released: within budget" in alone.stderr and "WARNING" not in alone.stderr
+
+    shutil.copytree(made.report, report)
+    found = json.loads((report / "report.json").read_text())
+    found["subject"]["manifest_sha256"] = artifact.read(edge).sha256
+    (report / "report.json").write_text(json.dumps(found))
+    described = json.loads((report / "manifest.json").read_text())
+    for entry in described["files"]:
+        path = report / entry["path"]
+        entry |= {"bytes": path.stat().st_size, "sha256": artifact.file_sha256(path)}
+    (report / "manifest.json").write_text(json.dumps(described))
+    told = read_evidence(report, artifact.read(edge), 100)
+    assert told.released and "its gate, when it was quantised: within budget: loss +0.4 points" in told.verdict
+    out = tmp_path / "judged.ldrt"
+    assert run("bundle", edge, "--report", report, "--out", out, "--max-loss", "-101", "--unreleased").exit_code == 0
+    asked = run("chat", out, "--trust-once", "--ask", "What is it?", "--max-tokens", "2", "--threads", "1")
+    assert "not released: loss" in asked.stderr and " is released" not in asked.stderr
+
+
 def test_an_interval_that_reaches_beyond_the_budget_releases_nothing(made: Made) -> None:
     model = artifact.read(made.edge)
     loss = 100 * json.loads((made.report / "report.json").read_text())["vqa"]["loss"]["ci_high"]

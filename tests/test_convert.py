@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tiny as builders
 import torch
@@ -20,7 +22,7 @@ from gguf import GGUFReader
 from tiny import edit_tensors
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from ldrt_edge import artifact
+from ldrt_edge import artifact, console
 from ldrt_edge.convert import plan
 from ldrt_edge.convert.gguf import convert, write, write_mmproj, write_text
 from ldrt_edge.convert.plan import text_plan
@@ -30,6 +32,7 @@ from ldrt_edge.convert.quantizer import TYPES, Wanted, read_back, run_quantizer
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.errors import ArtifactError, ConfigError
 from ldrt_edge.front import Front
+from ldrt_edge.runtimes import hf
 
 FAMILIES = ("llava15", "llavanext")
 TEXTS = ("llama", "mistral", "smollm2")
@@ -47,6 +50,41 @@ def test_an_export_holds_what_a_laptop_needs_and_how_close_it_is(tiny: builders.
     assert fidelity["mean_kld"] < 1e-6  # twenty times below the gate
     assert fidelity["top1_agreement"] + fidelity["undecided"] == 1
     assert fidelity["tokens"] >= 300
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "cpu_gb", "wanted", "precise"),
+    [
+        (80, 64, ("float32", "cuda"), ("float32", "cuda")),
+        (24, 64, ("bfloat16", "cuda"), ("float32", "cpu")),
+        (24, 16, ("bfloat16", "cuda"), ("bfloat16", "cuda")),
+        (8, 64, ("float32", "cpu"), ("float32", "cpu")),
+        (8, 24, ("bfloat16", "cpu"), ("bfloat16", "cpu")),
+        (None, 64, ("float32", "cpu"), ("float32", "cpu")),
+        (None, 8, ("bfloat16", "cpu"), ("bfloat16", "cpu")),
+    ],
+)
+def test_a_7b_runs_where_the_memory_at_hand_lets_it(
+    monkeypatch: pytest.MonkeyPatch, gpu_gb: int | None, cpu_gb: int, wanted: hf.Place, precise: hf.Place
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_gb is not None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((gpu_gb or 0) * 10**9, 0))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=cpu_gb * 10**9))
+    found = [hf.fitting(7_060_000_000), hf.fitting(7_060_000_000, precise=True)]
+    assert found == [wanted, precise]
+    assert len(said) == sum(place.dtype == "bfloat16" for place in found)
+    assert all(" in float32 it would take 32 GB" in line for line in said)
+
+
+def test_the_reference_says_what_it_computes_in(tiny: builders.Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = tiny("llava15", "llama"), []
+    monkeypatch.setattr(hf, "fitting", lambda weights, *_, **__: asked.append(weights) or hf.Place("bfloat16", "cpu"))
+    runtime = hf.HfRuntime(folder)
+    assert str(runtime.place) == "bfloat16 on cpu" and runtime.model.dtype == torch.bfloat16
+    assert asked == [open_source(folder).weights.count]
+    assert hf.HfRuntime(folder, dtype="float32", device="cpu").model.dtype == torch.float32 and len(asked) == 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,6 +19,7 @@ from ldrt_edge.convert.planned import quantize_planned
 from ldrt_edge.convert.quantize import Gguf, Importance, quantize
 from ldrt_edge.convert.quantizer import Wanted, read_back, run_quantizer
 from ldrt_edge.convert.type_plan import TypePlan, read_type_plan
+from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ArtifactError, ConfigError, DataError
 from ldrt_edge.runtimes.base import FrontImage, Prompt
 from ldrt_edge.train.data.phantom import phantom
@@ -253,6 +254,25 @@ def test_a_plan_must_fit_the_model(tiny: builders.Tiny, tmp_path: Path) -> None:
         "blk.7.* fits no matrix of 'model'", "mm.2.weight has no type",
     ):  # fmt: skip
         assert problem in str(caught.value)
+
+
+def test_types_that_want_an_importance_are_refused_at_once(wide: tuple[Path, Importance], tmp_path: Path) -> None:
+    merged, given = wide
+    types = {"blk.0.ffn_up": "IQ2_XXS", "blk.1.attn_q": "IQ3_XXS", "*": "Q8_0"}
+    plan = TypePlan("gguf", {"model": types, "mmproj": {"*": "F16"}})
+    with pytest.raises(ConfigError) as caught:
+        quantize_planned(merged, tmp_path / "edge", plan, Gguf())
+    for problem in ("blk.0.ffn_up.weight: IQ2_XXS wants --importance: run ldrt-edge", "blk.1.attn_q.weight: IQ3_XXS"):
+        assert problem in str(caught.value)
+    assert quantize_planned(merged, tmp_path / "edge", plan, Gguf(given)).is_dir()
+
+
+def test_it_says_what_it_is_of_and_what_it_was_computed_in(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    out = importance(tiny("llava15", "llama"), data, tmp_path / "out", limit=4)
+    shown = (out / "pictures.txt").read_text().split()
+    assert shown == sorted(shown) and len(shown) == artifact.read(out).metrics["images"]
+    assert set(shown) <= {row.image_sha256 for row in Dataset(data).rows("train")}
+    assert artifact.read(out).metrics["computed_in"].startswith("float32 on ")
 
 
 def kld(edge: Path) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -13,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny as builders
+from gguf import GGUFReader, dequantize
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldrt_edge import artifact
 from ldrt_edge.bench import held_out, mlx_awq, quantisers_run, subjects
@@ -22,9 +25,11 @@ from ldrt_edge.bench.quantisers import compare, main
 from ldrt_edge.bench.statistics import paired_ratio
 from ldrt_edge.bench.steps import Cost, Journal, apart
 from ldrt_edge.convert import mlx
+from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.importance import imatrix_path, importance, read_imatrix
+from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.probes import probes
-from ldrt_edge.convert.quantize import quantize
+from ldrt_edge.convert.quantize import Gguf, quantize
 from ldrt_edge.dataset import Dataset, DatasetWriter
 from ldrt_edge.errors import ArtifactError, DataError
 from ldrt_edge.fidelity import compare_logits
@@ -33,6 +38,8 @@ from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.runtimes.llamacpp import LlamaCppRuntime
 from ldrt_edge.runtimes.mlx import MlxRuntime
 from ldrt_edge.train.data.phantom import phantom
+
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,37 @@ def test_pictures_that_are_asked_about_are_not_calibrated_on(
     assert ask(front, dataset, None, 0, {"own": data})
     with pytest.raises(DataError, match=r"--calibration other: .* trains on pictures that are asked about"):
         ask(front, dataset, None, 0, {"own": data, "other": same})
+
+
+def test_what_a_stopped_run_left_is_no_other_runs(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    """Its full-precision file, or moments, are of one model, data set, number of rows and seed."""
+    first, second = tiny("llava15", "llama"), tmp_path / "second"
+    shutil.copytree(first, second)
+    weights = {name: 2 * value if "up_proj" in name else value for name, value in load_file(second / WEIGHTS).items()}
+    save_file(weights, second / WEIGHTS, {"format": "pt"})
+    more = phantom(tmp_path / "more", 4, 1, test_fraction=0.5, languages=("en",))
+
+    def run(merged: Path, calibration: Path = data, rows: int = 4, seed: int = 0) -> quantisers_run.Run:
+        given = subjects.GgufSubjects(merged, tmp_path / "out" / "work")
+        return quantisers_run.Run(given, merged, data, tmp_path / "out", {"own": calibration}, [], 4, rows, 4, seed, 1)
+
+    def made(merged: Path) -> Any:
+        to, out = Gguf(), tmp_path / "out"
+        with subjects.planned(merged, to, {"*": "Q8_0"}, out / "subject", run(merged)._work(to)) as subject:
+            [tensor] = [
+                t for t in GGUFReader(subject.folder / "model-PLANNED.gguf").tensors if t.name == "blk.0.ffn_up.weight"
+            ]
+            return dequantize(tensor.data, tensor.tensor_type)
+
+    (tmp_path / "out").mkdir()
+    np.testing.assert_allclose(made(second), 2 * made(first), rtol=0.02, atol=1e-3)
+
+    def fitted(merged: Path, calibration: Path = data, rows: int = 4, seed: int = 0) -> Path:
+        to = Mlx(Calibration(calibration, feedback=True, limit=rows, seed=seed))
+        return run(merged, calibration, rows, seed)._work(to)
+
+    folders = [fitted(first), fitted(second), fitted(first, more), fitted(first, rows=8), fitted(first, seed=1)]
+    assert len(set(folders)) == 5 and fitted(first) == folders[0]
 
 
 @pytest.mark.parametrize(

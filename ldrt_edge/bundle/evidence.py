@@ -88,7 +88,7 @@ def read_evidence(report: Path, model: Manifest, max_loss: float) -> Evidence:
 def _judge(own: Verdict | None, loss: Mapping[str, float] | None, max_loss: float) -> tuple[bool, str]:
     """Released when even the upper bound of the loss's 95% interval lies within the budget, in percentage points.
 
-    And not against the verdict that `quantize --max-loss` left in the model's manifest.
+    And not against the verdict that `quantize --max-loss` left in the model's manifest, which is told beside.
     """
     if own is not None and not own.released:
         return False, f"not released: when it was quantised: {own.reason}"
@@ -96,6 +96,7 @@ def _judge(own: Verdict | None, loss: Mapping[str, float] | None, max_loss: floa
         return False, "not released: its loss was not measured, for the report has no reference model"
     value, low, high = (100 * loss[name] for name in ("value", "ci_low", "ci_high"))
     measured = f"loss {value:+.1f} points (95% interval {low:+.1f} to {high:+.1f}), allowed {max_loss:g}"
+    measured += f"; its gate, when it was quantised: {own.reason}" if own else ""
     return (True, f"released: {measured}") if high <= max_loss else (False, f"not released: {measured}")
 
 

@@ -279,12 +279,13 @@ def _opened(
     folder: Path, sampling: Sampling | None, threads: int | None, report: Path | None
 ) -> Iterator[Session]:
     verdict, confidence = read_verdict(artifact.read(folder).metrics), read_confidence(folder, report)
+    reason = unreleased(folder)  # a bundle may know of a later measurement
     with _busy("loading the model"):
         runtime = load(folder, threads=threads)
-    if verdict is not None and verdict.released:
+    if verdict is not None and verdict.released and reason is None:
         say(f"{folder.name} is {verdict.told}")
     try:
-        about = artifact.identity(folder), unreleased(folder), confidence
+        about = artifact.identity(folder), reason, confidence
         yield Session(runtime, Front.load(folder), sampling, *about)
     finally:
         runtime.close()

@@ -1,4 +1,4 @@
-"""The reference runtime: the merged model in transformers, fp32 on the CPU or bf16 on a GPU.
+"""The reference runtime: the merged model in transformers, on the GPU and in float32 wherever memory allows it.
 
 What llama.cpp and MLX give is held against what this gives. It uses transformers' own modules (vision tower,
 projector, language model) and the product's front end for everything around them; tests hold it against the stock
@@ -7,21 +7,58 @@ model's forward on pixel values.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+import psutil
 
+from ldrt_edge import console
 from ldrt_edge.errors import RuntimeLoadError, require
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
 from ldrt_edge.runtimes.cached import CachedRuntime, Part, State
+from ldrt_edge.tensor_file import read_header
 
 if TYPE_CHECKING:
     import torch
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_WITH_COMPUTING = 1.125  # times the weights' bytes
+
+
+class Place(NamedTuple):
+    """What a model computes in, by torch's names: dtype and device."""
+
+    dtype: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} on {self.device}"
+
+
+def fitting(weights: int, dtypes: Sequence[str] = ("float32", "bfloat16"), precise: bool = False) -> Place:
+    """Where a model of so many weights runs with the memory at hand, said where that is not in the first dtype.
+
+    The GPU comes before the CPU, there a dtype before the next; precise: a dtype anywhere before the next. Where
+    nothing fits, the last dtype on the CPU.
+    """
+    torch = require("torch", "train")
+    free = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
+    free["cpu"] = psutil.virtual_memory().available
+    places = [Place(dtype, device) for device in free for dtype in dtypes]
+    if precise:
+        places.sort(key=lambda place: dtypes.index(place.dtype))
+    needed = {dtype: weights * _BYTES.get(dtype, 4) * _WITH_COMPUTING for dtype in dtypes}
+    place = next((place for place in places if free[place.device] > needed[place.dtype]), Place(dtypes[-1], "cpu"))
+    if place.dtype != dtypes[0]:
+        told = f"in {dtypes[0]} it would take {needed[dtypes[0]] / 1e9:.0f} GB of memory"
+        console.say(f"note: the reference runs in {place}; {told}")
+    return place
 
 
 class HfRuntime(CachedRuntime):
@@ -30,8 +67,8 @@ class HfRuntime(CachedRuntime):
     Args:
         folder: a model artefact, or a Hugging Face LLaVA folder.
         threads: CPU threads; None leaves torch's choice.
-        dtype: of the weights, by torch's name.
-        device: "cpu", "cuda", …; None takes the GPU if there is one.
+        dtype: of the weights, by torch's name; None takes what fits (`fitting`).
+        device: "cpu", "cuda", …; None takes what fits, the GPU if it does.
         adapter: a PEFT adapter folder to put on the model, unmerged; its front end is used.
 
     Raises:
@@ -45,7 +82,7 @@ class HfRuntime(CachedRuntime):
         self,
         folder: Path,
         threads: int | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         device: str | None = None,
         adapter: Path | None = None,
     ) -> None:
@@ -55,7 +92,10 @@ class HfRuntime(CachedRuntime):
         super().__init__()
         started = time.perf_counter()
         self.front = Front.load(adapter or folder)
-        self._device = device or ("cuda" if self._torch.cuda.is_available() else "cpu")
+        if dtype is None or device is None:
+            chosen = fitting(_weights(folder), (dtype,) if dtype else ("float32", "bfloat16"))
+            dtype, device = dtype or chosen.dtype, device or chosen.device
+        self.place, self._device = Place(dtype, device), device
         self.model = load_model(folder, dtype)
         if adapter is not None:
             peft = require("peft", "train")
@@ -118,6 +158,11 @@ class HfRuntime(CachedRuntime):
                 use_cache=True,
             ).last_hidden_state
             return np.asarray(self.model.lm_head(hidden[0, -last:]).float().cpu().numpy())
+
+
+def _weights(folder: Path) -> int:
+    tensors = (tensor for path in folder.glob("*.safetensors") for tensor in read_header(path).values())
+    return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def load_model(folder: Path, dtype: str, quantization: Any = None) -> Any:

@@ -38,7 +38,7 @@ export function evidence(model) {
     const { top1_agreement, mean_kld, tokens } = model.fidelity;
     told.push(t("fidelity", `${number(top1_agreement * 100)} %`, mean_kld.toPrecision(2), tokens));
   }
-  if (model.verdict?.released) {
+  if (model.verdict?.released && !model.unreleased) {
     const { loss, loss_high, max_loss, questions } = model.verdict;
     told.push(t("released", number(loss, 1), number(loss_high, 1), number(max_loss, 1), questions));
   }
