@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,12 +12,13 @@ import click
 
 from ldrt_edge.bundle.commands import trust_once_option
 from ldrt_edge.errors import ConfigError
-from ldrt_edge.options import PATH, beside, json_option, show_artifact
+from ldrt_edge.options import PATH, F, beside, json_option, show_artifact
 
 if TYPE_CHECKING:
     from ldrt_edge.dataset import Split
 
 _MEASURE = "measure"
+_FILE = click.Path(path_type=Path, dir_okay=False)
 
 
 class _Bench(click.Group):
@@ -25,6 +27,11 @@ class _Bench(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
         return super().parse_args(ctx, args if named or not args else [_MEASURE, *args])
+
+
+def _seed_option(of_what: str) -> Callable[[F], F]:
+    """`--seed`, with what is drawn by it."""
+    return click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help=of_what)
 
 
 @click.group(cls=_Bench, invoke_without_command=False)
@@ -40,11 +47,13 @@ def bench() -> None:
 @click.option("--limit", type=click.IntRange(min=1), help="About this many questions, as whole pictures.")
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
 @click.option("--runs", default=5, show_default=True, type=click.IntRange(min=0), help="Timings; 0 leaves latency out.")
-@click.option("--seed", default=0, show_default=True, help="Of wrong pictures, choice of questions and intervals.")
+@_seed_option("Of wrong pictures, choice of questions and intervals.")
 @click.option("--margin", default=1.0, show_default=True, help="Points of accuracy: a loss within it counts as none.")
 @click.option("--probes", default=0, show_default=True, type=click.IntRange(min=0), metavar="PICTURES",
-              help="Probe with so many pictures what the model makes up.")
+              help="Probe with so many pictures what each model makes up.")
 @click.option("--beside", type=PATH, multiple=True, help="Another model to ask the same (base, exports); repeatable.")
+@click.option("--answer-tokens", default=256, show_default=True, type=click.IntRange(min=1),
+              help="Of an answer to an open question, at most.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
 @click.option("--samples/--no-samples", default=True, show_default=True,
               help="Whether report.html shows pictures, questions and answers; without, it may be given away.")
@@ -72,14 +81,14 @@ def measure(
     "--questions", "answer_type", type=click.Choice(["open", "closed", "all"]), default="open", show_default=True
 )
 @click.option("--limit", type=click.IntRange(min=1), help="So many questions, drawn by the seed.")
-@click.option("--max-calls", type=click.IntRange(min=1), help="Requests in all, retries included.")
+@click.option("--max-calls", type=click.IntRange(min=1), help="Requests of this run, retries included; again goes on.")
 @click.option("--parallel", default=4, show_default=True, type=click.IntRange(1, 64), help="Questions at a time.")
 @click.option("--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds for a request.")
 @click.option("--retries", default=4, show_default=True, type=click.IntRange(min=0))
 @click.option("--key-env", "key_variable", default="OPENAI_API_KEY", show_default=True, metavar="NAME")
-@click.option("--cache", type=PATH, metavar="FILE", help="Of replies. Default: judge-calls.jsonl beside OUT.")
+@click.option("--cache", type=_FILE, metavar="FILE", help="Of replies. Default: judge-calls.jsonl beside OUT.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of judges on this machine.")
-@click.option("--seed", default=0, show_default=True, help="Of the choice of questions and the intervals.")
+@_seed_option("Of the choice of questions and the intervals.")
 @json_option
 def judge(report: Path, out: Path | None, judges: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Have a report's answers judged: 0 to 10, and in pairs in both orders. Writes them into report.html.
@@ -139,7 +148,8 @@ def latency(
 @click.option("--split", type=click.Choice(["test", "train"]), default="test", show_default=True)
 @click.option("--branches", default=16, show_default=True, type=click.IntRange(2, 64), help="Questions side by side.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: one for each physical core.")
-@click.option("--seed", default=0, show_default=True, help="Of the choice of questions.")
+@click.option("--journal", type=_FILE, metavar="FILE", help="Keep timings there; a killed run goes on from them.")
+@_seed_option("Of the choice of questions.")
 @trust_once_option
 @json_option
 def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **options: Any) -> None:
@@ -151,12 +161,11 @@ def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **opt
     if as_json:
         click.echo(json.dumps(asdict(found) | {"gain": found.gain}))
         return
-    click.echo(f"{found.questions} questions about {found.pictures} pictures, {found.threads} threads")
+    asked, load = found.questions, "load average {:.2f} to {:.2f}".format(*found.load_average)
+    click.echo(f"{asked} questions about {found.pictures} pictures, {found.threads} threads, {load}")
     for name in ("alone", "one_by_one", "side_by_side"):
-        same = getattr(found, f"{name}_identical", found.questions)
-        click.echo(
-            f"{name.replace('_', ' '):13} {getattr(found, f'{name}_per_min'):7.1f} a minute, {same} answers as alone"
-        )
+        same = f"{getattr(found, f'{name}_identical', asked)} of {asked} answers identical to those alone"
+        click.echo(f"{name.replace('_', ' '):13} {getattr(found, f'{name}_per_min'):7.1f} a minute, {same}")
     click.echo(f"side by side: {found.gain:.1f} times as many as alone")
 
 
@@ -165,7 +174,7 @@ def throughput(edge: Path, dataset: Path, trust_once: bool, as_json: bool, **opt
 @click.option("--data", "dataset", required=True, type=PATH, help="Dataset artefact.")
 @click.option("--split", type=click.Choice(["test", "train"]), default="train", show_default=True)
 @click.option("--limit", default=4000, show_default=True, type=click.IntRange(min=100), help="About so many questions.")
-@click.option("--seed", default=0, show_default=True, help="Of folds, wrong pictures and intervals.")
+@_seed_option("Of folds, wrong pictures and intervals.")
 @json_option
 def learnable_(base: str, dataset: Path, split: Split, limit: int, seed: int, as_json: bool) -> None:
     """Before training: does the tower of BASE see anything that answers these questions, beyond how they are worded?

@@ -1,9 +1,9 @@
 """Reports side by side: several models, or several machines, on the same questions.
 
-Only what is comparable shares a table: the same dataset (by its manifest), split and questions, graded by the same
-rules, and, where a loss was measured, against the same reference model. Anything else is refused, with all reasons.
-Rates are computed again from the samples, so every report after the first is also held against the first, question by
-question.
+Only what is comparable shares a table: the same dataset (by its manifest), split and questions with the same wrong
+pictures, graded by the same rules, and, where a loss was measured, against the same reference model. Anything else is
+refused, with all reasons. Rates are computed again from the samples, so every report after the first is also held
+against the first, question by question.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Column:
 
     gain, gain_test: accuracy minus that of the first report, paired; positive is better. None for the first.
     loss: the reference model's accuracy minus this one's, as the report has it. by: accuracy by slice.
-    machine: processor and threads. Timings are medians; None where they were not taken.
+    machine: processor and threads. load_average: of one minute, before the timings. Timings are medians; None where
+        they were not taken.
     """
 
     report: str
@@ -42,6 +43,7 @@ class Column:
     manifest_sha256: str
     model_bytes: int
     machine: str
+    load_average: float | None
     score: Score
     blind: Rate
     image_gain: Difference
@@ -138,6 +140,7 @@ def lines(comparison: Comparison) -> list[tuple[str, list[str]]]:
         "p (McNemar by clusters, Holm)": lambda column: p_value(column.gain_test) if column.gain_test else "",
         f"loss against {reference}, points": lambda column: _difference(column.loss),
         "mean KLD, nats a token": lambda column: _number(column.mean_kld),
+        "load average before the timings": lambda column: _load(column.load_average),
         "time to the first token, ms": lambda column: _number(column.ttft_ms),
         "decoding, tokens a second": lambda column: _number(column.decode_tok_per_s),
         "peak memory": lambda column: byte_size(column.peak_rss_bytes) if column.peak_rss_bytes else "",
@@ -175,6 +178,9 @@ def _refuse(opened: Sequence[Opened]) -> None:
             problems.append(
                 f"{report.name} was graded by rules {report.rules}, {first.name} by rules {first.rules}: bench again"
             )
+        if report.answer_tokens != first.answer_tokens:
+            limits = f"{report.answer_tokens} tokens, {first.name}'s after {first.answer_tokens}"
+            problems.append(f"{report.name}'s answers were cut after {limits}: bench with the same --answer-tokens")
         if report.reference and held.reference and report.reference[1] != held.reference[1]:
             problems.append(
                 f"{report.name} has another reference than {held.name} ({_two(report.reference, held.reference)})"
@@ -194,11 +200,22 @@ def _other_questions(report: Opened, first: Opened) -> str | None:
     if lacking or more:
         asked = f"{lacking} of the {len(first.samples)} questions of {first.name}, and asks {more} others"
         return f"{report.name} lacks {asked}: the same --limit and --seed ask the same"
+    other = sum(_controls(report.samples[id]) != _controls(sample) for id, sample in first.samples.items())
+    if other:
+        return (
+            f"{report.name} shows other wrong pictures than {first.name} with {other} of the {len(first.samples)} "
+            "questions: the same --limit and --seed show the same"
+        )
     return None
 
 
 def _asked(sample: Sample | None) -> tuple[str, ...] | None:
     return (sample.image_sha256, sample.question, sample.answer) if sample else None
+
+
+def _controls(sample: Sample) -> tuple[str | None, ...]:
+    """The wrong pictures that a question was asked with."""
+    return tuple(answer.image_sha256 if answer else None for answer in (sample.blind, sample.blind_any))
 
 
 def _two(one: tuple[str, str], other: tuple[str, str]) -> str:
@@ -228,6 +245,7 @@ def _read_column(report: Opened, clusters: Mapping[str, Hashable], first: Opened
         manifest_sha256=subject["manifest_sha256"],
         model_bytes=sum(subject["weights"].values()),
         machine=f"{environment['processor']}, {threads} thread{'s' * (threads != 1)}",
+        load_average=latency["load_average"][0] if latency else None,
         score=score(samples, lambda sample: sample.subject, clusters, _SEED),
         blind=Rate(**vqa["blind"]["accuracy"]),
         image_gain=Difference(**vqa["image_gain"]),
@@ -258,6 +276,10 @@ def _rate(found: Rate | None) -> str:
 
 def _difference(found: Difference | None) -> str:
     return f"{points(found)} ({points_interval(found)})" if found else ""
+
+
+def _load(average: float | None) -> str:
+    return "" if average is None else f"{average:.2f}"
 
 
 def _number(value: float | None) -> str:

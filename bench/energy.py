@@ -1,7 +1,8 @@
 """What a computation took in energy, where the system tells: RAPL's counters on Linux, powermetrics on a Mac.
 
 Both are for whole packages, so whatever else runs is in them, and both tell root only on most systems; where they tell
-nothing, there is no figure. powermetrics estimates, and has not been run by us: what is read of it is its printed text.
+nothing, there is no figure. Of RAPL's zones only packages count: a laptop's `psys` is the whole platform, packages too.
+powermetrics estimates, and has not been run by us: what is read of it is its printed text.
 
 Source: Linux kernel, Documentation/power/powercap/powercap.rst; macOS, powermetrics(1).
 """
@@ -33,7 +34,7 @@ class Meter:
     """
 
     def __init__(self, zones: Path = _ZONES, powermetrics: Sequence[str] | None = None) -> None:
-        self._packages = [zone for zone in sorted(zones.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+        self._packages = [zone for zone in sorted(zones.glob("intel-rapl:*")) if _name(zone).startswith("package")]
         self._before = [_read(zone / "energy_uj") for zone in self._packages]
         command = powermetrics or _powermetrics()
         self._sampler = _Sampler(command) if command and not self._packages else None
@@ -80,6 +81,14 @@ def _powermetrics() -> tuple[str, ...] | None:
 def _ended(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     process.wait()
+
+
+def _name(zone: Path) -> str:
+    """What a zone counts: package-0, core, uncore, dram, psys."""
+    try:
+        return (zone / "name").read_text()
+    except OSError:
+        return ""
 
 
 def _read(path: Path) -> int | None:

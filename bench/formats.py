@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ldrt_edge.bench.significance import McNemar
-from ldrt_edge.bench.statistics import Difference, Rate
+from ldrt_edge.bench.statistics import Difference, Rate, Ratio
 
 
 def percent(rate: Rate | float) -> str:
@@ -13,7 +13,12 @@ def percent(rate: Rate | float) -> str:
 
 def interval(rate: Rate) -> str:
     """A rate's interval as "70.1–76.4"."""
-    return f"{rate.ci_low * 100:.1f}–{rate.ci_high * 100:.1f}"
+    return ends((rate.ci_low, rate.ci_high))
+
+
+def ends(interval: tuple[float, float]) -> str:
+    """The ends of an interval of shares as "70.1–76.4"."""
+    return f"{interval[0] * 100:.1f}–{interval[1] * 100:.1f}"
 
 
 def points(difference: Difference) -> str:
@@ -29,6 +34,11 @@ def points_interval(difference: Difference) -> str:
 def number(value: float) -> str:
     """Three significant digits, without an exponent above a thousandth."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def number_interval(found: Ratio) -> str:
+    """A ratio's interval as "0.0041–0.0073", with two significant digits."""
+    return f"{found.ci_low:.2g}–{found.ci_high:.2g}"
 
 
 def p_value(test: McNemar) -> str:

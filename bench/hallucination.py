@@ -12,8 +12,9 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldrt_edge.bench.calibration import Calibration, calibration
+from ldrt_edge.bench.metrics import normalise
 from ldrt_edge.bench.probes import ABSENT, Probe, Said
-from ldrt_edge.bench.statistics import Difference, Rate, joined, paired_difference, rate
+from ldrt_edge.bench.statistics import Difference, Rate, joined, paired_difference, paired_ratio, rate
 from ldrt_edge.bench.vqa import Sample, answers, cluster_labels
 from ldrt_edge.bench.wordings import base, wordings
 
@@ -23,7 +24,8 @@ class Presence:
     """Is it there? Over the structures that are, and those absent ones that were chosen in one way.
 
     invented: yes to an absent one. yes: of all answers. unclear: neither yes nor no, which counts as wrong.
-    precision, recall, f1: of yes; None where nothing was said or nothing is there.
+    precision, recall, f1: of yes, each with the ends of its 95% interval; None where nothing was said or nothing is
+        there.
     """
 
     accuracy: Rate
@@ -33,6 +35,9 @@ class Presence:
     precision: float | None
     recall: float | None
     f1: float | None
+    precision_ci: tuple[float, float] | None
+    recall_ci: tuple[float, float] | None
+    f1_ci: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -67,11 +72,17 @@ class Hallucination:
 
 @dataclass(frozen=True)
 class Hedging:
-    """Style, not truth: hedging words in so many answers, each word's count, and how many stand in 100 answers."""
+    """Style, not truth: hedging words in so many answers, each word's count, and how many stand in 100 answers.
+
+    ci_low, ci_high: of `per_100_answers`, at 95%, clustered. Where no word stands in any answer, the upper end is that
+        of the share of answers with one.
+    """
 
     answers: int
     words: Mapping[str, int]
     per_100_answers: float
+    ci_low: float
+    ci_high: float
 
 
 def summarise(probes: Sequence[Probe], samples: Sequence[Sample], seed: int) -> Hallucination:
@@ -80,8 +91,6 @@ def summarise(probes: Sequence[Probe], samples: Sequence[Sample], seed: int) -> 
     own = [p for p in probes if p.sort == "own"]
     unanswerable = [p for p in probes if p.sort == "unanswerable"]
     languages = ("all", *sorted({p.language for p in unanswerable})) if unanswerable else ()
-    seen = {(sample.image_sha256, sample.question): sample.subject.text for sample in samples}
-    known = [p for p in own if (p.image_sha256, p.question) in seen]
     right = [_is_right(p, p.right) for p in presence]
     wrong = [_is_right(p, p.wrong) for p in presence]
     at = [tally.clusters[id(p)] for p in presence]
@@ -102,7 +111,7 @@ def summarise(probes: Sequence[Probe], samples: Sequence[Sample], seed: int) -> 
         },
         due=_abstained(samples, True, seed),
         undue=_abstained(samples, False, seed),
-        blank_unchanged=tally.share(known, lambda p: _present(p.blank).text == seen[p.image_sha256, p.question]),
+        blank_unchanged=tally.share(own, _unchanged),
         blank_abstains=tally.share(own, lambda p: _present(p.blank).abstains),
         calibration=calibration([_present(p.right).confidence for p in presence], right, at, seed)
         if presence
@@ -110,8 +119,9 @@ def summarise(probes: Sequence[Probe], samples: Sequence[Sample], seed: int) -> 
     )
 
 
-def hedging(samples: Sequence[Sample]) -> dict[str, dict[str, Hedging]]:
-    """By language: the hedging words of the keys ("key") and of each model's answers."""
+def hedging(samples: Sequence[Sample], seed: int = 0) -> dict[str, dict[str, Hedging]]:
+    """By language: the hedging words of the keys ("key") and of each model's answers; `seed` of the intervals."""
+    labels = dict(zip([id(sample) for sample in samples], cluster_labels(samples), strict=True))
     found: dict[str, dict[str, Hedging]] = {}
     for language in sorted({base(sample.language) for sample in samples}):
         spoken = [sample for sample in samples if base(sample.language) == language]
@@ -119,15 +129,17 @@ def hedging(samples: Sequence[Sample]) -> dict[str, dict[str, Hedging]]:
         for sample in spoken:
             for who, answer in answers(sample).items():
                 texts.setdefault(who, []).append(answer.text)
-        found[language] = {who: _hedging(said, language) for who, said in texts.items()}
+        at = [labels[id(sample)] for sample in spoken]
+        found[language] = {who: _hedging(said, language, at, seed) for who, said in texts.items()}
     return found
 
 
-def _hedging(texts: Sequence[str], language: str) -> Hedging:
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(wordings().hedges(text, language))
-    return Hedging(len(texts), dict(sorted(counts.items())), 100 * counts.total() / len(texts))
+def _hedging(texts: Sequence[str], language: str, clusters: Sequence[Hashable], seed: int) -> Hedging:
+    counted = [Counter(wordings().hedges(text, language)) for text in texts]
+    counts = sum(counted, Counter[str]())
+    ratio = paired_ratio([100 * found.total() for found in counted], [1] * len(texts), clusters, seed)
+    most = ratio.ci_high if counts else 100 * rate([0] * len(texts), clusters, seed).ci_high
+    return Hedging(len(texts), dict(sorted(counts.items())), ratio.value, ratio.ci_low, most)
 
 
 class _Tally:
@@ -167,16 +179,21 @@ class _Tally:
 
     def _presence(self, probes: Sequence[Probe]) -> Presence:
         absent, there = [p for p in probes if not p.present], [p for p in probes if p.present]
-        called = sum(_says_yes(p) for p in probes)
-        hits = sum(_says_yes(p) for p in there)
+        called = [p for p in probes if _says_yes(p)]
+        precision, recall = self.share(called, lambda p: p.present), self.share(there, _says_yes)
+        # 2 hits / (said + there): the share of hits among those said and those there, put together
+        f1 = self.share([*called, *there], lambda p: p.present and _says_yes(p))
         return Presence(
             accuracy=self._rate(probes, lambda p: _is_right(p, p.right)),
             invented=self._rate(absent, _says_yes),
             yes=self._rate(probes, _says_yes),
             unclear=self._rate(probes, lambda p: _present(p.right).yes is None),
-            precision=hits / called if called else None,
-            recall=hits / len(there) if there else None,
-            f1=2 * hits / (called + len(there)) if called or there else None,
+            precision=precision.value if precision else None,
+            recall=recall.value if recall else None,
+            f1=f1.value if f1 else None,
+            precision_ci=_ends(precision),
+            recall_ci=_ends(recall),
+            f1_ci=_ends(f1),
         )
 
     def _rate(self, probes: Sequence[Probe], found: Callable[[Probe], bool]) -> Rate:
@@ -196,12 +213,22 @@ def _abstained(samples: Sequence[Sample], due: bool, seed: int) -> Rate | None:
     return rate([found for found, _ in asked], [label for _, label in asked], seed) if asked else None
 
 
+def _ends(found: Rate | None) -> tuple[float, float] | None:
+    return (found.ci_low, found.ci_high) if found else None
+
+
 def _says_yes(probe: Probe) -> bool:
     return _present(probe.right).yes is True
 
 
 def _abstains(probe: Probe) -> bool:
     return _present(probe.right).abstains
+
+
+def _unchanged(probe: Probe) -> bool:
+    """The same answer with the right picture and with a grey one, both cut at the same length."""
+    right, blank = (normalise(_present(said).text, probe.language) for said in (probe.right, probe.blank))
+    return right == blank
 
 
 def _is_right(probe: Probe, said: Said | None) -> bool:

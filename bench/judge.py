@@ -2,10 +2,10 @@
 
     report/ + judges  →  report/ (judgement.json, judgements.jsonl, report.html with what they say)
 
-Only words go out: question, key and answers; no picture, no name of a model. Each reply is kept in a journal by all
-that it depends on (judge, words, schema, attempt), so that nothing is asked, or paid for, twice: a run that was killed,
-found its endpoint gone or its budget spent goes on from there. A reply that is not of use is asked for again, a few
-times; what stays without one is counted.
+Only words go out: question, key and answers; no picture, no name of a model. Each reply that is of use is kept in a
+journal by all that it depends on (judge, words, schema), so that nothing is asked, or paid for, twice: a run that was
+killed, found its endpoint gone or its budget spent goes on from there. A reply that is not of use is asked for again, a
+few times, and by a later run too, for its server may have mended; what stays without one is counted.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def judge(
         judges: MODEL@URL or a folder, each; two of different families tell how far they agree.
         answer_type: which questions are judged. Closed ones are graded exactly by `bench` already.
         limit: how many questions, drawn by the seed; None for all.
-        max_calls: requests that may be made in all, retries included; questions that it does not reach are left out.
+        max_calls: requests that this run may make in all, retries included.
         parallel: questions that wait for endpoints at a time.
         timeout_s, retries: of each request.
         key_variable: the environment variable with the endpoints' API key.
@@ -77,13 +77,15 @@ def judge(
     Raises:
         ConfigError: no judge, two of one name, a number out of range.
         ArtifactError: `report` is no report of `bench`, or an earlier version's.
-        DataError: nothing to judge, or the budget ended before the first question.
+        DataError: nothing to judge, or the budget ended before the last question: what was said until then is kept.
         Unreachable: an endpoint does not answer.
     """
     if not judges:
         raise ConfigError("who judges? --judge MODEL@URL, or --judge FOLDER; twice for two families")
-    if min(parallel, timeout_s, *(n for n in (limit, max_calls) if n is not None)) <= 0 or retries < 0:
-        raise ConfigError("judge wants --limit, --max-calls, --parallel and --timeout above 0, --retries of at least 0")
+    if not all(n > 0 for n in (parallel, timeout_s, limit, max_calls) if n is not None) or min(retries, seed) < 0:
+        raise ConfigError(
+            "judge wants --limit, --max-calls, --parallel and --timeout above 0, --retries and --seed of at least 0"
+        )
     opened, page = open_report(report), _page(report)
     samples = _choose(opened, answer_type, limit, seed)
     rubrics = read_rubric("absolute"), read_rubric("pairwise")
@@ -93,14 +95,15 @@ def judge(
         check_names(panel)
         config = {
             "stage": "judge", "judges": [judge.identity for judge in panel], "answer_type": answer_type, "limit": limit,
-            "max_calls": max_calls, "rubrics": {rubric.name: rubric.sha256 for rubric in rubrics},
+            "rubrics": {rubric.name: rubric.sha256 for rubric in rubrics},
         }  # fmt: skip
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        replies = cache or out.absolute().with_name("judge-calls.jsonl")
+        for path in (out, replies):
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with artifact.create(out, "report", config, [report], seed) as draft:
             if draft.complete:
                 return out
-            journal = Journal(cache or out.absolute().with_name("judge-calls.jsonl"))
-            bench = _Bench(panel, rubrics, journal, Budget(max_calls))
+            bench = _Bench(panel, rubrics, Journal(replies), Budget(max_calls))
             graded, compared = bench.sit(samples, parallel)
             found = _sum_up(opened, panel, rubrics, samples, graded, compared, bench, answer_type, seed)
             _write(draft.path, found, graded, compared, page)
@@ -115,6 +118,14 @@ def judge(
     return out
 
 
+class _NoUse(Exception):
+    """No reply to a text is of use; `said` is the last one."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.said = said
+
+
 class _Bench:
     """The judges at work on one question after another."""
 
@@ -125,7 +136,11 @@ class _Bench:
         self._one_at_a_time = {judge.name: threading.Lock() for judge in panel if not judge.parallel}
 
     def sit(self, samples: Sequence[Sample], parallel: int) -> tuple[list[Graded], list[Compared]]:
-        """Judge all questions, or as many as the budget allows, each whole."""
+        """Judge all questions.
+
+        Raises:
+            DataError: the budget ended first; the journal has what was said.
+        """
         graded: dict[int, list[Graded]] = {}
         compared: dict[int, list[Compared]] = {}
         pool = ThreadPoolExecutor(parallel)
@@ -142,52 +157,73 @@ class _Bench:
         finally:
             self.budget.close()  # after Ctrl-C nothing more is sent
             pool.shutdown(cancel_futures=True)
+        if len(graded) < len(samples):
+            whole = next(place for place in range(len(samples)) if place not in graded)
+            known = f"; --limit {whole} reports on the first {whole}" if whole else ""
+            raise DataError(
+                f"--max-calls ended after {len(graded)} of {len(samples)} questions: the same command goes on{known}"
+            )
         return [g for place in sorted(graded) for g in graded[place]], [
             c for place in sorted(compared) for c in compared[place]
         ]
 
     def _question(self, sample: Sample) -> tuple[list[Graded], list[Compared]]:
         given = answers(sample)
-        subject = given["subject"].text
+        subject = given["subject"]
         absolute, pairwise = self._rubrics
         graded, compared = [], []
         for judge in self._panel:
             for contender, answer in given.items():
                 score, reply = self._reply(judge, absolute.ask(sample, answer=answer.text), Score)
-                length = _length(answer.text, sample)
-                graded.append(Graded(judge.name, sample.id, contender, score.score if score else None, length, reply))
+                graded.append(Graded(
+                    judge.name, sample.id, contender, score.score if score else None, _length(answer.text, sample),
+                    answer.correct, reply,
+                ))  # fmt: skip
             for other, answer in given.items():
                 if other == "subject":
                     continue
-                first, reply = self._reply(judge, pairwise.ask(sample, a=subject, b=answer.text), Preference)
-                second, again = self._reply(judge, pairwise.ask(sample, a=answer.text, b=subject), Preference)
+                first, reply = self._reply(judge, pairwise.ask(sample, a=subject.text, b=answer.text), Preference)
+                second, again = self._reply(judge, pairwise.ask(sample, a=answer.text, b=subject.text), Preference)
                 compared.append(Compared(
                     judge.name, sample.id, other, _better(first, "A"), _better(second, "B"),
-                    _longer(subject, answer.text, sample), (reply, again),
+                    _longer(subject.text, answer.text, sample), subject.correct == answer.correct, (reply, again),
                 ))  # fmt: skip
         return graded, compared
 
     def _reply(self, judge: Judge, text: str, schema: type[Reply]) -> tuple[Reply | None, str]:
         """A reply that fits the schema, and as it came; None with the last one where none did."""
+        key = judge.identity | {"text": text, "schema": schema.__name__}
+        try:
+            said = self._journal.once(key, partial(self._ask, judge, text, schema))
+        except _NoUse as last:
+            return None, last.said
+        return parse(said, schema), said
+
+    def _ask(self, judge: Judge, text: str, schema: type[BaseModel]) -> str:
+        """The first reply that fits the schema.
+
+        Raises:
+            _NoUse: none does.
+        """
         said = ""
         for attempt in range(ATTEMPTS):
-            key = judge.identity | {"text": text, "schema": schema.__name__, "attempt": attempt}
-            said = self._journal.once(key, partial(self._ask, judge, text, schema, attempt))
-            if (found := parse(said, schema)) is not None:
-                return found, said
-        return None, said
+            try:
+                with self._one_at_a_time.get(judge.name, nullcontext()):
+                    said = judge.reply(text, schema, attempt, self.budget)
+            except LdrtError:
+                self.budget.close()  # at once: other questions wait for their turn
+                raise
+            if parse(said, schema) is not None:
+                return said
+        raise _NoUse(said)
 
-    def _ask(self, judge: Judge, text: str, schema: type[BaseModel], attempt: int) -> str:
-        try:
-            with self._one_at_a_time.get(judge.name, nullcontext()):
-                return judge.reply(text, schema, attempt, self.budget)
-        except LdrtError:
-            self.budget.close()  # at once: other questions wait for their turn
-            raise
+
+def _asked(opened: Opened, answer_type: Asked) -> list[Sample]:
+    return [sample for sample in opened.samples.values() if answer_type in ("all", sample.answer_type)]
 
 
 def _choose(opened: Opened, answer_type: Asked, limit: int | None, seed: int) -> list[Sample]:
-    samples = [s for s in opened.samples.values() if answer_type in ("all", s.answer_type)]
+    samples = _asked(opened, answer_type)
     if not samples:
         raise DataError(f"{opened.name}: no {answer_type} questions to judge: choose another --questions")
     order = np.random.default_rng(seed).permutation(len(samples))
@@ -198,19 +234,14 @@ def _sum_up(
     opened: Opened, panel: Sequence[Judge], rubrics: Sequence[Rubric], samples: Sequence[Sample],
     graded: Sequence[Graded], compared: Sequence[Compared], bench: _Bench, answer_type: Asked, seed: int,
 ) -> Judgement:
-    judged = {grade.id for grade in graded}
-    if not judged:
-        raise DataError("--max-calls ended before the first question was judged: the same command with more goes on")
-    if len(judged) < len(samples):
-        console.say(f"the budget reached {len(judged)} of {len(samples)} questions; with a larger one the rest follows")
     clusters = dict(zip(opened.samples, cluster_labels(list(opened.samples.values())), strict=True))
     return Judgement(
         schema=SCHEMA,
         report_sha256=opened.manifest_sha256,
         dataset=opened.dataset[0],
         names=opened.model_names(),
-        questions=len(judged),
-        questions_of=len(samples),
+        questions=len(samples),
+        questions_of=len(_asked(opened, answer_type)),
         answer_type=answer_type,
         calls=bench.budget.used,
         rubrics={rubric.name: (rubric.version, rubric.sha256) for rubric in rubrics},

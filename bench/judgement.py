@@ -1,9 +1,10 @@
 """What judges' replies add up to: scores, preferences, and how far the judges themselves can be trusted.
 
 A preference counts only where both orders give the same winner; where the order decides, it counts as a tie, and the
-share of such pairs stands beside it. A judge that always prefers the first answer, or the longer one, shows in
-`first_preferred` and `longer_preferred`: without a bias both are a half. Two judges are held against each other by
-Cohen's kappa.
+share of such pairs stands beside it. A judge that always prefers the first answer shows in `first_preferred`: without a
+bias it is a half. One that likes words shows in `longer_preferred` and `length_correlation`. Both look only at answers
+that are equally right by the key (exact match): a good judge prefers right answers, which may well be the longer ones.
+Two judges are held against each other by Cohen's kappa.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from ldrt_edge.bench.agreement import Agreement, cohen
 from ldrt_edge.bench.rubric import MOST
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
 
-SCHEMA = "ldrt-edge/judgement/1"
+SCHEMA = "ldrt-edge/judgement/2"
 Better = Literal["subject", "other", "tie"]
 _BETTER: tuple[Better, ...] = ("other", "tie", "subject")
 
 
 @dataclass(frozen=True)
 class Graded:
-    """One answer's score from one judge, None where no reply was of use. words: of the answer; reply: as it came."""
+    """One answer's score from one judge, None where no reply was of use.
+
+    words: of the answer. correct: by the key. reply: as it came.
+    """
 
     judge: str
     id: str
     contender: str
     score: int | None
     words: int
+    correct: bool
     reply: str
 
 
@@ -41,7 +46,8 @@ class Compared:
     """The subject's answer against another's, in both orders; None where no reply was of use.
 
     subject_first, other_first: who was found better when the subject's, and when the other's answer came first.
-    longer: whose answer has more words. replies: as they came, the subject's answer first.
+    longer: whose answer has more words. alike: by the key both are right, or neither is. replies: as they came, the
+        subject's answer first.
     """
 
     judge: str
@@ -50,6 +56,7 @@ class Compared:
     subject_first: Better | None
     other_first: Better | None
     longer: Better
+    alike: bool
     replies: tuple[str, str]
 
     @property
@@ -64,7 +71,8 @@ class Compared:
 class Grades:
     """A contender's scores, as a share of the best one; `lead`: the subject's score minus this one's, paired.
 
-    length_correlation: Spearman's, of score and number of words; None where either is always the same.
+    length_correlation: Spearman's, of score and number of words, partial: among the right answers and among the wrong
+        ones. None where either is always the same in both.
     """
 
     contender: str
@@ -79,8 +87,8 @@ class Preference:
 
     preferred: of the subject, ties as a half. wins, losses, ties, split: pairs; `split` are those that the order
     decided, among the ties. consistent: share of pairs with the same verdict in both orders. first_preferred: of single
-    verdicts that are no ties, those for the answer shown first. longer_preferred: of decided pairs with answers of
-    different lengths, those won by the longer one. None where there are no such.
+    verdicts that are no ties, those for the answer shown first. longer_preferred: of decided pairs whose answers are
+    alike by the key and of different lengths, those won by the longer one. None where there are no such.
     """
 
     other: str
@@ -120,8 +128,9 @@ class JudgesAgree:
 class Judgement:
     """All of `judgement.json`.
 
-    rubrics: version and sha256 by name. questions: judged, of `questions_of`; fewer where the budget ended first.
-    names: the models behind the contenders' roles, which the judges never saw.
+    rubrics: version and sha256 by name. questions: judged, of `questions_of` of that type in the report.
+    calls: requests of the run that ended it. names: the models behind the contenders' roles, which the judges never
+        saw.
     """
 
     schema: str
@@ -186,18 +195,20 @@ def _agreement(
 def _grades(
     contender: str, grades: Sequence[Graded], subject: Mapping[str, int], clusters: Mapping[str, Hashable], seed: int
 ) -> Grades | None:
-    scored = [(grade.id, grade.score, grade.words) for grade in grades if grade.score is not None]
+    scored = [(grade, grade.score) for grade in grades if grade.score is not None]
     if not scored:
         return None
-    labels = [clusters[id] for id, _, _ in scored]
-    paired = [(subject[id] / MOST, score / MOST, clusters[id]) for id, score, _ in scored if id in subject]
+    labels = [clusters[grade.id] for grade, _ in scored]
+    paired = [(subject[g.id] / MOST, score / MOST, clusters[g.id]) for g, score in scored if g.id in subject]
     lead = None
     if contender != "subject" and paired:
         ours, theirs, where = zip(*paired, strict=True)
         lead = paired_difference(ours, theirs, where, seed)
     return Grades(
-        contender=contender, score=rate([score / MOST for _, score, _ in scored], labels, seed), lead=lead,
-        length_correlation=_spearman([score for _, score, _ in scored], [words for _, _, words in scored]),
+        contender=contender, score=rate([score / MOST for _, score in scored], labels, seed), lead=lead,
+        length_correlation=_spearman(
+            [score for _, score in scored], [g.words for g, _ in scored], [g.correct for g, _ in scored]
+        ),
     )  # fmt: skip
 
 
@@ -217,7 +228,7 @@ def _preference(
     longer = [
         (pair.verdict == pair.longer, clusters[pair.id])
         for pair in whole
-        if pair.verdict != "tie" and pair.longer != "tie"
+        if pair.alike and pair.verdict != "tie" and pair.longer != "tie"
     ]
     return Preference(
         other=other,
@@ -241,8 +252,12 @@ def _share(found: Sequence[tuple[bool, Hashable]], seed: int) -> Rate | None:
     return rate([value for value, _ in found], [label for _, label in found], seed) if found else None
 
 
-def _spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+def _spearman(first: Sequence[float], second: Sequence[float], given: Sequence[bool]) -> float | None:
+    """Partial correlation of ranks: what is left of it within the items of which `given` says the same."""
     from scipy.stats import rankdata
 
     ranks = np.array([rankdata(first), rankdata(second)])
+    for same in (np.array(given), ~np.array(given)):
+        if same.any():
+            ranks[:, same] -= ranks[:, same].mean(axis=1, keepdims=True)
     return float(np.corrcoef(ranks)[0, 1]) if ranks.std(axis=1).min() > 0 else None

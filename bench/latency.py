@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,10 +44,12 @@ from ldrt_edge.image import read_image
 from ldrt_edge.machine import read_gb_per_s
 from ldrt_edge.runtimes.base import Runtime, Sampling, load
 from ldrt_edge.runtimes.processor import physical_cores
+from ldrt_edge.tensor_file import StoredTensor, read_header
 
 WARMUP_RUNS, DECODE_TOKENS, LOADS, SWEEP_RUNS = 1, 32, 3, 3
 _STOCK = "How many beams are used?"
 _WEIGHTS = (".gguf", ".safetensors")
+_SEES = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|image_newline)(\.|$)")
 
 Question = tuple[NDArray[np.uint8], Sequence[Turn]]
 """A picture, (height, width, 3), and what is asked about it."""
@@ -139,6 +143,11 @@ def measure(
     if done.returncode:
         raise RuntimeLoadError(f"timing {folder}: the process ended with status {done.returncode}")
     return _parse(last[0])
+
+
+def further_threads(threads: int, cores: int) -> tuple[int, ...]:
+    """Numbers of threads that are worth trying beside: all cores, half of them and a quarter, the most first."""
+    return tuple(count for count in (cores, cores // 2, cores // 4) if count not in (0, threads))
 
 
 def time_model(
@@ -270,8 +279,18 @@ def _run(runtime: Runtime, front: Front, rgb: NDArray[np.uint8], turns: Sequence
 
 
 def _read_a_token(folder: Path) -> int:
-    """Bytes that decoding a token reads: the language model's, where it has a file of its own."""
-    return sum(count for path, count in weights(folder).items() if "mmproj" not in path)
+    """Bytes that decoding a token reads: the language model's, without vision tower and projector."""
+    return sum(
+        sum(_bytes(tensor) for name, tensor in read_header(folder / path).items() if not _SEES.search(name))
+        if path.endswith(".safetensors")
+        else count
+        for path, count in weights(folder).items()
+        if "mmproj" not in path
+    )
+
+
+def _bytes(tensor: StoredTensor) -> int:
+    return math.prod(tensor.shape) * int(tensor.dtype.lstrip("BFIU").partition("_")[0]) // 8
 
 
 def _cold_start(folder: Path, front: Front, question: Question, threads: int) -> float | None:

@@ -3,19 +3,25 @@
 Both the reference and the model's answer pass through `normalise`, in this order:
 
 1. Unicode NFKC, then case folding: "２ Gy" is "2 gy", "STRASSE" is "strasse".
-2. Numbers to one spelling: "0.50" is "0.5", "+3" is "3", "007" is "7". A comma before digits is a decimal comma
-   ("1,0" is "1"), but in English and Chinese one before exactly three digits groups thousands ("1,000" is "1000").
-   "0.5×6" and "0.5 Gy x 6" are "0.5 x 6", "5cm" is "5 cm".
+2. Numbers to one spelling: "0.50" is "0.5", "+3" is "3", "007" is "7", "1,5" is "1.5". What groups thousands goes: a
+   comma in English and Chinese ("1,000" is "1000"), a point or a space in German, Spanish, French and Portuguese
+   ("1.000" and "1 000" are "1000"); it stands before exactly three digits, and not behind a zero ("0,500" is "0.5").
+   "0.5×6" and "0.5 Gy x 6" are "0.5 x 6", "5cm" is "5 cm". A Chinese numeral below a hundred is a number before a
+   measure word ("共三次" is "共3次", "两个" is "2个").
 3. Punctuation to spaces (Unicode category P), but for the point and the minus sign of a number.
-4. The unit "Gy" (戈瑞) behind a number goes ("3 Gy" is "3"): the questions name their unit.
+4. The unit "Gy" (gray, grays, 戈瑞) behind a number goes ("3 Gy" is "3"): the questions name their unit.
 5. Articles go, by language, unless nothing else is left: English a, an, the; German, Spanish, French and Portuguese
    theirs ("das Knie" is "knie", "l'épaule" is "épaule"). Chinese has none.
 6. Words for zero to ten become digits, by language ("un" is "1" where it is the whole answer).
 7. Chinese is written without spaces: those beside a Chinese character go ("共 3 次" is "共3次").
-8. A whole answer that means yes or no, in one of the six languages, becomes "yes" or "no".
+8. A whole answer that means yes or no in its language becomes "yes" or "no"; of another language than the six, in
+   any of them.
 
 Exact match compares the normalised texts. One rule more for a reference of "yes" or "no": there the answer's first
-word decides, so that "Yes, two of them." is "yes"; it must be a word for yes or no, so "cannot be told" stays wrong.
+word decides, so that "Yes, two of them." is "yes"; in Chinese, which does not space words, how the first clause begins
+("能看到" is yes, "对不起" is not). It must mean yes or no in the question's language ("No joelho" is Portuguese for "in
+the knee"), and the answer must not say that the picture does not tell (`bench.wordings`): "no se puede saber" is
+neither.
 
 Three measures say how near an open answer comes, each from 0 to 1 on the normalised texts:
 
@@ -40,11 +46,12 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from ldrt_edge.bench.wordings import base, fold, wordings
 from ldrt_edge.dataset import Row
 from ldrt_edge.errors import require
 
@@ -52,10 +59,20 @@ if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.chrf import CHRF
 
-RULES = 2
+RULES = 3
 
-_YES = {"yes", "yeah", "yep", "true", "ja", "jawohl", "sí", "si", "oui", "sim", "是", "是的", "有", "对", "會", "会"}
-_NO = {"no", "nope", "false", "nein", "non", "não", "nao", "否", "不", "不是", "没有", "沒有", "不会", "不會", "不对"}
+_YES = {
+    "en": r"(?:yes|yeah|yep|true)(?!\w)", "de": r"(?:ja|jawohl)(?!\w)", "es": r"s[íi](?!\w)", "fr": r"oui(?!\w)",
+    "pt": r"sim(?!\w)",
+    "zh": "(?:对|對|对的|會|会|能|可以)$|是(?!否|不是)的?|有(?!没|沒|无|可能)|(?:能够?|可以|看得)[看见到清]|看[到见]"
+          "|显示|存在",
+}  # fmt: skip
+_NO = {
+    "en": r"(?:no|nope|false)(?!\w)", "de": r"nein(?!\w)", "es": r"no(?!\w)", "fr": r"non(?!\w)",
+    "pt": r"n[ãa]o(?!\w)",
+    "zh": "(?:不|否|不对|不對)$|不(?:是|会|會|能|可以|可见|存在|显示)|[没沒无](?!法)有?|看不[到见]",
+}  # fmt: skip
+"""How answers begin that mean yes and no, by language."""
 _NUMBER_WORDS = {
     language: {word: str(value) for value, words in enumerate(line.split()) for word in words.split("/")}
     for language, line in {
@@ -77,9 +94,17 @@ _ARTICLES = {
         "pt": "o a os as um uma uns umas",
     }.items()
 }
+_GROUPS = {"en": ",", "zh": ","} | dict.fromkeys(("de", "es", "fr", "pt"), ".")
+"""What groups thousands; where it is the point, a space does too."""
+_SPACED_GROUPS = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?: \d{3})+(?!\d)")
+_DIGITS = "零一二三四五六七八九"
+_CHINESE_NUMBER = re.compile(
+    f"(?<![{_DIGITS}两十百千万])(?:([{_DIGITS}])?十([{_DIGITS}])?|([{_DIGITS}两]))"
+    r"(?=\s*(?:[次个個条條束处處天周张張种種根例倍层層节節块塊枚度岁年月日厘毫]|gy|戈瑞))"
+)
 _NUMBER = re.compile(r"(?<![.,])(?<![^\W\u3400-\u9fff])([-−+])?(\d+(?:[.,]\d+)*)(?![.,]?\d)(?=([^\W\d_])?)")
-_TIMES = re.compile(r"(?<=\d)\s*(?:gy|戈瑞)?\s*[x×]\s*(?=\d)")
-_UNIT = re.compile(r"(?<=\d)\s*(?:gy(?![a-z])|戈瑞)")
+_TIMES = re.compile(r"(?<=\d)\s*(?:gy|grays?|戈瑞)?\s*[x×]\s*(?=\d)")
+_UNIT = re.compile(r"(?<=\d)\s*(?:(?:gy|grays?)(?![a-z])|戈瑞)")
 _CHINESE = re.compile(r"[\u3400-\u9fff]|[^\s\u3400-\u9fff]+")
 _BESIDE_CHINESE = re.compile(r"(?<=[\u3400-\u9fff])\s+|\s+(?=[\u3400-\u9fff])")
 _POINT, _MINUS = "\ue000", "\ue001"  # private use: they survive the removal of punctuation
@@ -88,14 +113,15 @@ _POINT, _MINUS = "\ue000", "\ue001"  # private use: they survive the removal of 
 def correct(row: Row, answer: str) -> bool:
     """Whether `answer` is the row's reference answer, after normalisation (see the module's docstring)."""
     wanted, given = normalise(row.answer, row.language), normalise(answer, row.language)
-    if wanted in ("yes", "no"):
-        return _leading_polarity(given) == wanted
-    return given == wanted
+    return polarity(answer, row.language) == wanted if wanted in ("yes", "no") else given == wanted
 
 
 def polarity(answer: str, language: str) -> str:
-    """"yes", "no", or "" where an answer's first word is neither."""
-    return _leading_polarity(normalise(answer, language))
+    """"yes", "no", or "" where an answer begins with neither, or says that the picture does not tell."""
+    said = _said(answer, base(language))
+    if not said or wordings().abstains(answer, language):
+        return ""
+    return next((meaning for meaning, form in _meanings(base(language)).items() if form.match(said[0])), "")
 
 
 def token_f1(row: Row, answer: str) -> float:
@@ -135,16 +161,8 @@ def overlap_installed() -> bool:
 
 def normalise(text: str, language: str) -> str:
     """One spelling for all answers that mean the same; `language` is BCP 47 ("en", "zh-Hans")."""
-    language = language.partition("-")[0].lower()
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    numbered = _NUMBER.sub(lambda found: _number(found, language), _TIMES.sub(" x ", folded))
-    spaced = "".join(" " if unicodedata.category(letter).startswith("P") else letter for letter in numbered)
-    unitless = _UNIT.sub(" ", spaced.replace(_POINT, ".").replace(_MINUS, "-"))
-    said = unitless.split()
-    kept = [word for word in said if word not in _ARTICLES.get(language, ())] or said
-    numbers = _NUMBER_WORDS.get(language, {})
-    whole = _BESIDE_CHINESE.sub("", " ".join(numbers.get(word, word) for word in kept))
-    return _polarity(whole) or whole
+    whole = _BESIDE_CHINESE.sub("", " ".join(_said(text, base(language))))
+    return next((meaning for meaning, form in _meanings(base(language)).items() if form.fullmatch(whole)), whole)
 
 
 def words(normalised: str) -> list[str]:
@@ -172,24 +190,40 @@ def _chrf() -> CHRF:
     return scorer
 
 
-def _polarity(word: str) -> str:
-    return "yes" if word in _YES else "no" if word in _NO else ""
+@cache
+def _meanings(language: str) -> Mapping[str, re.Pattern[str]]:
+    """How answers begin that mean "yes" and "no"."""
+    told = {"yes": _YES, "no": _NO}
+    return {m: re.compile(by.get(language) or "|".join(by.values())) for m, by in told.items()}
 
 
-def _leading_polarity(normalised: str) -> str:
-    """What the first word says; in Chinese, where words are not spaced, the longest beginning that is one."""
-    first = normalised.partition(" ")[0]
-    if not _CHINESE.match(first) or first.isascii():
-        return _polarity(first)
-    return next((p for end in (3, 2, 1) if (p := _polarity(first[:end]))), "")
+def _said(text: str, language: str) -> list[str]:
+    """The words of an answer by rules 1 to 6; in Chinese its clauses, as far as spaces and punctuation divide them."""
+    folded = _TIMES.sub(" x ", fold(text))
+    if language == "zh":
+        folded = _CHINESE_NUMBER.sub(_chinese_number, folded)
+    if _GROUPS.get(language) == ".":
+        folded = _SPACED_GROUPS.sub(lambda found: found[0].replace(" ", ""), folded)
+    numbered = _NUMBER.sub(lambda found: _number(found, language), folded)
+    spaced = "".join(" " if unicodedata.category(letter).startswith("P") else letter for letter in numbered)
+    said = _UNIT.sub(" ", spaced.replace(_POINT, ".").replace(_MINUS, "-")).split()
+    kept = [word for word in said if word not in _ARTICLES.get(language, ())] or said
+    numbers = _NUMBER_WORDS.get(language, {})
+    return [numbers.get(word, word) for word in kept]
+
+
+def _chinese_number(found: re.Match[str]) -> str:
+    tens, ones, one = found.groups()
+    if one:
+        return _NUMBER_WORDS["zh"][one]
+    return str(10 * (_DIGITS.index(tens) if tens else 1) + (_DIGITS.index(ones) if ones else 0))
 
 
 def _number(found: re.Match[str], language: str) -> str:
     sign, digits, letter = found.groups()
-    groups = re.split(r"([.,])", digits)
-    behind_commas = [group for mark, group in zip(groups[1::2], groups[2::2], strict=True) if mark == ","]
-    if language in ("en", "zh") and all(len(group) == 3 for group in behind_commas):
-        digits = digits.replace(",", "")
+    mark = _GROUPS.get(language)
+    if mark and re.fullmatch(rf"[1-9]\d{{0,2}}(?:\{mark}\d{{3}})+(?:[.,]\d+)?", digits):
+        digits = digits.replace(mark, "")
     parts = re.split(r"[.,]", digits)
     if len(parts) > 2:  # a date, a version: numbers in a row
         return " ".join(part.lstrip("0") or "0" for part in parts)

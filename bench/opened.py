@@ -17,7 +17,10 @@ from ldrt_edge.front_config import read_json
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """dataset, reference: name and manifest's sha256; samples by id; data: the whole of report.json."""
+    """dataset, reference: name and manifest's sha256; samples by id; data: the whole of report.json.
+
+    answer_tokens: of an answer at most, None in reports of before it was told.
+    """
 
     name: str
     manifest_sha256: str
@@ -25,6 +28,7 @@ class Opened:
     dataset: tuple[str, str]
     split: str
     rules: int
+    answer_tokens: int | None
     reference: tuple[str, str] | None
     samples: Mapping[str, Sample]
 
@@ -56,6 +60,7 @@ def open_report(folder: Path, name: str | None = None) -> Opened:
             dataset=(dataset["name"], dataset["manifest_sha256"]),
             split=dataset["split"],
             rules=data["vqa"].get("rules", 1),
+            answer_tokens=manifest.config.get("answer_tokens"),
             reference=(reference["name"], reference["manifest_sha256"]) if reference else None,
             samples={sample.id: sample for sample in read_samples(folder / SAMPLES)},
         )

@@ -1,15 +1,16 @@
 """`report.html`: one file to read, print and sign off, without a network.
 
-The verdict comes first, then one picture (what the right image is worth over a wrong one, task by task), then the
-answers that changed, the tables, and where all of it came from. The page draws what `report.json` says and computes
-nothing of its own but places on the paper.
+The verdict comes first, then one picture (what the right image is worth over a wrong one, task by task), then all
+models of the run, what is made up, the answers that changed, the tables, and where all of it came from. The page draws
+what `report.json` says and computes nothing of its own but places on the paper.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,11 +18,20 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
-from ldrt_edge.bench.figures import confidence_against_accuracy, draw, size_against_accuracy, whole
+from ldrt_edge.bench.figures import (
+    change_of_exports,
+    confidence_against_accuracy,
+    draw,
+    size_against_accuracy,
+    time_of_a_question,
+    whole,
+)
 from ldrt_edge.bench.formats import (
     byte_size,
+    ends,
     interval,
     number,
+    number_interval,
     p_value,
     percent,
     points,
@@ -29,7 +39,7 @@ from ldrt_edge.bench.formats import (
     short_p,
     signed,
 )
-from ldrt_edge.bench.hallucination import Hedging
+from ldrt_edge.bench.hallucination import Hallucination, Hedging, Presence
 from ldrt_edge.bench.schema import Report
 from ldrt_edge.bench.significance import McNemar, NonInferiority, Power
 from ldrt_edge.bench.statistics import Difference
@@ -39,6 +49,7 @@ from ldrt_edge.image import read_image
 
 _SHOWN = {"worse": 24, "better": 16, "other": 12, "wrong": 24, "right": 12}
 """How many samples of each state the page holds; all are in samples.jsonl."""
+_CHANCE = 0.5  # of yes and no
 JUDGES = "<!-- judges -->"
 """Where `bench judge` writes what judges say into the page."""
 _THUMBNAIL_PIXELS, _THUMBNAIL_QUALITY = 144, 70
@@ -57,7 +68,11 @@ def render(report: Report, samples: Sequence[Sample], dataset: Dataset, rows: Se
         verdicts=verdicts(report),
         certainty=certainty(report),
         picture=draw(report.vqa),
-        ladder_plot=size_against_accuracy(report.ladder),
+        change_plot=change_of_exports(report.ladder),
+        size_plot=size_against_accuracy(report.ladder),
+        time_plot=time_of_a_question(report.ladder),
+        held=next((rung.against for rung in report.ladder if rung.against), None),
+        clocked=next((rung.latency for rung in report.ladder if rung.latency), None),
         calibration_plot=confidence_against_accuracy(report.calibration) if report.calibration else None,
         browser={state: _evenly(found, _SHOWN[state]) for state, found in by_state.items() if found},
         counts={state: len(found) for state, found in by_state.items()},
@@ -74,7 +89,7 @@ def template(name: str) -> Template:
     )  # fmt: skip
     environment.filters.update(
         percent=percent, interval=interval, points=points, span=points_interval, size=byte_size, number=number,
-        p=p_value, minus=lambda d: Difference(-d.value, -d.ci_high, -d.ci_low, d.n, d.clusters),
+        p=p_value, minus=operator.neg, ends=ends, number_interval=number_interval,
     )  # fmt: skip
     return environment.get_template(name)
 
@@ -110,29 +125,18 @@ def verdicts(report: Report) -> list[Verdict]:
     ]
     if vqa.loss and vqa.non_inferiority and vqa.flips:
         loss, flips = vqa.loss, vqa.flips
-        change = Difference(-loss.value, -loss.ci_high, -loss.ci_low, loss.n, loss.clusters)
         found.append(
             Verdict(
-                points(change),
+                points(-loss),
                 f"points against {report.reference.name if report.reference else ''}: "
                 f"{_loss_claim(loss, vqa.non_inferiority)}",
-                f"interval {points_interval(change)}; {flips.worse + flips.better + flips.other} answers changed, "
+                f"interval {points_interval(-loss)}; {flips.worse + flips.better + flips.other} answers changed, "
                 f"{flips.worse} for the worse and {flips.better} for the better",
-                loss.ci_low <= 0,
+                vqa.non_inferiority.verdict == "non-inferior",
             )
         )
     if report.hallucination and report.hallucination.presence:
-        asked = report.hallucination.presence["all"]
-        made_up = asked.invented
-        found.append(
-            Verdict(
-                percent(made_up),
-                "of structures that are not in the picture are said to be there",
-                f"interval {interval(made_up)}, {made_up.n} questions; whether something is there or not, "
-                f"{percent(asked.accuracy)} is answered right",
-                made_up.ci_high < 0.5 < asked.accuracy.ci_low,
-            )
-        )
+        found.append(_made_up(report, report.hallucination, report.hallucination.presence))
     if report.latency:
         latency = report.latency
         found.append(
@@ -145,6 +149,35 @@ def verdicts(report: Report) -> list[Verdict]:
             )
         )
     return found
+
+
+def _made_up(report: Report, found: Hallucination, presence: Mapping[str, Presence]) -> Verdict:
+    """Good only if as many structures that are there as absent ones are told apart, and by looking.
+
+    Who always says no makes up nothing and finds nothing; over all questions, most of which are about absent
+    structures, that would look well.
+    """
+    asked, balanced = presence["all"], [part for name, part in presence.items() if name != "all"]
+    hardest = min((part.accuracy for part in balanced), key=lambda accuracy: accuracy.value, default=None)
+    change = next((rung.invented for rung in report.ladder if rung.role == "subject"), None)
+    told = [f"interval {interval(asked.invented)}, {asked.invented.n} questions"]
+    found_ci = asked.recall_ci or (0.0, 0.0)
+    if asked.recall is not None:
+        told.append(f"{percent(asked.recall)} of those that are there are found ({ends(found_ci)})")
+    if hardest:
+        told.append(f"with as many there as absent {percent(hardest)} are answered right ({interval(hardest)})")
+    if change and report.reference:
+        told.append(f"{points(change)} points against {report.reference.name} ({points_interval(change)})")
+    return Verdict(
+        percent(asked.invented),
+        "of structures that are not in the picture are said to be there",
+        "; ".join(told),
+        asked.invented.ci_high < _CHANCE < found_ci[0]
+        and hardest is not None
+        and hardest.ci_low > _CHANCE
+        and found.seen is not None
+        and found.seen.ci_low > 0,
+    )
 
 
 def certainty(report: Report) -> list[str]:
@@ -228,11 +261,9 @@ def _evenly(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def _loss_claim(loss: Difference, held: NonInferiority) -> str:
-    if loss.ci_low > 0:
-        return "something was lost"
     if held.verdict == "non-inferior":
         return f"at most {_margin(held.margin)} lost"
-    return "no loss shown, none ruled out"
+    return "something was lost" if loss.ci_low > 0 else "no loss shown, none ruled out"
 
 
 def _margin(share: float) -> str:

@@ -28,7 +28,7 @@ import numpy as np
 
 from ldrt_edge import console
 from ldrt_edge.artifact import Json
-from ldrt_edge.bench.metrics import polarity
+from ldrt_edge.bench.metrics import RULES, polarity
 from ldrt_edge.bench.steps import Journal
 from ldrt_edge.bench.vqa import Controls, Model
 from ldrt_edge.bench.wordings import PRIMARY, base, wordings
@@ -107,7 +107,7 @@ def probe(
         row, wrong = first[image], first[controls.same_kind[image]]
         asked = _questions(row, by_image[image], known, languages, random.Random(f"{seed}/{row.image_sha256}"))
         key = {
-            "image": row.image_sha256, "wrong": wrong.image_sha256, "words": wordings().version,
+            "image": row.image_sha256, "wrong": wrong.image_sha256, "words": wordings().version, "rules": RULES,
             "questions": [question.turns[-1].text for question in asked],
         }  # fmt: skip
         given = kept.once(key, partial(_ask, model, dataset, row, wrong, asked))

@@ -72,7 +72,8 @@ def read_rubric(name: Literal["absolute", "pairwise"]) -> Rubric:
 
 
 def parse(text: str, schema: type[Reply]) -> Reply | None:
-    """The first JSON object in a reply that fits the schema; None if there is none."""
+    """The first JSON object that fits the schema, behind what a model thinks aloud; None if there is none."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]  # some templates open the thoughts, some models do
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:
         try:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ldrt_edge.artifact import Input
 from ldrt_edge.bench.calibration import Calibration
 from ldrt_edge.bench.fidelity import Fidelity
 from ldrt_edge.bench.hallucination import Hallucination, Hedging
@@ -40,7 +41,10 @@ Prior = Mapping[tuple[str, str], str]
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which artefact was measured: `manifest_sha256` identifies it, the rest is for reading."""
+    """Which artefact was measured: `manifest_sha256` identifies it, the rest is for reading.
+
+    made_from: the kinds and manifests of what it was made from, as its own manifest says.
+    """
 
     name: str
     kind: str
@@ -49,6 +53,7 @@ class ModelIdentity:
     git_commit: str | None
     weights: Mapping[str, int]
     """Weight files and their bytes."""
+    made_from: tuple[Input, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ class DatasetIdentity:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and with what it was measured; `load_average` (1, 5, 15 minutes) at the start, null if nothing is timed."""
+    """Where and with what it was measured; `load_average` (1, 5, 15 minutes) at the start, null if nothing is timed.
+
+    command: what was typed for the report. replay: further commands that repeat a part of it, by what they repeat.
+    """
 
     created: str
     platform: str
@@ -83,6 +91,7 @@ class Environment:
     git_commit: str | None
     libraries: Mapping[str, str]
     command: str
+    replay: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Score:
     token_f1, rouge_l, chrf: over the open ones. None where there are no such questions, nothing to grade (a prior), or
         for lack of the extra `bench` (rouge_l, chrf).
     similarity: over those with long reference answers; None where there are none.
+    truncated: answers that were cut at the limit of their tokens, over all questions.
     """
 
     accuracy: Rate
@@ -102,6 +112,7 @@ class Score:
     rouge_l: Rate | None = None
     chrf: Rate | None = None
     similarity: Rate | None = None
+    truncated: Rate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +181,7 @@ class Report:
     """Everything in `report.json`, in its order.
 
     calibration: of the subject's answers. hallucination: what the subject made up, if it was probed. hedging: by
-    language and by who speaks. ladder: all models of the run, where there are further ones.
+    language and by who speaks. ladder: all models of the run, the subject and its reference among them.
     """
 
     schema: str
@@ -253,6 +264,7 @@ def score(
         rouge_l=over([answer.rouge_l for answer in answers], "open"),
         chrf=over([answer.chrf for answer in answers], "open"),
         similarity=_similarity(samples, answers, clusters, seed),
+        truncated=_rate(samples, [answer.truncated for answer in answers], clusters, seed),
     )
 
 

@@ -1,9 +1,13 @@
 """Ask a model every question of a test set, with the right picture and with a wrong one, beside its reference model.
 
 The answers are greedy. One teacher-forced pass over the reference answer tells whether the greedy answer equals it
-(then its argmax is that answer, token for token); only where it does not, the model generates. The same pass gives the
-logits for fidelity, which are reduced to one divergence a token before the next picture, so nothing large is kept. All
-questions about a picture go to the runtime together, which asks them side by side where it can.
+(then its argmax is that answer, token for token, and nowhere a near tie that kernels may turn); only where it does not,
+the model generates. The same pass gives the logits for fidelity, which are reduced to one divergence a token before the
+next picture, so nothing large is kept. All questions about a picture go to the runtime together, which asks them side
+by side where it can.
+
+An answer ends where the model ends it, or at a limit: closed questions have a short one, open ones that of the run. It
+is the same for all of them, so it tells nothing of the reference answer. Which answers it cut is kept (`truncated`).
 
 **The blind control.** A model can score well without looking: "yes" is often right. So each question is asked once
 more with a picture that does not belong to it, and the rate with the right picture counts only by what it gains over
@@ -51,8 +55,11 @@ from ldrt_edge.runtimes.base import (
     check_room,
     log_softmax,
 )
+from ldrt_edge.runtimes.branches import GAPS_APART
 
-_LEAST_TOKENS, _EXTRA_TOKENS = 24, 16
+ANSWER_TOKENS = 256
+"""Of an answer to an open question, at most, unless the run has another limit."""
+_CLOSED_TOKENS = 24
 
 Flip = Literal["worse", "better", "other"]
 
@@ -72,6 +79,7 @@ class Answer:
     rouge_l, chrf: None where the extra `bench` was not installed.
     confidence: the probability that the model gives its answer's tokens, all together.
     similarity: of sentence embeddings, where the reference answer is long (`bench.similarity`).
+    truncated: it was cut at the limit of its tokens, or at the end of the context.
     """
 
     text: str
@@ -82,6 +90,7 @@ class Answer:
     chrf: float | None = None
     confidence: float | None = None
     similarity: float | None = None
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,7 @@ class _Reply:
 
     text: str
     confidence: float
+    truncated: bool
     target: tuple[int, ...]
     logits: FloatArray
 
@@ -140,8 +150,11 @@ def answer_rows(
     controls: Controls | None = None,
     reference: Model | None = None,
     journal: Path | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> list[Sample]:
     """Ask `subject` (and `reference`) every row's last question; samples in the order of their pictures.
+
+    answer_tokens: of an answer to an open question, at most; closed ones get a few, and no more than that.
 
     Raises:
         DataError: a picture cannot be read, or a question is longer than the context.
@@ -156,13 +169,14 @@ def answer_rows(
         for image, members in waiting.items():
             wrong = controls.same_kind[image] if controls else None
             other = controls.any_kind[image] if controls else None
-            replies = _ask(subject, dataset, members, first[image])
-            blind = _answers(subject, dataset, members, first[wrong]) if wrong else [None] * len(members)
+            nobody = [None] * len(members)
+            replies = _ask(subject, dataset, members, first[image], answer_tokens)
+            blind = _answers(subject, dataset, members, first[wrong], answer_tokens) if wrong else nobody
             if other == wrong:
                 blind_any = blind
             else:
-                blind_any = _answers(subject, dataset, members, first[other]) if other else [None] * len(members)
-            expected = _ask(reference, dataset, members, first[image]) if reference else [None] * len(members)
+                blind_any = _answers(subject, dataset, members, first[other], answer_tokens) if other else nobody
+            expected = _ask(reference, dataset, members, first[image], answer_tokens) if reference else nobody
             new = [_sample(*column) for column in zip(members, replies, blind, blind_any, expected, strict=True)]
             if journal:
                 _append(journal, new)
@@ -234,49 +248,57 @@ def _derange(members: Sequence[Row], seed: int) -> dict[str, str]:
     return {image: order[(place + shift) % len(order)] for place, image in enumerate(order)}
 
 
-def _ask(model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row) -> list[_Reply]:
+def _ask(model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row, answer_tokens: int) -> list[_Reply]:
     """Greedy replies to the last question of each row, with the picture of the row `shown`."""
     image = model.front.image(read_image(dataset.image_path(shown)).rgb)
-    prompts, targets = zip(*(_prompt(model, row, image) for row in rows), strict=True)
+    prompts, targets, limits = zip(*(_prompt(model, row, image, answer_tokens) for row in rows), strict=True)
     scored = model.runtime.score_all(prompts, targets)
-    said = [_as_expected(target, logits) for target, logits in zip(targets, scored, strict=True)]
-    others = [place for place, found in enumerate(said) if found is None]
-    limits = {place: max(_LEAST_TOKENS, len(targets[place]) + _EXTRA_TOKENS) for place in others}
-    if others:
-        sampling = Sampling(max_tokens=max(limits.values()))
-        generated = model.runtime.generate_all([prompts[place] for place in others], sampling)
-        for place, given in zip(others, generated, strict=True):
-            said[place] = given[: limits[place]]
+    said = {n: tokens for n, logits in enumerate(scored) if (tokens := _as_expected(targets[n], logits)) is not None}
+    for limit in sorted(set(limits)):
+        places = [n for n in range(len(rows)) if n not in said and limits[n] == limit]
+        if places:
+            given = model.runtime.generate_all([prompts[n] for n in places], Sampling(max_tokens=limit))
+            said.update(zip(places, given, strict=True))
     return [
-        _Reply(
-            model.front.decode([token.id for token in given or ()]).strip(),
-            math.exp(sum(token.logprob for token in given or ())), target, logits,
-        )
-        for given, target, logits in zip(said, targets, scored, strict=True)
-    ]  # fmt: skip
+        _reply(model, said[n][: limits[n]], len(said[n]) >= limits[n], targets[n], scored[n]) for n in range(len(rows))
+    ]
 
 
-def _prompt(model: Model, row: Row, image: FrontImage) -> tuple[Prompt, tuple[int, ...]]:
-    """A row's prompt and its reference answer's tokens."""
+def _reply(
+    model: Model, tokens: Sequence[Token], truncated: bool, target: tuple[int, ...], logits: FloatArray
+) -> _Reply:
+    text = model.front.decode([token.id for token in tokens]).strip()
+    return _Reply(text, math.exp(sum(token.logprob for token in tokens)), truncated, target, logits)
+
+
+def _prompt(model: Model, row: Row, image: FrontImage, answer_tokens: int) -> tuple[Prompt, tuple[int, ...], int]:
+    """A row's prompt, its reference answer's tokens, and how many an answer may have."""
     try:
         messages = conversation(row.turns[:-1], image)
         prompt, target = model.front.prompt(messages), model.front.answer_ids(messages, row.answer)
-        check_room(prompt, len(target), model.runtime.context_length)
+        room = check_room(prompt, len(target), model.runtime.context_length)
     except DataError as error:
         raise DataError(f"row {row.id}: {error}") from error
-    return prompt, target
+    limit = min(answer_tokens, _CLOSED_TOKENS) if row.answer_type == "closed" else answer_tokens
+    return prompt, target, min(limit, room)
 
 
 def _as_expected(target: Sequence[int], logits: FloatArray) -> list[Token] | None:
-    """The reference answer as what the model generates, without its stop token; None where it generates another."""
-    if not (logits.argmax(axis=1) == target).all():
+    """The reference answer as what the model surely generates, without its stop token.
+
+    None where it generates another, or where two tokens are so near each other that only generating tells.
+    """
+    second, first = np.partition(logits, -2, axis=1)[:, -2:].T
+    if not (logits.argmax(axis=1) == target).all() or (first - second < GAPS_APART).any():
         return None
     told = log_softmax(logits)
     return [Token(token, float(told[place, token])) for place, token in enumerate(target[:-1])]
 
 
-def _answers(model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row) -> list[Answer | None]:
-    replies = _ask(model, dataset, rows, shown)
+def _answers(
+    model: Model, dataset: Dataset, rows: Sequence[Row], shown: Row, answer_tokens: int
+) -> list[Answer | None]:
+    replies = _ask(model, dataset, rows, shown, answer_tokens)
     return [_judge(row, reply, shown) for row, reply in zip(rows, replies, strict=True)]
 
 
@@ -286,6 +308,7 @@ def _judge(row: Row, reply: _Reply, shown: Row) -> Answer:
         text, correct(row, text), token_f1(row, text), shown.image_sha256,
         rouge_l=rouge_l(row, text) if graded else None, chrf=chrf(row, text) if graded else None,
         confidence=reply.confidence, similarity=similarity(row, text) if similarity_installed() else None,
+        truncated=reply.truncated,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,13 +12,15 @@ from importlib import resources
 import yaml
 
 PRIMARY = "en"
-_SPACED = r"(?<!\w){}(?!\w)"
+_SPACED, _CHINESE = r"(?<!\w){}(?!\w)", "(?<!不)(?<!不太){}"
+_ENDS = " .,;:!?。、¡¿…\"'“”«»"
 
 
 @dataclass(frozen=True)
 class Wordings:
     """By language: `presence` with a place for a name, `unanswerable` questions, `abstention`'s signs, `hedging` words.
 
+    abstention: regular expressions, searched for in the folded answer without punctuation at its ends.
     names: English name of a structure to its names in other languages.
     """
 
@@ -34,13 +37,13 @@ class Wordings:
 
     def abstains(self, answer: str, language: str) -> bool:
         """Whether an answer says that the picture does not tell."""
-        said = answer.casefold().replace("’", "'")
-        return any(sign in said for sign in self.abstention.get(base(language), ()))
+        said = fold(answer).replace("’", "'").strip(_ENDS)
+        return any(sign.search(said) for sign in _signs(base(language)))
 
     def hedges(self, text: str, language: str) -> dict[str, int]:
         """How often each hedging word of the language stands in a text, those that do not left out."""
-        patterns = _patterns(base(language))
-        found = {word: len(pattern.findall(text.casefold())) for word, pattern in patterns.items()}
+        said, patterns = fold(text), _patterns(base(language))
+        found = {word: len(pattern.findall(said)) for word, pattern in patterns.items()}
         return {word: count for word, count in found.items() if count}
 
 
@@ -55,13 +58,23 @@ def wordings() -> Wordings:
     return Wordings(version=data["version"], names=data["names"], **lists)
 
 
+def fold(text: str) -> str:
+    """One spelling of what Unicode can spell in several ways: NFKC, without case ("Weiß" is "weiss")."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
 def base(language: str) -> str:
     """A BCP 47 tag without its region: "zh" of "zh-Hans"."""
     return language.partition("-")[0].lower()
 
 
 @cache
+def _signs(language: str) -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(fold(sign)) for sign in wordings().abstention.get(language, ()))
+
+
+@cache
 def _patterns(language: str) -> dict[str, re.Pattern[str]]:
-    """Of hedging words: whole words, but in Chinese, which does not space them."""
-    form = "{}" if language == "zh" else _SPACED
-    return {word: re.compile(form.format(re.escape(word))) for word in wordings().hedging.get(language, ())}
+    """Of hedging words: whole words, but in Chinese, which does not space them; there none behind a "not"."""
+    form = _CHINESE if language == "zh" else _SPACED
+    return {word: re.compile(form.format(re.escape(fold(word)))) for word in wordings().hedging.get(language, ())}

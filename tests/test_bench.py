@@ -21,10 +21,14 @@ from safetensors.torch import load_file, save_file
 from ldrt_edge import artifact
 from ldrt_edge.bench import peers
 from ldrt_edge.bench.compare import compare, lines
+from ldrt_edge.bench.course import follow, parts
+from ldrt_edge.bench.fidelity import fidelity
 from ldrt_edge.bench.latency import measure, peak_rss_bytes
-from ldrt_edge.bench.report import bench
+from ldrt_edge.bench.metrics import RULES
+from ldrt_edge.bench.report import _named, bench
 from ldrt_edge.bench.schema import learn_prior
-from ldrt_edge.bench.vqa import Model, answer_rows, draw_controls, read_samples
+from ldrt_edge.bench.throughput import throughput
+from ldrt_edge.bench.vqa import Answer, Model, Sample, _as_expected, answer_rows, draw_controls, read_samples
 from ldrt_edge.cli import cli
 from ldrt_edge.convert.gguf import convert
 from ldrt_edge.convert.quantize import quantize
@@ -33,7 +37,8 @@ from ldrt_edge.errors import ArtifactError, ConfigError, DataError, RuntimeLoadE
 from ldrt_edge.fidelity import compare_logits
 from ldrt_edge.front import Front, conversation
 from ldrt_edge.image import read_image
-from ldrt_edge.runtimes.base import load
+from ldrt_edge.runtimes.base import Sampling, load
+from ldrt_edge.runtimes.branches import GAPS_APART
 from ldrt_edge.runtimes.hf import load_model
 from ldrt_edge.runtimes.hf import normalise as normalise_pixels
 
@@ -63,6 +68,69 @@ def test_divergence_of_logits() -> None:
     assert other.kld.min() > 0 and not other.top1.any(), "a padded vocabulary is compared over what both have"
     close = np.array([[8.0, 8.001, 0.0]], np.float32)
     assert compare_logits(close, close[:, [1, 0, 2]]).undecided.all(), "below half precision either choice is right"
+
+
+def told(place: int, kld: tuple[float, ...], top1: tuple[bool, ...]) -> Sample:
+    """A question about one of the pictures, two questions a picture, with divergences of the answer's tokens."""
+    picture, given = f"{place // 2}", Answer("yes", True, 0.0, f"{place // 2}")
+    return Sample(f"{place}", picture, picture, "k", "en", "t", "closed", "?", "yes", given, given, given, given, None,
+                  kld, top1)  # fmt: skip
+
+
+def test_closeness_has_intervals_by_picture() -> None:
+    samples = [told(0, (0.1, 0.3), (True, True)), told(1, (0.2,), (False,)), told(2, (1.0, 0.4), (True, False))]
+    found = fidelity(samples)
+    assert found and found.mean and found.p99 and found.top1
+    assert (found.mean.value, found.tokens) == (pytest.approx(0.4), 5) and found.mean.value == found.mean_kld
+    assert found.top1.value == found.top1_agreement == 0.6 and found.p99.value == found.p99_kld
+    for part in (found.mean, found.p99, found.top1):
+        assert (part.n, part.clusters) == (5, 2) and part.ci_low <= part.value <= part.ci_high
+    assert found.mean.ci_high > 0.5 > 0.3 > found.mean.ci_low, "two pictures promise little"
+    assert fidelity([replace(samples[0], kld=None, top1=None)]) is None
+
+
+def test_the_intervals_of_closeness_cover_what_is_true() -> None:
+    """Divergences whose logarithm is half the picture's: the true mean and 99th percentile are known."""
+    rng, runs, pictures, held = np.random.default_rng(0), 100, 60, {"mean": 0, "p99": 0}
+    mean, p99 = np.exp(0.5), np.exp(2.326)
+    for _ in range(runs):
+        of_picture, of_token = rng.normal(size=(pictures, 1)).repeat(2, axis=0), rng.normal(size=(2 * pictures, 6))
+        drawn = np.exp((of_picture + of_token) * 0.5**0.5)
+        found = fidelity([told(n, tuple(row), (True,) * 6) for n, row in enumerate(drawn.tolist())])
+        assert found and found.mean and found.p99
+        held["mean"] += found.mean.ci_low <= mean <= found.mean.ci_high
+        held["p99"] += found.p99.ci_low <= p99 <= found.p99.ci_high
+    assert held["mean"] >= 0.85 * runs and held["p99"] >= 0.85 * runs, held
+
+
+@pytest.mark.parametrize(
+    ("beside", "names"),
+    [
+        (["/a/f16", "/a/q8"], ["f16", "q8"]),
+        (["/b/q4"], ["b/q4"]),
+        (["/b/merged", "/a/q8"], ["b/merged", "a/q8"]),
+        (["/a/q8", "/b/q8"], ["a/q8", "b/q8"]),
+        (["/b/subject"], ["b/subject"]),
+    ],
+)
+def test_every_model_of_a_run_has_a_name_of_its_own(beside: list[str], names: list[str]) -> None:
+    assert list(_named([Path(one) for one in beside], [Path("/a/q4"), Path("/a/merged")])) == names
+
+
+def test_the_course_of_a_run_holds_all_its_work(capsys: pytest.CaptureFixture[str]) -> None:
+    exports = {"subject": True, "reference": False, "base": False, "f16": True}
+    run = parts(exports, pictures=10, probes=4, runs=5)
+    assert [(part.what, part.model, part.pictures) for part in run] == [
+        ("asking", "subject", 40), ("asking", "base", 30), ("asking", "f16", 40),
+        ("probing", "subject", 12), ("probing", "reference", 12), ("probing", "base", 12), ("probing", "f16", 12),
+        ("timing", "subject", 5), ("timing", "f16", 5),
+    ]  # fmt: skip
+    alone = parts({"subject": False}, pictures=10, probes=40, runs=0)
+    assert [(part.what, part.pictures) for part in alone] == [("asking", 30), ("probing", 30)]
+    assert list(follow(run, {name: f"/{name}" for name in exports})) == run
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(run) - 1, "behind the last one nothing is left"
+    assert lines[0] == "1 of 9 parts done, asking /subject" and lines[-1] == "8 of 9 parts done, timing /subject"
 
 
 def test_the_prior_is_by_task_and_language() -> None:
@@ -188,7 +256,7 @@ def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_
     vqa, interval = report["vqa"], {"value", "ci_low", "ci_high", "n", "clusters"}
     for name in ("overall", "blind", "blind_any", "prior", "reference"):
         assert set(vqa[name]) == {
-            "accuracy", "closed_accuracy", "exact_match", "token_f1", "rouge_l", "chrf", "similarity"
+            "accuracy", "closed_accuracy", "exact_match", "token_f1", "rouge_l", "chrf", "similarity", "truncated"
         }
         assert set(vqa[name]["accuracy"]) == set(vqa[name]["exact_match"]) == interval
     assert set(vqa["by"]) == {"task", "language", "answer_type", "kind", "source"}
@@ -216,6 +284,9 @@ def test_bench_of_a_gguf_against_its_merged_model(merged: Path, data: Path, tmp_
     assert vqa["reference"]["accuracy"]["value"] == 1, "it learnt them by heart"
     assert vqa["loss"]["value"] == pytest.approx(1 - vqa["overall"]["accuracy"]["value"])
     assert set(report["fidelity"]) >= {"mean_kld", "top1_agreement", "tokens"}
+    for name, value in (("mean", "mean_kld"), ("p99", "p99_kld"), ("top1", "top1_agreement")):
+        assert set(report["fidelity"][name]) == interval
+        assert report["fidelity"][name]["value"] == report["fidelity"][value]
     assert 0 < report["fidelity"]["mean_kld"] < 1e-3 and report["fidelity"]["top1_agreement"] > 0.95
 
     latency = report["latency"]
@@ -322,6 +393,62 @@ def test_a_killed_run_goes_on_where_it_stopped(merged: Path, data: Path, tmp_pat
     assert read_samples(journal) == again
 
 
+@pytest.fixture(scope="module")
+def babbling(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that learnt nothing and does not stop."""
+    folder, out = tiny("llava15", "smollm2"), tmp_path_factory.mktemp("babbling") / "merged"
+    with artifact.create(out, "merged", {}) as draft:
+        shutil.copytree(folder, draft.path, dirs_exist_ok=True)
+        Front.from_hf(folder).save(draft.path)
+    return out
+
+
+def test_the_limit_of_an_answer_tells_nothing_of_the_key(babbling: Path, data: Path) -> None:
+    dataset = Dataset(data)
+    rows = [row for row in dataset.rows("test") if row.image == dataset.rows("test")[0].image]
+    long = [replace(row, turns=(*row.turns[:-1], Turn("assistant", "no other way than this " * 20))) for row in rows]
+    model = Model(load(babbling, threads=1), Front.load(babbling))
+    for tokens in (6, 40):
+        told = answer_rows(model, dataset, rows, answer_tokens=tokens)
+        assert [s.subject.text for s in told] == [
+            s.subject.text for s in answer_rows(model, dataset, long, answer_tokens=tokens)
+        ]
+        assert all(sample.subject.truncated for sample in told)
+        for row, sample in zip(rows, told, strict=True):
+            limit = min(tokens, 24) if row.answer_type == "closed" else tokens
+            image = model.front.image(read_image(dataset.image_path(row)).rgb)
+            prompt = model.front.prompt(conversation(row.turns[:-1], image))
+            given = [token.id for token in model.runtime.generate(prompt, Sampling(max_tokens=limit))]
+            assert len(given) == limit and sample.subject.text == model.front.decode(given).strip()
+    model.runtime.close()
+
+
+def test_an_answer_that_the_model_ends_is_not_cut(merged: Path, data: Path, tmp_path: Path) -> None:
+    report = json.loads((bench(merged, data, tmp_path / "report", threads=1, runs=0) / "report.json").read_text())
+    assert report["vqa"]["overall"]["truncated"]["value"] == 0
+    short = bench(merged, data, tmp_path / "short", threads=1, runs=0, answer_tokens=1)
+    report = json.loads((short / "report.json").read_text())
+    assert report["vqa"]["overall"]["truncated"]["value"] == 1, "also where the model would say the key"
+    assert "--answer-tokens 1" in report["environment"]["command"]
+    assert artifact.read(short).config["answer_tokens"] == 1
+    with pytest.raises(ConfigError, match="--answer-tokens"):
+        bench(merged, data, tmp_path / "none", answer_tokens=0)
+
+
+def test_a_near_tie_is_left_to_what_the_model_generates() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 9)).astype(np.float32)
+    target = (4, 2, 7)
+    logits[range(3), target] = 9
+    sure = _as_expected(target, logits)
+    assert sure and [token.id for token in sure] == [4, 2] and all(token.logprob > -0.1 for token in sure)
+    for place in range(3):
+        for gap, expected in ((GAPS_APART * 1.01, True), (GAPS_APART * 0.99, False), (-1.0, False)):
+            near = logits.copy()
+            near[place, 0] = 9 - gap
+            assert (_as_expected(target, near) is not None) == expected, (place, gap)
+
+
 def test_the_peer_reads_the_same_files(merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edge = quantize(merged, tmp_path / "edge", "q8")  # stock llama.cpp crashes of it on AMX
     assert peers.main([str(edge), "--threads", "1", "--repeats", "1"]) == 0
@@ -388,9 +515,9 @@ def test_reports_about_the_same_questions_stand_side_by_side(merged: Path, data:
 def test_what_cannot_be_compared_is_refused_with_every_reason(merged: Path, data: Path, tmp_path: Path) -> None:
     whole = bench(merged, data, tmp_path / "whole", merged, threads=1, runs=0)
 
-    def changed(name: str, edit: Callable[[dict[str, Any]], None], keep: int = 999) -> Path:
+    def changed(name: str, edit: Callable[[dict[str, Any]], None], keep: int = 999, answer_tokens: int = 256) -> Path:
         """A report as `whole` but for some of what it says of itself."""
-        with artifact.create(tmp_path / name, "report", {}) as draft:
+        with artifact.create(tmp_path / name, "report", {"answer_tokens": answer_tokens}) as draft:
             report = json.loads((whole / "report.json").read_text())
             edit(report)
             (draft.path / "report.json").write_text(json.dumps(report))
@@ -401,14 +528,18 @@ def test_what_cannot_be_compared_is_refused_with_every_reason(merged: Path, data
     elsewhere = changed("elsewhere", lambda report: report["dataset"].update(manifest_sha256="0" * 64))
     fewer = changed("fewer", lambda report: None, keep=12)
     graded = changed("graded", lambda report: report["vqa"].update(rules=1))
+    cut = changed("cut", lambda report: None, answer_tokens=32)
     held = changed("held", lambda report: report["reference"].update(manifest_sha256="1" * 64))
     free = changed("free", lambda report: report.update(reference=None))
+    reseeded = bench(merged, data, tmp_path / "reseeded", merged, threads=1, runs=0, seed=1)
     assert len(compare([whole, free]).columns) == 2, "a report without a reference has no loss to mix"
     for report, reason in (
         (elsewhere, "elsewhere asks another dataset than whole"),
         (fewer, "fewer lacks 12 of the 24 questions of whole"),
-        (graded, "graded was graded by rules 1, whole by rules 2"),
+        (graded, f"graded was graded by rules 1, whole by rules {RULES}"),
+        (cut, "cut's answers were cut after 32 tokens, whole's after 256: bench with the same --answer-tokens"),
         (held, "held has another reference than whole"),
+        (reseeded, r"reseeded shows other wrong pictures than whole with \d+ of the 24 questions: the same"),
         (merged, "holds a merged"),
     ):
         with pytest.raises(ArtifactError, match=reason):
@@ -417,6 +548,51 @@ def test_what_cannot_be_compared_is_refused_with_every_reason(merged: Path, data
         compare([whole, elsewhere, fewer, held])
     with pytest.raises(ConfigError, match="which reports"):
         compare([whole])
+
+
+def test_a_load_average_stands_beside_compared_timings(merged: Path, data: Path, tmp_path: Path) -> None:
+    edge = convert(merged, tmp_path / "edge")
+    timed = bench(edge, data, tmp_path / "timed", limit=4, threads=1, runs=1)
+    untimed = bench(edge, data, tmp_path / "untimed", limit=4, threads=1, runs=0)
+    found = compare([timed, untimed])
+    told = json.loads((timed / "report.json").read_text())["latency"]["load_average"][0]
+    assert [column.load_average for column in found.columns] == [told, None]
+    assert dict(lines(found))["load average before the timings"] == [f"{told:.2f}", ""]
+
+
+def test_throughput_goes_on_where_it_was_killed(merged: Path, data: Path, tmp_path: Path) -> None:
+    edge, journal = convert(merged, tmp_path / "edge"), tmp_path / "new" / "timings.jsonl"
+    whole = throughput(edge, data, limit=12, threads=1, journal=journal)
+    lines_of = journal.read_text().splitlines(keepends=True)
+    assert len(lines_of) == whole.pictures == 4 and whole.questions == 12
+    taken = [json.loads(line)["gave"]["seconds"]["alone"] for line in lines_of]
+    assert whole.alone_per_min == pytest.approx(60 * 12 / sum(taken)), "loading is in no rate"
+    assert throughput(edge, data, limit=12, threads=1, journal=journal) == whole, "all of it is known"
+
+    journal.write_text("".join(lines_of[:2]) + lines_of[2][:40])  # killed while it wrote
+    again = throughput(edge, data, limit=12, threads=1, journal=journal)
+    assert journal.read_text().splitlines(keepends=True)[:2] == lines_of[:2]
+    retaken = [json.loads(line)["gave"]["seconds"]["alone"] for line in journal.read_text().splitlines()]
+    assert len(retaken) == 4 and retaken[:2] == taken[:2]
+    assert again.alone_per_min == pytest.approx(60 * 12 / sum(retaken))
+    throughput(edge, data, limit=12, threads=1, branches=2, journal=journal)
+    assert len(journal.read_text().splitlines()) == 8, "another setting is another measurement"
+
+    done = CliRunner().invoke(
+        cli, ["bench", "throughput", str(edge), "--data", str(data), "--limit", "12", "--threads", "1",
+              "--journal", str(journal)]
+    )  # fmt: skip
+    least, most = again.load_average
+    assert f"load average {least:.2f} to {most:.2f}" in done.output
+    assert f"{again.side_by_side_identical} of 12 answers identical to those alone" in done.output.splitlines()[3]
+
+
+@pytest.mark.parametrize(
+    "command", ["measure x --data y", "judge x --judge y", "throughput x --data y", "learnable x --data y"]
+)
+def test_a_seed_below_zero_is_refused(command: str) -> None:
+    done = CliRunner().invoke(cli, ["bench", *command.split(), "--seed", "-1"])
+    assert done.exit_code == 2 and "--seed" in done.output and "x>=0" in done.output
 
 
 @pytest.mark.parametrize("margin", [0.0, float("nan"), float("inf")])

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from ldrt_edge import artifact
 from ldrt_edge.bench.calibration import BINS as BENCH_BINS
 from ldrt_edge.bench.calibration import calibration
-from ldrt_edge.bench.vqa import read_samples
+from ldrt_edge.bench.vqa import ANSWER_TOKENS, read_samples
 from ldrt_edge.bundle.open import install
 from ldrt_edge.bundle.pack import pack
 from ldrt_edge.chat.session import Exchange, Session
@@ -64,10 +64,10 @@ def test_few_answers_are_read_with_their_neighbours() -> None:
 def test_the_probability_is_the_one_that_was_measured(made: Made) -> None:
     dataset = Dataset(made.edge.parent / "data")
     samples = {sample.image_sha256: sample for sample in read_samples(made.report / "samples.jsonl")}
-    front, seen = Front.load(made.edge), set()
+    seen = set()
     for row in dataset.rows("test"):
         measured = samples[row.image_sha256].subject
-        tokens = max(24, len(front.tokenizer.encode(row.answer, add_special_tokens=False)) + 1 + 16)
+        tokens = 24 if row.answer_type == "closed" else ANSWER_TOKENS
         answer = ask_once(made.edge, row.question, dataset.image_path(row), sampling=Sampling(max_tokens=tokens))
         if answer.answer == measured.text:
             assert answer.probability == pytest.approx(measured.confidence, rel=0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +20,7 @@ from serving import Server, tiny_edge
 from ldrt_edge import artifact
 from ldrt_edge.bench.agreement import cohen
 from ldrt_edge.bench.judge import judge
+from ldrt_edge.bench.judgement import Better, Compared, Graded, report_judge
 from ldrt_edge.bench.judges import Unreachable
 from ldrt_edge.bench.page import JUDGES
 from ldrt_edge.bench.rubric import Preference, Score, parse, read_rubric
@@ -37,7 +38,15 @@ def report(tmp_path: Path) -> Path:
     return write_report(tmp_path / "report")
 
 
-def write_report(out: Path, questions: int = 12) -> Path:
+def in_turn(n: int, key: str) -> tuple[str, str | None]:
+    """The subject's and the reference model's answers to question `n`: one is right."""
+    ours, theirs = (key, "other") if n % 3 else ("something else, and said at great length", key)
+    return ours, theirs
+
+
+def write_report(
+    out: Path, questions: int = 12, answer: Callable[[int, str], tuple[str, str | None]] = in_turn
+) -> Path:
     with artifact.create(out, "report", {}) as draft:
         head = {
             "schema": "ldrt-edge/report/1", "subject": {"name": "SECRET-SUBJECT"}, "reference": {
@@ -49,9 +58,8 @@ def write_report(out: Path, questions: int = 12) -> Path:
         with (draft.path / "samples.jsonl").open("w") as stream:
             for n in range(questions):
                 key = f"key {n}"
-                ours = key if n % 3 else "something else, and said at great length"
-                theirs = key if n % 3 == 0 else "other"
-                answers = [Answer(text, text == key, 0.0, f"{n // 2}") for text in (ours, theirs)]
+                answers = [Answer(text, text == key, 0.0, f"{n // 2}") if text else None for text in answer(n, key)]
+                assert answers[0]
                 stream.write(json.dumps(asdict(Sample(
                     f"q{n}", f"{n // 2}", f"{n // 2}", "k", "en", "t", "open", f"question {n}?", key, answers[0],
                     None, None, answers[1], None, None, None,
@@ -141,12 +149,13 @@ def test_a_fair_judge_and_a_biased_one(report: Path, tmp_path: Path) -> None:
     assert honest["asked"] == honest["usable"] == 48
     subject, reference = honest["grades"]
     assert subject["score"]["value"] == pytest.approx((8 * 10 + 4 * 1) / 120) and subject["score"]["clusters"] == 6
-    assert reference["lead"]["value"] == pytest.approx((84 - 48) / 120) and subject["length_correlation"] < 0
+    assert reference["lead"]["value"] == pytest.approx((84 - 48) / 120)
+    assert subject["length_correlation"] is None, "its wrong answers are long, and equally right ones get equal scores"
     pair = honest["preferences"][0]
     assert (pair["wins"], pair["losses"], pair["ties"], pair["split"]) == (8, 4, 0, 0)
     assert pair["preferred"]["value"] == pytest.approx(8 / 12) and pair["consistent"]["value"] == 1
     assert pair["first_preferred"]["value"] == 0.5, "each order has the same winner, so the first wins half"
-    assert pair["longer_preferred"]["value"] == pytest.approx(8 / 12), "counted where words differ"
+    assert pair["longer_preferred"] is None, "in no pair are both right, or both wrong"
 
     pair = biased["preferences"][0]
     assert (pair["wins"], pair["losses"], pair["ties"], pair["split"]) == (0, 0, 12, 12), "the order decided"
@@ -163,14 +172,20 @@ def test_a_fair_judge_and_a_biased_one(report: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_asked_twice_and_the_budget_holds(report: Path, tmp_path: Path) -> None:
     with endpoint(fair) as one:
-        spec, cache = [f"fair@{one.url}"], tmp_path / "calls.jsonl"
-        with pytest.raises(DataError, match="before the first question"):
-            judge(report, tmp_path / "none", spec, max_calls=3, cache=cache, parallel=1)
-        assert len(one.bodies) == 3 and not (tmp_path / "none").exists()
-        some = read(judge(report, tmp_path / "some", spec, max_calls=17, cache=cache, parallel=1))
-        assert len(one.bodies) == 20 and some["questions"] == 5 and some["questions_of"] == 12
-        whole = read(judge(report, tmp_path / "whole", spec, cache=cache))
-        assert len(one.bodies) == 48 and whole["calls"] == 28, "what is known is not paid for again"
+        spec, cache = [f"fair@{one.url}"], tmp_path / "new" / "calls.jsonl"
+        for most, asked, reason in (
+            (3, 3, "ended after 0 of 12 questions: the same command goes on$"),
+            (17, 20, "ended after 5 of 12 .*; --limit 5 reports on the first 5"), (3, 23, "ended after 5 of 12"),
+        ):
+            with pytest.raises(DataError, match=reason):
+                judge(report, tmp_path / "whole", spec, max_calls=most, cache=cache, parallel=1)
+            assert len(one.bodies) == asked and not (tmp_path / "whole").exists()
+        some = read(judge(report, tmp_path / "some", spec, limit=5, max_calls=1, cache=cache))
+        assert len(one.bodies) == 23 and some["questions"] == 5 and some["questions_of"] == 12
+        whole = read(judge(report, tmp_path / "whole", spec, max_calls=25, cache=cache, parallel=8))
+        assert len(one.bodies) == 48 and whole["calls"] == 25, "what is known is not paid for again"
+        assert whole["questions"] == whole["questions_of"] == 12
+        assert read(judge(report, tmp_path / "whole", spec, max_calls=17, cache=cache)) == whole, "it is there"
         again = judge(report, tmp_path / "again", spec, cache=cache)
         assert len(one.bodies) == 48 and read(again)["judges"] == whole["judges"]
         assert judge(report, tmp_path / "again", spec, cache=cache) == again
@@ -217,12 +232,163 @@ def test_nonsense_is_counted_not_believed(report: Path, tmp_path: Path, body: by
     assert "nothing to conclude" in (tmp_path / "judged" / "report.html").read_text()
 
 
+def test_a_reply_of_no_use_is_asked_for_again_once_the_server_is_well(report: Path, tmp_path: Path) -> None:
+    ill = [True]
+
+    def overloaded(body: dict[str, Any], number: int) -> tuple[int, dict[str, str], bytes]:
+        return (200, {}, b'{"error": "overloaded"}') if ill[0] and number > 4 else fair(body)
+
+    with endpoint(overloaded) as one:
+        spec, cache = [f"fair@{one.url}"], tmp_path / "calls.jsonl"
+        first = read(judge(report, tmp_path / "ill", spec, limit=3, cache=cache, parallel=1))
+        assert first["judges"][0]["usable"] == 4 and len(one.bodies) == 4 + 8 * 3
+        ill[0] = False
+        again = read(judge(report, tmp_path / "well", spec, limit=3, cache=cache, parallel=1))
+        assert again["judges"][0]["usable"] == 12 and again["calls"] == 8 and len(one.bodies) == 4 + 8 * 3 + 8
+
+
+REFUSES: dict[str, tuple[Callable[[dict[str, Any]], bool], int, bytes, set[str]]] = {
+    "knows only JSON objects": (
+        lambda body: body.get("response_format", {}).get("type") == "json_schema", 422,
+        b'{"detail": [{"loc": ["body", "response_format", "type"], "msg": "Input should be \'text\'"}]}',
+        {"response_format", "max_tokens", "temperature", "seed"},
+    ),
+    "knows no formats, and says nothing": (
+        lambda body: "response_format" in body, 500, b"Internal Server Error", {"max_tokens", "temperature", "seed"},
+    ),
+    "wants the newer name, and its own temperature": (
+        lambda body: "max_tokens" in body or "temperature" in body, 400,
+        b'{"error": {"message": "Unsupported: \'max_tokens\' or \'temperature\'", "code": "unsupported_parameter"}}',
+        {"response_format", "max_completion_tokens"},
+    ),
+    "forbids a seed": (
+        lambda body: "seed" in body, 422, b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}',
+        {"response_format", "max_tokens"},
+    ),
+    "takes next to nothing, and says nothing": (
+        lambda body: bool(set(body) - {"model", "messages", "max_completion_tokens"}), 400, b"",
+        {"max_completion_tokens"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("server", REFUSES)
+def test_an_endpoint_is_asked_for_what_it_knows(report: Path, tmp_path: Path, server: str) -> None:
+    refused, status, body, taken = REFUSES[server]
+    with endpoint(lambda asked, _n: (status, {}, body) if refused(asked) else fair(asked)) as one:
+        (found,) = read(judge(report, tmp_path / "judged", [f"m@{one.url}"], retries=0))["judges"]
+        assert found["usable"] == found["asked"] == 48
+        assert [refused(body) for body in one.bodies].count(True) <= 4, "it learns once"
+        assert all(set(body) - {"model", "messages"} == taken for body in one.bodies[-48:])
+
+
+def test_a_text_that_is_refused_is_that_texts_matter(report: Path, tmp_path: Path) -> None:
+    """The first one, too, and one that is alone left to ask: schemas stay on for all others."""
+    long: list[str] = []
+
+    def narrow(body: dict[str, Any], number: int) -> tuple[int, dict[str, str], bytes]:
+        text = body["messages"][0]["content"]
+        asked = text.rpartition("Question:")[2].splitlines()[0]
+        if number == 1:
+            long.append(asked)
+        if asked in long:
+            return 400, {}, b'{"error": {"message": "maximum context length exceeded"}}'
+        return fair(body) if "Question:" in text else said('{"score": 0}')
+
+    with endpoint(narrow) as one:
+        cache = tmp_path / "calls.jsonl"
+        found = read(judge(report, tmp_path / "first", [f"m@{one.url}"], cache=cache, parallel=1))["judges"][0]
+        assert found["asked"] == 48 and found["usable"] == 44
+        plain = [body for body in one.bodies if "response_format" not in body]
+        assert 0 < len(plain) == sum(long[0] in body["messages"][0]["content"] for body in plain)
+        before = len(one.bodies)
+        again = read(judge(report, tmp_path / "again", [f"m@{one.url}"], cache=cache, parallel=1))["judges"][0]
+        assert again["usable"] == 44 and before < len(one.bodies) <= before + 20
+    refusal = b'{"error": {"message": "no such model"}}'
+    with endpoint(lambda *_: (400, {}, refusal)) as none, pytest.raises(Unreachable, match="no such model"):
+        judge(report, tmp_path / "none", [f"m@{none.url}"])
+
+
+@pytest.mark.parametrize("opening", ["<think>", ""])
+def test_who_thinks_before_replying_gets_room_for_it(report: Path, tmp_path: Path, opening: str) -> None:
+    def thinking(body: dict[str, Any], _number: int) -> tuple[int, dict[str, str], bytes]:
+        _, headers, whole = fair(body)
+        reply = json.loads(whole)
+        choice = reply["choices"][0]
+        choice["message"]["content"] = f"{opening}Perhaps 5? No.</think>\n{choice['message']['content']}"
+        choice["finish_reason"] = "stop"
+        if body["max_tokens"] < 1000:
+            choice["message"]["content"], choice["finish_reason"] = f"{opening}Perhaps 5? N", "length"
+        return 200, headers, json.dumps(reply).encode()
+
+    with endpoint(thinking) as one:
+        (found,) = read(judge(report, tmp_path / "judged", [f"m@{one.url}"], limit=6, parallel=1))["judges"]
+        assert found["usable"] == found["asked"] == 24 and len(one.bodies) == 25, "one reply was cut short"
+        assert found["preferences"][0]["consistent"]["value"] == 1
+
+
+def _compared(judged: Callable[[bool, bool, bool], Better], pairs: Sequence[tuple[bool, bool, bool]]) -> list[Compared]:
+    """Pairs of (subject is right, other is right, subject is longer), as a judge sees them in either order."""
+    return [
+        Compared("j", str(n), "reference", judged(*pair), judged(*pair), "subject" if pair[2] else "other",
+                 pair[0] == pair[1], ("", ""))
+        for n, pair in enumerate(pairs)
+    ]  # fmt: skip
+
+
+def test_a_judge_that_likes_words_is_found_out(tmp_path: Path) -> None:
+    def wordy(body: dict[str, Any], _number: int) -> tuple[int, dict[str, str], bytes]:
+        text = body["messages"][0]["content"].rpartition("Question:")[2]
+        lines = dict(line.strip().split(": ", 1) for line in text.splitlines() if ": " in line)
+        if "Answer A" in lines:
+            return said(json.dumps({"better": "A" if len(lines["Answer A"]) > len(lines["Answer B"]) else "B"}))
+        return said(json.dumps({"score": len(lines["Assistant's answer"].split())}))
+
+    def both_wrong(n: int, _key: str) -> tuple[str, str]:
+        return " ".join(["no"] * (1 + n % 5)), "not so " * 2
+
+    with endpoint(wordy) as one:
+        out = judge(write_report(tmp_path / "report", 12, both_wrong), tmp_path / "judged", [f"wordy@{one.url}"])
+    (found,) = read(out)["judges"]
+    assert found["preferences"][0]["longer_preferred"]["value"] == 1
+    assert found["grades"][0]["length_correlation"] == pytest.approx(1) and found["usable"] == 48
+    assert "longer one preferred, equally right" in (out / "report.html").read_text()
+
+
+def test_a_preference_for_words_is_told_from_one_for_what_is_right() -> None:
+    """Right answers are the longer ones here; an oracle is not said to like length, and one that does is."""
+    pairs = [(True, False, True)] * 30 + [(False, True, False)] * 10 + [(False, False, True), (True, True, False)] * 6
+    clusters = {str(n): n for n in range(len(pairs))}
+
+    def longer(judged: Callable[[bool, bool, bool], Better]) -> float | None:
+        (found,) = report_judge("j", {}, [], _compared(judged, pairs), clusters).preferences
+        return found.longer_preferred.value if found.longer_preferred else None
+
+    assert longer(lambda ours, theirs, _: "tie" if ours == theirs else "subject" if ours else "other") is None
+    assert longer(lambda ours, theirs, _: "subject" if ours >= theirs else "other") == 0.5, "and else the subject's"
+    assert longer(lambda _, __, more: "subject" if more else "other") == 1
+    assert longer(lambda _, __, more: "other" if more else "subject") == 0
+
+    def correlation(score: Callable[[bool, int], int]) -> float | None:
+        answers = [(True, 20 + n) for n in range(10)] + [(False, 1 + n) for n in range(10)]
+        grades = [
+            Graded("j", str(n), "subject", score(right, words), words, right, "")
+            for n, (right, words) in enumerate(answers)
+        ]
+        return report_judge("j", {}, grades, [], clusters).grades[0].length_correlation
+
+    assert correlation(lambda right, _: 10 if right else 0) is None
+    assert correlation(lambda right, words: 5 * right + words // 8) == pytest.approx(0.85, abs=0.1)
+    assert correlation(lambda right, words: 10 - words // 8) == pytest.approx(-0.85, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [
         ('{"score": 7}', 7), ('I say {"score": 3, "reason": "{"}.', 3), ('{"a": 1} {"score": 0}', 0),
         ('{"score": 11}', None), ('{"score": "7"}', None), ('{"score": true}', None), ('{"score": 7.5}', None),
-        ("7", None), ("{" * 9000, None), ('{"score": NaN}', None),
+        ("7", None), ("{" * 9000, None), ('{"score": NaN}', None), ('<think>{"score": 2}</think> {"score": 9}', 9),
+        ('{"score": 2}? No.</think>{"score": 9}', 9), ('<think>{"score": 2}, or', None),
     ],
 )  # fmt: skip
 def test_only_a_reply_that_fits_counts(text: str, score: int | None) -> None:
@@ -256,10 +422,12 @@ def test_a_dead_endpoint_ends_in_one_line_and_the_same_command_goes_on(report: P
     assert isinstance(done.exception, Unreachable) and "\n" not in str(done.exception)
 
 
-def test_judges_that_are_none_are_refused(report: Path, tmp_path: Path) -> None:
+def test_judges_that_are_none_are_refused(report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for judges, reason in (
         ([], "who judges"), (["qwen"], "MODEL@URL"), (["@http://x/v1"], "MODEL@URL"),
         (["a@http://127.0.0.1:1/v1", "a@http://127.0.0.1:2/v1"], "name of its own"),
+        (["a@http://[bad/v1"], "MODEL@URL"), (["a@http://127.0.0.1:99999/v1"], "MODEL@URL"),
+        (["a@http://x\ny/v1"], "MODEL@URL"),
     ):
         with pytest.raises(ConfigError, match=reason):
             judge(report, tmp_path / "out", judges)
@@ -269,8 +437,14 @@ def test_judges_that_are_none_are_refused(report: Path, tmp_path: Path) -> None:
         pass
     with pytest.raises(ArtifactError, match="no report of"):
         judge(tmp_path / "other", tmp_path / "out", ["a@http://127.0.0.1:1/v1"])
-    with pytest.raises(ConfigError, match="--timeout"):
-        judge(report, tmp_path / "out", ["a@http://127.0.0.1:1/v1"], timeout_s=0)
+    for wrong in ({"timeout_s": 0}, {"timeout_s": float("nan")}, {"seed": -1}, {"limit": 0}, {"retries": -1}):
+        with pytest.raises(ConfigError, match="--timeout above 0, --retries and --seed"):
+            judge(report, tmp_path / "out", ["a@http://127.0.0.1:1/v1"], **wrong)  # type: ignore[arg-type]
+    for key in ("schlüssel", "a\nb"):
+        monkeypatch.setenv("LDRT_KEY", key)
+        with pytest.raises(ConfigError, match="LDRT_KEY: no API key") as told:
+            judge(report, tmp_path / "out", ["a@http://127.0.0.1:1/v1"], key_variable="LDRT_KEY")
+        assert key not in str(told.value)
 
 
 @pytest.fixture(scope="module")
@@ -281,16 +455,17 @@ def edge(tiny, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
 def test_judges_on_this_machine(edge: Path, tmp_path: Path) -> None:
     """A local model cannot give an invalid reply; behind our own server it can, and that is counted."""
     report = write_report(tmp_path / "report", 2)
-    server = Server(edge, "--max-tokens", "8")
+    alone = write_report(tmp_path / "alone", 2, lambda _, key: (key, None))
+    server = Server(edge)
     try:
         spec = f"{edge.name}@http://127.0.0.1:{server.port}/v1"
         done = CliRunner(env={"LDRT_KEY": server.token}).invoke(
-            cli, ["bench", "judge", str(report), "--judge", spec.replace(edge.name, "gguf"), "--key-env", "LDRT_KEY",
-                  "--out", str(tmp_path / "served"), "--limit", "1", "--json"]
+            cli, ["bench", "judge", str(alone), "--judge", spec.replace(edge.name, "gguf"), "--key-env", "LDRT_KEY",
+                  "--timeout", "300", "--out", str(tmp_path / "served"), "--limit", "1", "--json"]
         )  # fmt: skip
         assert done.exception is None, done.output
         found = read(tmp_path / "served")
-        assert found["calls"] == 1 + 4 * 3, "one request found that it knows no schemas"
+        assert found["calls"] == 2 + 3, "two requests found that it knows neither schemas nor JSON alone"
         assert found["judges"][0]["usable"] == 0, "random weights say nothing"
     finally:
         server.close()

@@ -8,12 +8,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
+from ldrt_edge import artifact
 from ldrt_edge.bench.energy import Meter
 from ldrt_edge.bench.feel import refuse
-from ldrt_edge.bench.latency import _read_a_token
+from ldrt_edge.bench.latency import _read_a_token, further_threads
 from ldrt_edge.bench.shapes import SHAPES, Shape, draw, tensor_shapes, write_config
 from ldrt_edge.cli import cli
 from ldrt_edge.doctor import _ARCHITECTURES
@@ -72,16 +75,49 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path: Path) -> None:
         assert isinstance(done.exception, ConfigError) and reason in str(done.exception)
 
 
+@pytest.mark.parametrize("prefix", ["", "model."], ids=["MLX", "transformers"])
+def test_decoding_does_not_read_what_only_sees(tmp_path: Path, prefix: str) -> None:
+    """MLX keeps all of a model in one file, quantised weights as U32; nothing of the tower is read for a token."""
+    language = {
+        f"{prefix}language_model.model.layers.0.mlp.up_proj.weight": np.zeros((8, 4), np.uint32),
+        f"{prefix}language_model.model.layers.0.mlp.up_proj.scales": np.zeros((8, 2), np.float16),
+        f"{prefix}language_model.lm_head.weight": np.zeros((16, 8), np.float32),
+    }
+    seeing = {
+        f"{prefix}vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": np.zeros((64, 64), np.float16),
+        f"{prefix}multi_modal_projector.linear_1.weight": np.zeros((32, 8), np.float16),
+        f"{prefix}image_newline": np.zeros(8, np.float16),
+    }
+    for name, tensors in (("whole", language | seeing), ("blind", language)):
+        with artifact.create(tmp_path / name, "mlx", {}) as draft:
+            save_file(tensors, draft.path / "model.safetensors")
+        assert _read_a_token(tmp_path / name) == sum(tensor.nbytes for tensor in language.values())
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "further"),
+    [(1, 1, ()), (2, 2, (1,)), (2, 1, (2,)), (4, 4, (2, 1)), (8, 8, (4, 2)), (8, 6, (8, 4, 2)), (6, 3, (6, 1))],
+)
+def test_threads_worth_trying(cores: int, threads: int, further: tuple[int, ...]) -> None:
+    assert further_threads(threads, cores) == further
+
+
 def test_energy_counters(tmp_path: Path) -> None:
+    """Two sockets beside what their counters hold already: a core's zone, and a platform's."""
     assert Meter(tmp_path).joules() is None
-    for name, start in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 9_000_000), ("intel-rapl:0:0", 1)):
+    for name, called, start in (
+        ("intel-rapl:0", "package-0", 5_000_000), ("intel-rapl:1", "package-1", 9_000_000),
+        ("intel-rapl:0:0", "core", 1), ("intel-rapl:2", "psys", 3),
+    ):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(f"{called}\n")
         (tmp_path / name / "energy_uj").write_text(f"{start}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("10000000")
     meter = Meter(tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("7000000")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("500000")  # wrapped
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("99")  # a part of the package: not twice
+    (tmp_path / "intel-rapl:2" / "energy_uj").write_text("9000000")  # the packages and more: not twice
     assert meter.joules() == pytest.approx(3.5)
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     assert meter.joules() is None, "no figure is better than half of one"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 
 import pytest
 
 from ldrt_edge.bench import metrics
-from ldrt_edge.bench.metrics import chrf, correct, normalise, overlap_installed, rouge_l, token_f1
+from ldrt_edge.bench.metrics import chrf, correct, normalise, overlap_installed, polarity, rouge_l, token_f1
+from ldrt_edge.bench.wordings import wordings
 from ldrt_edge.dataset import Row, Turn
 from ldrt_edge.errors import MissingExtraError
 from ldrt_edge.train.data.phantom_text import LANGUAGES, TERMS
@@ -30,6 +32,18 @@ def row(answer: str, language: str = "en") -> Row:
         ("en", "1,5", "1.5"),
         ("de", "1,0 Gy", "1"),
         ("de", "1,000", "1"),
+        ("de", "1.000", "1000"),
+        ("es", "1.234.567,50", "1234567.5"),
+        ("pt", "0.500", "0.5"),
+        ("fr", "1 000", "1000"),
+        ("fr", "12\u202f500,5 Gy", "12500.5"),
+        ("en", "0,500", "0.5"),
+        ("en", "1,234.50", "1234.5"),
+        ("en", "10 100", "10 100"),
+        ("de", "3 Gray", "3"),
+        ("en", "3 grays left", "3 left"),
+        ("en", "3 grayish spots", "3 grayish spots"),
+        ("en", "6 × 0.5 gray", "6 x 0.5"),
         ("fr", "１,５ ＧＹ", "1.5"),
         ("es", "0,50", "0.5"),
         ("pt", "0,5 Gy", "0.5"),
@@ -62,6 +76,15 @@ def row(answer: str, language: str = "en") -> Row:
         ("zh", "总剂量1.0戈瑞", "总剂量1"),
         ("zh", "共 3 次。", "共3次"),
         ("zh", "0.5Gy×6次", "0.5 x 6次"),
+        ("zh", "三次", "3次"),
+        ("zh", "共 三 次", "共3次"),
+        ("zh", "两个", "2个"),
+        ("zh", "十次", "10次"),
+        ("zh", "二十五天", "25天"),
+        ("zh", "十二 戈瑞", "12"),
+        ("zh", "两三次", "两三次"),
+        ("zh", "二百次", "二百次"),
+        ("zh", "一样", "一样"),
         ("en", " - ", ""),
     ],
 )
@@ -88,6 +111,51 @@ def test_a_yes_or_no_is_read_from_the_first_word() -> None:
     assert correct(row("否", "zh"), "不，是左侧。")
     assert correct(row("是", "zh"), "是的")
     assert not correct(row("left"), "left or right")
+
+
+@pytest.mark.parametrize(
+    ("language", "given", "meant"),
+    [
+        ("en", "No, two.", "no"), ("en", "Nein.", ""), ("es", "No aparece", "no"), ("es", "Si, a la izquierda", "yes"),
+        ("pt", "No joelho esquerdo", ""), ("pt-BR", "nao", "no"), ("de", "Jawohl", "yes"), ("fr", "Sí", ""),
+        ("it", "sí", "yes"), ("it", "不是", "no"), ("", "no", "no"), ("de", "Janein", ""), ("en", "", ""),
+        ("zh", "能", "yes"), ("zh", "能看到丘脑", "yes"), ("zh", "可以看到。", "yes"), ("zh", "看得到", "yes"),
+        ("zh", "对，有两个", "yes"), ("zh", "有", "yes"), ("zh", "不，是左侧", "no"), ("zh", "看不到", "no"),
+        ("zh", "不能", "no"), ("zh", "无骨折", "no"), ("zh", "对不起", ""), ("zh", "对称", ""), ("zh", "有没有", ""),
+        ("zh", "是否", ""), ("zh", "不同", ""), ("zh", "有可能", ""), ("zh", "无法判断", ""),
+    ],
+)  # fmt: skip
+def test_a_yes_or_no_is_one_in_its_language(language: str, given: str, meant: str) -> None:
+    assert polarity(given, language) == meant
+
+
+ABSTAINING = {
+    "en": ("Cannot be determined from this image.", "No idea", "I don’t know.", "No, cannot be told", "Unknown."),
+    "de": ("Ich weiß es nicht.", "Das kann man anhand des Bildes nicht sagen", "Das lässt sich so nicht bestimmen",
+           "Keine Angabe"),
+    "es": ("No se puede determinar con esta imagen", "No lo sé.", "No es posible saber", "no puede determinarse"),
+    "fr": ("Je ne sais pas", "On ne peut pas le savoir", "Il n’est pas possible de le dire", "Inconnu"),
+    "pt": ("Não sei.", "Não é possível dizer com esta imagem", "não se pode determinar"),
+    "zh": ("不知道", "不确定。", "不能判断", "对不起，无法判断", "不清楚"),
+}  # fmt: skip
+PLAINLY_NO = {
+    "en": ("The image does not show pneumothorax", "Not visible in this image", "No."),
+    "de": ("Eine Fraktur ist auf diesem Bild nicht zu erkennen", "Man kann keine sehen", "Nein, kann man nicht sehen"),
+    "es": ("La fractura no aparece", "No, no se puede ver", "No se ve"),
+    "fr": ("La fracture n'est pas visible", "On ne peut pas la voir"),
+    "pt": ("Não aparece", "Não se pode ver", "Não pode ser vista"),
+    "zh": ("看不到", "没有", "边界不清楚", "看不出骨折"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_who_abstains_says_neither_yes_nor_no(language: str) -> None:
+    for said in (TERMS["unknown"][language], *ABSTAINING[language]):
+        for spelled in (said, said.upper(), unicodedata.normalize("NFD", said)):
+            assert wordings().abstains(spelled, language) and polarity(spelled, language) == "", spelled
+            assert not any(correct(row(TERMS[key][language], language), spelled) for key in ("yes", "no"))
+    for said in (*PLAINLY_NO[language], *(TERMS[key][language] for key in ("yes", "no", "knee"))):
+        assert not wordings().abstains(said, language), said
 
 
 def test_token_f1_is_squads() -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,17 @@ import pytest
 from click.testing import CliRunner
 from serving import tiny_edge
 
+from ldrt_edge.bench.hallucination import hedging
+from ldrt_edge.bench.ladder import climb
+from ldrt_edge.bench.latency import further_threads
+from ldrt_edge.bench.page import verdicts
+from ldrt_edge.bench.probes import Probe, Said
 from ldrt_edge.bench.report import bench
-from ldrt_edge.bench.vqa import read_samples
+from ldrt_edge.bench.schema import DatasetIdentity, Environment, ModelIdentity, Report, summarise
+from ldrt_edge.bench.vqa import Answer, Sample, flip, read_samples
 from ldrt_edge.cli import cli
 from ldrt_edge.errors import ArtifactError
+from ldrt_edge.runtimes.processor import physical_cores
 from ldrt_edge.train.data.phantom import phantom
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -26,11 +33,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture(scope="module")
 def report(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with everything in it: probes, a further model, samples of several states."""
+    """A report with everything in it: probes, a further model, timings, samples of several states."""
     folder = tmp_path_factory.mktemp("report")
     edge = tiny_edge(tiny("llava15", "smollm2"), folder)
     data = phantom(folder / "phantom", 20, seed=1, test_fraction=0.4, languages=("en", "zh"))
-    return bench(edge, data, folder / "report", edge.parent / "merged", beside=[edge], limit=20, threads=1, runs=0,
+    return bench(edge, data, folder / "report", edge.parent / "merged", beside=[edge], limit=20, threads=1, runs=1,
                  probes=2)  # fmt: skip
 
 
@@ -77,7 +84,8 @@ def test_the_page_stands_alone_and_its_samples_can_be_sifted(browser: Any, repor
     assert page.locator(".card:visible").count() == shown, "by keyboard too"
     first = cards.first
     assert first.locator("img").evaluate("image => image.naturalWidth") > 0
-    assert {"key", "gguf", "before", "now"} <= set(first.locator("dt").all_inner_texts()), "each model's answer"
+    beside = f"{report.parent.name}/gguf"  # the subject is called gguf too
+    assert {"key", beside, "before", "now"} <= set(first.locator("dt").all_inner_texts()), "each model's answer"
     context.close()
 
 
@@ -88,6 +96,39 @@ def test_the_page_prints(browser: Any, report: Path) -> None:
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("fieldset").is_hidden() and page.locator(".card:visible").count() > 0
     assert page.pdf().startswith(b"%PDF")
+    page.close()
+
+
+def test_the_page_tells_of_each_model_what_the_report_knows(browser: Any, report: Path) -> None:
+    told, page = json.loads((report / "report.json").read_text()), browser.new_page()
+    page.goto((report / "report.html").as_uri())
+    names = [rung["name"] for rung in told["ladder"]]
+    assert len(set(names)) == 3 and {rung["role"] for rung in told["ladder"]} == {"subject", "reference", "other"}
+    tables = {title: page.locator(f"h2:has-text('{title}') ~ .scroll").first for title in (
+        "All models of this run", "Where this comes from"
+    )}  # fmt: skip
+    assert tables["All models of this run"].locator("thead th").all_inner_texts()[1:] == names
+    rows = tables["All models of this run"].locator("tbody th").all_inner_texts()
+    for what in (
+        "right", "lost no more than the margin", "yes to what is absent", "expected calibration error",
+        "first token, ms", "load average at its start", "divergence, nats a token",
+    ):  # fmt: skip
+        assert what in rows
+    provenance = tables["Where this comes from"].inner_text()
+    assert all(rung["model"]["manifest_sha256"][:16] in provenance for rung in told["ladder"])
+    assert all(made["manifest_sha256"][:16] in provenance for made in told["subject"]["made_from"])
+    text = page.locator("main").inner_text()
+    for command in (told["environment"]["command"], *told["environment"]["replay"].values()):
+        assert command in text
+    assert "ldrt-edge bench latency gguf --data phantom --runs 1 --threads 1" in text
+    assert "ldrt-edge parity --golden gguf" in text
+    assert "this system does not tell" in text or told["latency"]["joules_per_question"] is not None
+    assert "same first token" not in text and "the same token is the most likely one" in text
+    swept = [at["threads"] for at in told["latency"]["by_threads"]]
+    assert swept == list(further_threads(1, physical_cores())) and ("By number of threads" in text) == bool(swept)
+    for figure in ("Right answers against bytes", "Change of right answers", "Milliseconds of a question"):
+        assert page.locator(f"svg[aria-label^='{figure}']").is_visible()
+    assert page.locator("svg[aria-label^=Milliseconds] rect.t3").count() == 2 + len(swept)
     page.close()
 
 
@@ -103,6 +144,86 @@ def test_a_page_to_give_away_shows_no_picture_question_or_answer(report: Path, t
     assert "--no-samples" in hidden and "verdict" in hidden
     figures = [json.loads((folder / "report.json").read_text())["vqa"] for folder in (report, out)]
     assert figures[0] == figures[1]
+
+
+def sample(place: int, subject: bool, reference: bool, wrong: bool = False) -> Sample:
+    """A question about a picture of its own, answered right or wrong by either, and with a wrong picture."""
+    ours, theirs, blind = (
+        Answer("yes" if right else "no", right, 0.0, f"{place}", confidence=0.5)
+        for right in (subject, reference, wrong)
+    )
+    changed = flip("en", ours, theirs)
+    return Sample(f"{place}", f"{place}", f"{place}", "k", "en", "t", "closed", f"{place}?", "yes", ours, blind, blind,
+                  theirs, changed, (0.1,), (True,))  # fmt: skip
+
+
+def summed_up(samples: list[Sample], probes: list[Probe], margin: float = 0.01) -> Report:
+    """The report of a subject with these answers, held against a reference that was probed with the same result."""
+    models = {name: ModelIdentity(name, "gguf", "0", "1", None, {"w": 1}) for name in ("subject", "reference")}
+    ladder = climb(samples, {}, {"subject": probes, "reference": probes} if probes else {}, models, {}, 0, margin)
+    subject = next(rung for rung in ladder if rung.role == "subject")
+    environment = Environment("", "", "", 1, 1, 1, None, 1, 0, None, "1", None, {}, "ldrt-edge bench")
+    questions = DatasetIdentity("data", "0", "test", len(samples), len(samples), len(samples), ("s",), ("l",))
+    return Report(
+        "ldrt-edge/report/1", models["subject"], models["reference"], questions, environment,
+        summarise(samples, [], 0, margin), subject.fidelity, None, subject.calibration, subject.hallucination,
+        hedging(samples), ladder,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "margin", "verdict", "claim"),
+    [
+        (6, 4, 0.01, "undecided", "no loss shown, none ruled out"),
+        (0, 0, 0.01, "undecided", "no loss shown, none ruled out"),
+        (0, 0, 0.05, "non-inferior", "at most 5 points lost"),
+        (12, 0, 0.01, "inferior", "something was lost"),
+        (12, 0, 0.50, "non-inferior", "at most 50 points lost"),
+    ],
+)
+def test_a_loss_looks_well_only_where_it_is_shown_to_be_small(
+    worse: int, better: int, margin: float, verdict: str, claim: str
+) -> None:
+    rest = 100 - worse - better
+    samples = [sample(n, n >= worse, not worse <= n < worse + better) for n in range(worse + better + rest)]
+    report = summed_up(samples, [], margin)
+    assert report.vqa.non_inferiority and report.vqa.non_inferiority.verdict == verdict
+    loss = next(tile for tile in verdicts(report) if "against reference" in tile.claim)
+    assert loss.good == (verdict == "non-inferior") and claim in loss.claim
+    rung = next(rung for rung in report.ladder if rung.role == "subject")
+    assert rung.non_inferiority == report.vqa.non_inferiority and rung.loss == report.vqa.loss
+
+
+def asked(model: Callable[[bool, bool], bool]) -> list[Probe]:
+    """Forty pictures with two structures that are there and five that are not; `model` says yes by (there, sees it)."""
+    foils = (("random",), ("popular",), ("adversarial",), ("popular", "adversarial"), ("random",))
+    probes = []
+    for picture in range(40):
+        for structure, ways in (("a", ()), ("b", ()), *zip("cdefg", foils, strict=True)):
+            right, wrong = (Said("", 0.9, model(not ways, sees), False) for sees in (True, False))
+            probes.append(
+                Probe(f"{picture}", f"{picture}", "presence", "en", "?", structure, not ways, ways, right, wrong, wrong)
+            )
+    return probes
+
+
+@pytest.mark.parametrize(
+    ("model", "good"),
+    [
+        (lambda there, sees: there and sees, True),
+        (lambda there, sees: False, False),
+        (lambda there, sees: True, False),
+        (lambda there, sees: there, False),
+    ],
+    ids=["sees", "always no", "always yes", "knows without looking"],
+)
+def test_making_nothing_up_looks_well_only_for_a_model_that_finds_what_is_there(
+    model: Callable[[bool, bool], bool], good: bool
+) -> None:
+    report = summed_up([sample(n, True, True) for n in range(8)], asked(model))
+    (tile,) = (tile for tile in verdicts(report) if "not in the picture" in tile.claim)
+    assert tile.good == good, tile.evidence
+    assert "of those that are there are found" in tile.evidence and "points against reference" in tile.evidence
 
 
 def test_export_as_logs_of_lmms_eval(report: Path, tmp_path: Path) -> None:
