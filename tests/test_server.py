@@ -414,7 +414,7 @@ def test_a_question_is_read_as_far_as_it_is_typed(server: Server) -> None:
         question = f"{number} {asked}"
         if typed:
             server.json("POST", f"{talk}/read", {"question": f"{number} {typed}"})
-            server.events(f"{talk}/ask", {"question": ""})  # waits for its turn: then it was read
+            server.events(f"{talk}/ask", {"question": "", "pictures": pictures})  # its turn comes when they are read
         server.events(f"{talk}/ask", {"question": question, "pictures": [], "max_tokens": 4})
         turn = server.json("GET", talk)["turns"][-1]
         prefilled.append(turn["timings"]["prefill_tokens"])
@@ -458,7 +458,7 @@ def test_what_reading_a_picture_took_after_the_question_came_is_the_answers(serv
         talk, pictures = new(server), [{"name": name}]
         if ahead:
             server.json("POST", f"{talk}/read", {"pictures": pictures})
-            server.events(f"{talk}/ask", {"question": ""})  # waits for its turn: then it was read
+            server.events(f"{talk}/ask", {"question": "", "pictures": pictures})  # its turn comes when they are read
         server.events(f"{talk}/ask", {"question": "How many beams?", "pictures": pictures, "max_tokens": 2})
         tokens.append(server.json("GET", talk)["turns"][0]["timings"])
     picture = front.image(read_image_bytes(film(11)).rgb).token_count
