@@ -414,7 +414,7 @@ def test_a_question_is_read_as_far_as_it_is_typed(server: Server) -> None:
         question = f"{number} {asked}"
         if typed:
             server.json("POST", f"{talk}/read", {"question": f"{number} {typed}"})
-            server.events(f"{talk}/ask", {"question": "", "pictures": pictures})  # its turn comes when they are read
+            server.events(f"{talk}/ask", {"question": ""})  # waits for its turn: then it was read
         server.events(f"{talk}/ask", {"question": question, "pictures": [], "max_tokens": 4})
         turn = server.json("GET", talk)["turns"][-1]
         prefilled.append(turn["timings"]["prefill_tokens"])
