@@ -21,7 +21,7 @@ from ldrt_edge.bench.statistics import (
     by_cluster,
     clusters_for,
     joined,
-    paired_difference,
+    paired_loss,
     pairs,
     unseen_share,
 )
@@ -102,7 +102,7 @@ def judge(
         for a, b in zip(reference, subject, strict=True)
     ]
     none = [0.0] * len(changed)
-    loss, flips = paired_difference(before, after, clusters, seed), paired_difference(changed, none, clusters, seed)
+    loss, flips = paired_loss(before, after, clusters, seed), paired_loss(changed, none, clusters, seed)
     held = [(loss, max_loss / 100, before, after)]
     told = f"loss {100 * loss.value:+.1f} points (at most {100 * loss.ci_high:+.1f}; budget {max_loss:g})"
     if max_flips is not None:
@@ -130,7 +130,7 @@ def judge(
 
 def _least(clusters: Sequence[Hashable]) -> float:
     """The upper end where nothing differs, as a share."""
-    return paired_difference(none := [0.0] * len(clusters), none, clusters).ci_high
+    return paired_loss(none := [0.0] * len(clusters), none, clusters).ci_high
 
 
 def _needed(

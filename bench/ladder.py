@@ -19,7 +19,7 @@ from ldrt_edge.bench.latency import Latency
 from ldrt_edge.bench.probes import Probe
 from ldrt_edge.bench.schema import Flips, ModelIdentity, Score, count_flips, score
 from ldrt_edge.bench.significance import McNemar, NonInferiority, holm, mcnemar, non_inferiority
-from ldrt_edge.bench.statistics import Difference, joined, paired_difference
+from ldrt_edge.bench.statistics import Difference, joined, paired_difference, paired_loss
 from ldrt_edge.bench.vqa import Answer, Sample, cluster_labels, flip
 
 EXPORTS = ("gguf", "mlx")
@@ -94,7 +94,7 @@ def _rung(
     right, expected = ([sample.subject.correct for sample in column] for column in (ours, theirs))
     wrong = [_blind(sample).correct for sample in ours] if ours[0].blind else None
     changed = [flip(a.language, a.subject, b.subject) for a, b in zip(ours, theirs, strict=True)]
-    loss = paired_difference(expected, right, labels, seed) if apart else None
+    loss = paired_loss(expected, right, labels, seed) if apart else None
     asked, sure, known = probes.get(name), _sure(ours), _sure(theirs)
     return Rung(
         name=models[name].name if name in ("subject", "reference") else name,

@@ -14,7 +14,7 @@ from ldrt_edge import __version__, artifact
 from ldrt_edge.artifact import Json
 from ldrt_edge.bench.held_out import TORCH, HeldOut, ask
 from ldrt_edge.bench.quantisers_results import Comparison, Result, Step
-from ldrt_edge.bench.statistics import paired_difference, paired_ratio, rate
+from ldrt_edge.bench.statistics import paired_loss, paired_ratio, rate
 from ldrt_edge.bench.steps import Cost, Journal, apart, digest
 from ldrt_edge.bench.subjects import Subject, Subjects, planned
 from ldrt_edge.convert.allocate import allocate
@@ -251,7 +251,7 @@ class Run:
             fallbacks=given["fallbacks"],
             kld=paired_ratio(given["kld"], np.ones(len(tokens)).tolist(), tokens, seed),
             top1=rate(given["top1"], tokens, seed),
-            loss=paired_difference(exact.tolist(), given["exact"], groups, seed),
+            loss=paired_loss(exact.tolist(), given["exact"], groups, seed),
             flips=rate((exact != np.array(given["exact"])).tolist(), groups, seed),
             kld_to_none=paired_ratio(given["kld"], none["kld"], tokens, seed),
             kld_to_text=paired_ratio(given["kld"], text["kld"], tokens, seed) if text else None,

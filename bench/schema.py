@@ -18,7 +18,7 @@ from ldrt_edge.bench.hallucination import Hallucination, Hedging
 from ldrt_edge.bench.latency import Latency
 from ldrt_edge.bench.metrics import RULES, normalise
 from ldrt_edge.bench.significance import McNemar, NonInferiority, Power, holm, mcnemar, non_inferiority, power
-from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
+from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, paired_loss, rate
 from ldrt_edge.bench.vqa import Answer, Flip, Sample, cluster_labels
 from ldrt_edge.dataset import AnswerType, Row
 
@@ -301,7 +301,7 @@ def _slice(samples: Sequence[Sample], clusters: Mapping[str, Hashable], prior: P
         image_gain=paired_difference(given, blind, labels, seed),
         image_gain_test=mcnemar(given, blind, labels),
         reference=score(samples, _reference, clusters, seed) if expected else None,
-        loss=paired_difference(expected, given, labels, seed) if expected else None,
+        loss=paired_loss(expected, given, labels, seed) if expected else None,
         loss_test=mcnemar(expected, given, labels) if expected else None,
     )
 

@@ -22,12 +22,12 @@ lost, no draw of clusters loses anything. So each end is the farther one of the 
 score interval, for clusters that lost and clusters that won as two shares of them all. They count as so many clusters
 of one size as have the same second and third moments (Σd² and Σ|d|³): small ones do not make a large one small.
 
-What moves one answer of a picture here may move all of them on a picture that was not asked about. So the upper end, by
-which a loss is judged, lies farther yet: losses larger than any difference that was met may be in as many clusters as
-Wilson's bound on none allows. Where nothing differs that is all there is, and both ends are that far away: one lost and
-one won never has a lower upper end. Of exports that lose whole pictures, single answers or both, and more than a gate
-allows, about one in forty passes; with the clusters' mean size, and nothing for what was not met, it was up to one in
-four (the simulations in tests/test_statistics.py count).
+What moves one answer of a picture here may move all of them on a picture that was not asked about. So the upper end of
+a loss (`paired_loss`), by which it is judged, lies farther yet: losses larger than any difference that was met may be
+in as many clusters as Wilson's bound on none allows. Where nothing differs that is all there is, and both ends are that
+far away: one lost and one won never has a lower upper end. Of exports that lose whole pictures, single answers or both,
+and more than a gate allows, about one in forty passes; with the clusters' mean size, and nothing for what was not met,
+it was up to one in four (the simulations in tests/test_statistics.py count).
 
 Source: Field and Welsh, "Bootstrapping clustered data", JRSS B 69 (2007); Hesterberg, "What teachers should know about
 the bootstrap", The American Statistician 69 (2015), section 5.3 (expanded percentile); Korn and Graubard, "Confidence
@@ -109,16 +109,24 @@ def rate(values: Sequence[float], clusters: Sequence[Hashable], seed: int = 0) -
 def paired_difference(
     first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable], seed: int = 0
 ) -> Difference:
-    """The mean of `first - second`, row by row, with a clustered interval: where it is a loss, `second` lost it.
+    """The mean of `first - second`, row by row, with a clustered interval.
+
+    Raises:
+        ValueError: no values, or the three are not equally long.
+    """
+    return _difference(*by_cluster(pairs(first, second), clusters), seed, 0.0)
+
+
+def paired_loss(
+    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable], seed: int = 0
+) -> Difference:
+    """`paired_difference` where `second` lost it: the upper end allows for larger losses than any that was met.
 
     Raises:
         ValueError: no values, or the three are not equally long.
     """
     sums, counts = by_cluster(pairs(first, second), clusters)
-    value, low, high = _interval(sums, counts, seed)
-    ends = _hybrid_interval(value, sums, counts)
-    low, high = min(low, ends[0]), max(high, ends[1])
-    return Difference(value, max(low, -1.0), min(high, 1.0), int(counts.sum()), len(sums))
+    return _difference(sums, counts, seed, unseen_share(sums, counts) * _wilson(0.0, len(sums))[1])
 
 
 def paired_ratio(
@@ -233,17 +241,25 @@ def _logit_interval(sums: FloatVector, counts: FloatVector) -> tuple[float, floa
     return float(expit(logit(value) - half)), float(expit(logit(value) + half))
 
 
+def _difference(sums: FloatVector, counts: FloatVector, seed: int, unseen: float) -> Difference:
+    """unseen: how much more the upper end allows for, where anything differs."""
+    value, low, high = _interval(sums, counts, seed)
+    ends = _hybrid_interval(value, sums, counts)
+    low, high = min(low, ends[0]), max(high, ends[1] + unseen * bool(np.any(sums)))
+    return Difference(value, max(low, -1.0), min(high, 1.0), int(counts.sum()), len(sums))
+
+
 def _hybrid_interval(value: float, sums: FloatVector, counts: FloatVector) -> tuple[float, float]:
     clusters, parts = len(sums), sums / counts.mean()
-    unseen = unseen_share(sums, counts) * _wilson(0.0, clusters)[1]
     squares = float((parts**2).sum())
     if not squares:
-        return value - unseen, value + unseen
+        bound = _wilson(0.0, clusters)[1]
+        return value - bound, value + bound
     size = float((np.abs(parts) ** 3).sum()) / squares
     above, below = (float((parts[sign * parts > 0] ** 2).sum()) / size**2 / clusters for sign in (1, -1))
     (least_above, most_above), (least_below, most_below) = _wilson(above, clusters), _wilson(below, clusters)
     low = value - size * np.hypot(above - least_above, most_below - below)
-    return float(low), float(value + unseen + size * np.hypot(most_above - above, below - least_below))
+    return float(low), float(value + size * np.hypot(most_above - above, below - least_below))
 
 
 def _expanded_tail(clusters: int) -> float:
