@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from rich.prompt import Prompt
-
 from ldrt_edge.burned_in import black_out, text_in
+from ldrt_edge.chat.typed import choice
 from ldrt_edge.console import say, stderr
 from ldrt_edge.dicom import declares_text
 from ldrt_edge.errors import DataError
@@ -51,11 +50,7 @@ def _asked(found: str, can_black_out: bool) -> BurnedIn:
     if not (sys.stdin.isatty() and stderr.is_terminal):
         say(f"{found}: it is shown as it is; --burned-in black or refuse would not")
         return "show"
-    choices = ["y", "b", "n"] if can_black_out else ["y", "n"]
-    stderr.print(f"{found}.", markup=False, soft_wrap=True)
     black = "b: with black boxes over it, " if can_black_out else ""
-    question = f"Show it to the model? y: as it is, {black}n: not at all"
-    try:
-        return _ANSWERS[Prompt.ask(question, console=stderr, choices=choices, default="n", show_default=False)]
-    except EOFError:
-        return "refuse"
+    question = f"{found}.\nShow it to the model? y: as it is, {black}n: not at all"
+    stderr.print(question, markup=False, soft_wrap=True)
+    return _ANSWERS[choice("ybn" if can_black_out else "yn", default="n")]

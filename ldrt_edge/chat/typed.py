@@ -1,7 +1,11 @@
-"""Lines that a person types on a terminal: with editing, completion, and earlier questions behind the arrow keys."""
+"""What a person types on a terminal: lines with editing, completion and earlier questions; one letter of a choice.
+
+prompt_toolkit reads both: it hears Ctrl-C at any moment, where Python's `input` can lose one that comes as it begins.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +47,25 @@ def typed(talk: Talk, asked: Sequence[str]) -> Iterator[str]:
         except EOFError:
             return
         yield line
+
+
+def choice(letters: str, default: str) -> str:
+    """One of the letters, asked for on stderr until it is typed; the default for Enter and Ctrl-D.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    prompts: PromptSession[str] = PromptSession(output=create_output(sys.stderr))
+    while True:
+        try:
+            answer = prompts.prompt(f"[{'/'.join(letters)}]: ").strip().lower() or default
+        except EOFError:
+            return default
+        if len(answer) == 1 and answer in letters:
+            return answer
 
 
 def _completer() -> Completer:
