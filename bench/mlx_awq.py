@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ldrt_edge import console
+from ldrt_edge.bench.words import pieces
 from ldrt_edge.convert.mlx import write
 from ldrt_edge.convert.mlx_plan import LANGUAGE, mlx_plan
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.dataset import Dataset
-from ldrt_edge.errors import DataError, LdrtError, require
-from ldrt_edge.front import Front, conversation
+from ldrt_edge.errors import LdrtError, require
 from ldrt_edge.runtimes.processor import physical_cores
 
-_PIECE = 512
 _BITS, _GROUP_SIZE = 4, 64
 
 
@@ -49,13 +48,13 @@ def quantise(merged: Path, data: Path, out: Path, tokens: int) -> None:
     from ldrt_edge.runtimes.mlx_model import load_network
 
     source = open_source(merged)
-    pieces = _pieces(source.front, Dataset(data), tokens)
+    read = pieces(source.front, Dataset(data), tokens)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         write(source, mlx_plan(source, "f16"), Path(work))
         network = load_network(Path(work), widen=True)
     use_numpy(network)
     awq_quantize(
-        network.language_model, mx.array(pieces), llama_awq, bits=_BITS, group_size=_GROUP_SIZE, embed_bits=_BITS,
+        network.language_model, mx.array(read), llama_awq, bits=_BITS, group_size=_GROUP_SIZE, embed_bits=_BITS,
         embed_group_size=_GROUP_SIZE,
     )  # fmt: skip
     part = out.with_name(f".{out.name}.part")
@@ -67,19 +66,6 @@ def quantise(merged: Path, data: Path, out: Path, tokens: int) -> None:
     mx.save_safetensors(str(whole), {**mx.load(str(plain)), **made}, metadata={"format": "mlx"})
     whole.replace(plain)
     part.rename(out)
-
-
-def _pieces(front: Front, dataset: Dataset, tokens: int) -> list[list[int]]:
-    ids: list[int] = []
-    for row in dataset.rows("train"):
-        messages = conversation(row.turns[:-1], None)
-        ids += [*front.prompt(messages).ids, *front.answer_ids(messages, row.answer)]
-        if len(ids) >= tokens:
-            break
-    pieces = [ids[start : start + _PIECE] for start in range(0, len(ids) - _PIECE + 1, _PIECE)]
-    if not pieces:
-        raise DataError(f"{dataset.folder}: its training rows have {len(ids)} tokens of text: AWQ wants {_PIECE}")
-    return pieces
 
 
 def _half(value: Any, mx: Any) -> Any:

@@ -19,10 +19,10 @@ from ldrt_edge.bench.steps import Cost, Journal, apart, digest
 from ldrt_edge.bench.subjects import Subject, Subjects, planned
 from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.calibration import Calibration
+from ldrt_edge.convert.format import Format
 from ldrt_edge.convert.gguf import identity
 from ldrt_edge.convert.importance import imatrix_path, importance
 from ldrt_edge.convert.mlx import Mlx
-from ldrt_edge.convert.planned import Format
 from ldrt_edge.convert.quantize import Gguf, Importance
 from ldrt_edge.convert.quantizer import Wanted
 from ldrt_edge.convert.sensitivity import Matrix, Option, sensitivities

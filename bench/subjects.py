@@ -18,11 +18,11 @@ from gguf import GGUFReader
 
 from ldrt_edge.bench.steps import Cost, apart
 from ldrt_edge.convert.fallbacks import Quantized
+from ldrt_edge.convert.format import Format
 from ldrt_edge.convert.gguf import check_room, finish, write
 from ldrt_edge.convert.mlx import write as write_mlx
 from ldrt_edge.convert.mlx_plan import LANGUAGE, SCHEMES, mlx_plan
 from ldrt_edge.convert.plan import mmproj_plan, text_plan
-from ldrt_edge.convert.planned import Format
 from ldrt_edge.convert.quantize import lossless, write_full
 from ldrt_edge.convert.quantizer import TYPES, Wanted, read_back, run_quantizer
 from ldrt_edge.convert.source import open_source

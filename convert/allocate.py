@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ldrt_edge import __version__, artifact
+from ldrt_edge.convert.format import Format
 from ldrt_edge.convert.gguf import identity
-from ldrt_edge.convert.planned import Format, check_held_out
+from ldrt_edge.convert.planned import check_held_out
 from ldrt_edge.convert.sensitivity import Matrix, Option, admitted, kept, sensitivities
 from ldrt_edge.convert.source import EMBEDDINGS, Source, is_tied, open_source
 from ldrt_edge.convert.type_plan import FormatName, PlannedMatrix, TypePlan, nbytes, refuse_existing, write_type_plan

@@ -23,7 +23,7 @@ from ldrt_edge.convert.type_plan import PlannedMatrix
 from ldrt_edge.runtimes.base import FloatArray
 
 if TYPE_CHECKING:
-    from ldrt_edge.convert.planned import Format
+    from ldrt_edge.convert.format import Format
 
 _GRID = 20
 _ROWS = 128

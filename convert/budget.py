@@ -20,9 +20,11 @@ from typing import Any
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.allocate import OutOfReach, allocate
 from ldrt_edge.convert.fallbacks import Fallback, Quantized, report
+from ldrt_edge.convert.fit import decided
+from ldrt_edge.convert.format import WORK, Format, feeds_back
 from ldrt_edge.convert.gguf import identity
 from ldrt_edge.convert.parity import check
-from ldrt_edge.convert.planned import WORK, Format, check_held_out
+from ldrt_edge.convert.planned import check_held_out
 from ldrt_edge.convert.sensitivity import Matrix, kept, sensitivities
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.convert.type_plan import FormatName, TypePlan, write_type_plan
@@ -58,6 +60,7 @@ def quantize_to_budget(
             return _recorded(draft.metrics)
         check_held_out(data, to)
         source, work = open_source(merged), draft.path / WORK
+        to, fit = decided(to, source, draft.path)
         steps = _read(draft.path / _STEPS)
         if not _ended(steps):
             found = kept(draft.path / _FOUND, lambda: sensitivities(source, data, to, limit, seed, work=work))
@@ -80,7 +83,8 @@ def quantize_to_budget(
         _publish(draft.path, best, to)
         report(best.quantized, "search")
         draft.metrics["quantized"] = asdict(best.quantized)
-        draft.metrics["fidelity"] = asdict(check(merged, draft.path, fed_back="feedback" in config))
+        draft.metrics |= fit
+        draft.metrics["fidelity"] = asdict(check(merged, draft.path, fed_back=feeds_back(to)))
         draft.metrics["search"] = [step.told for step in steps]
         draft.metrics[RELEASE] = asdict(best.verdict)
         for folder in (work, *(_folder(draft.path, step.bits) for step in steps)):

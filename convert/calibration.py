@@ -22,14 +22,17 @@ from ldrt_edge.errors import DataError
 from ldrt_edge.runtimes.base import FloatArray
 
 if TYPE_CHECKING:
-    from ldrt_edge.convert.planned import Format
+    from ldrt_edge.convert.format import Format
 
 F = TypeVar("F", bound="Format")
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Training rows, and what is done with what they show. limit: about how many."""
+    """Training rows, and what is done with what they show.
+
+    limit: about how many. undecided: whether that is still to be tried (`fit`).
+    """
 
     data: Path
     rescale: bool = False
@@ -37,9 +40,12 @@ class Calibration:
     limit: int = 96
     seed: int = 0
     threads: int | None = None
+    undecided: bool = False
 
     def config(self) -> dict[str, str]:
         """For the manifest: about how many rows each was told by."""
+        if self.undecided:
+            return {"fit": str(self.limit)}
         return {name: str(self.limit) for name in ("rescale", "feedback") if getattr(self, name)}
 
     def inputs(self) -> list[artifact.Input]:

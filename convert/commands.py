@@ -15,7 +15,7 @@ from ldrt_edge.options import PATH, beside, json_option, show_artifact
 
 if TYPE_CHECKING:
     from ldrt_edge.convert.calibration import Calibration
-    from ldrt_edge.convert.planned import Format
+    from ldrt_edge.convert.format import Format
     from ldrt_edge.convert.quantize import Importance
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -109,6 +109,7 @@ def importance(
 )
 @click.option("--max-flips", type=float, metavar="PERCENT", help="With --max-loss: answers that may change.")
 @_calibration_options
+@click.option("--fit", is_flag=True, help="Try both, either and neither on some of --data; keep what loses least.")
 @click.option("--data", "dataset", type=PATH, help="Its training rows guide, with --max-loss its test rows judge.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --max-loss: about how many test rows are asked.")
 @click.option("--out", type=PATH, help="Default: MERGED-TO-TYPE beside it.")
@@ -116,7 +117,7 @@ def importance(
 def quantize(
     merged: Path, to: str, q4: bool, q8: bool, type_: str | None, mmproj: str | None, group_size: str | None,
     importance: Path | None, weighting: str | None, plan: Path | None, max_loss: float | None, max_flips: float | None,
-    rescale: bool, feedback: bool, dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
+    rescale: bool, feedback: bool, fit: bool, dataset: Path | None, limit: int | None, out: Path | None, as_json: bool,
 ) -> None:
     """Quantise merged weights to GGUF or MLX: to a preset, by a plan, or as far as a loss budget allows.
 
@@ -133,13 +134,15 @@ def quantize(
     given = _importance(importance, weighting)
     if max_loss is None and (max_flips, limit) != (None, None):
         raise ConfigError("--max-flips and --limit go with --max-loss")
-    if (rescale or feedback) and dataset is None:
-        raise ConfigError("--rescale and --feedback want --data")
-    if max_loss is None and dataset is not None and not (rescale or feedback):
-        raise ConfigError("--data goes with --max-loss, --rescale or --feedback")
+    if fit and (rescale or feedback):
+        raise ConfigError("--fit tries --rescale and --feedback itself")
+    if (fit or rescale or feedback) and dataset is None:
+        raise ConfigError("--fit, --rescale and --feedback want --data")
+    if max_loss is None and dataset is not None and not (fit or rescale or feedback):
+        raise ConfigError("--data goes with --max-loss, --fit, --rescale or --feedback")
     if type_ is None and (mmproj, group_size) != (None, None):
         raise ConfigError("--mmproj and --group-size go with a preset: a plan has every type itself")
-    wanted = _format(to, given, _calibration(dataset, rescale, feedback))
+    wanted = _format(to, given, _calibration(dataset, rescale, feedback, fit))
     if max_loss is not None:
         if dataset is None or (given is None and to == "gguf"):
             raise ConfigError("--max-loss wants --data, and for GGUF --importance")
@@ -203,10 +206,10 @@ def _importance(folder: Path | None, weighting: str | None) -> Importance | None
     return Importance(folder, weighting or Importance.weighting)
 
 
-def _calibration(data: Path | None, rescale: bool, feedback: bool) -> Calibration | None:
+def _calibration(data: Path | None, rescale: bool, feedback: bool, fit: bool = False) -> Calibration | None:
     from ldrt_edge.convert.calibration import Calibration
 
-    return Calibration(data, rescale, feedback) if data and (rescale or feedback) else None
+    return Calibration(data, rescale, feedback, undecided=fit) if data and (fit or rescale or feedback) else None
 
 
 def _format(to: str, importance: Importance | None, calibration: Calibration | None = None) -> Format:

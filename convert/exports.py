@@ -89,7 +89,13 @@ def open_export(folder: Path, reference: Front) -> Export:
     """
     export = _open(folder, reference)
     made = export.own and (folder / artifact.MANIFEST).is_file()
-    return replace(export, fed_back=made and "feedback" in artifact.read(folder).config)
+    return replace(export, fed_back=made and _feeds_back(artifact.read(folder)))
+
+
+def _feeds_back(manifest: artifact.Manifest) -> bool:
+    """Whether it was asked to, or found to be best."""
+    fit = manifest.metrics.get("fit")
+    return "feedback" in manifest.config or (isinstance(fit, dict) and "feedback" in str(fit.get("kept")))
 
 
 def _open(folder: Path, reference: Front) -> Export:

@@ -66,7 +66,7 @@ def quantize(merged: Path, out: Path, type_: str = "q4", group_size: int | None 
 
 @dataclass(frozen=True)
 class Mlx:
-    """MLX as a format that plans are made for: see `ldrt_edge.convert.planned.Format`. It rounds without importance."""
+    """MLX as a format that plans are made for: see `ldrt_edge.convert.format.Format`. It rounds without importance."""
 
     calibration: Calibration | None = None
     name: ClassVar[FormatName] = "mlx"
@@ -102,6 +102,10 @@ class Mlx:
         """Rows as MLX's quantiser rounds them."""
         values = rows[:, columns]
         return round_half(values) if type_ == "f16" else round_mlx(values, AFFINE[type_])
+
+    def fitted_by(self, calibration: Calibration | None) -> Mlx:
+        """The same with another calibration."""
+        return replace(self, calibration=calibration)
 
     def rescaled(self, columns: Mapping[str, FloatArray]) -> Mlx:
         """The same."""

@@ -105,7 +105,7 @@ def quantize(
 
 @dataclass(frozen=True)
 class Gguf:
-    """GGUF as a format that plans are made for: see `ldrt_edge.convert.planned.Format`.
+    """GGUF as a format that plans are made for: see `ldrt_edge.convert.format.Format`.
 
     columns: what those of matrices were multiplied by, so that the importance of their inputs is another.
     """
@@ -158,6 +158,10 @@ class Gguf:
             return round_half(rows[:, columns])
         return round_ggml(rows, type_, self._mean_squares.get(name), columns)
 
+    def fitted_by(self, calibration: Calibration | None) -> Gguf:
+        """The same with another calibration."""
+        return replace(self, calibration=calibration)
+
     def rescaled(self, columns: Mapping[str, FloatArray]) -> Gguf:
         """The same with the importance of inputs that were divided."""
         return replace(self, columns=columns)
@@ -182,7 +186,8 @@ class Gguf:
         self._refuse_unknown(types)
         exported, imatrix, fitted_for = source, self.imatrix, ""
         if self.calibration:
-            fitted_for = sha256(repr(sorted(types.items())).encode()).hexdigest()[:8] + "-"
+            told = repr((self.calibration.config(), sorted(types.items())))
+            fitted_for = sha256(told.encode()).hexdigest()[:8] + "-"
             fitted = self.calibration.fitted(source, self, matrices["model"], types, work, folder)
             exported, imatrix = fitted.exported(matrices["model"], types), fitted.to._imatrix_in(work)
             files = _files(exported)

@@ -34,8 +34,8 @@ import numpy as np
 
 from ldrt_edge import artifact, console
 from ldrt_edge.convert.calibration import Calibration, Fitted
+from ldrt_edge.convert.format import Format
 from ldrt_edge.convert.gradients import Asked, answers, gradients, linears, questions
-from ldrt_edge.convert.planned import Format
 from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, check_values, is_tied
 from ldrt_edge.convert.type_plan import PlannedMatrix, fits, nbytes
 from ldrt_edge.convert.weights import canonical

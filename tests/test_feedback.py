@@ -16,10 +16,11 @@ from ldrt_edge.convert.calibration import Calibration
 from ldrt_edge.convert.exports import open_export
 from ldrt_edge.convert.faults import _tensor_fault
 from ldrt_edge.convert.feedback import Compensated, Rounding, compensated, gains
+from ldrt_edge.convert.format import Format
 from ldrt_edge.convert.gradients import gradients, linears, prompts
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import Moments, measure
-from ldrt_edge.convert.planned import Format, quantize_planned
+from ldrt_edge.convert.planned import quantize_planned
 from ldrt_edge.convert.quantize import Gguf
 from ldrt_edge.convert.rounding import round_ggml
 from ldrt_edge.convert.source import open_source

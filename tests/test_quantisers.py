@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldrt_edge import artifact
-from ldrt_edge.bench import held_out, mlx_awq, quantisers_run, subjects
+from ldrt_edge.bench import autoround, held_out, mlx_awq, quantisers_run, subjects
 from ldrt_edge.bench.held_out import ask
 from ldrt_edge.bench.quantisers import compare, main
 from ldrt_edge.bench.statistics import paired_ratio
@@ -191,6 +193,28 @@ def test_mlx_lms_awq_is_a_peer(tiny: builders.Tiny, data: Path, tmp_path: Path) 
     logits = [subjects.unpacked(merged, folder, 1).score(prompt, answer) for folder in (plain, out)]
     assert 0 < np.abs(logits[0] - logits[1]).max() < 20
     assert mlx_awq.main([str(merged), "--data", str(data), "--out", str(tmp_path / "no"), "--tokens", "9"]) == 1
+
+
+def test_autoround_is_a_peer(tiny: builders.Tiny, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("auto_round", reason="AutoRound is no dependency: pip install auto-round")
+    merged, out = tiny("llava15", "llama", hidden=256), tmp_path / "autoround.gguf"
+    words = [str(merged), "--data", str(data), "--tokens", "1100", "--iterations", "2", "--out"]
+    assert autoround.main([*words, str(out)]) == 0
+    with subjects.GgufSubjects(merged, tmp_path / "work").given(out) as subject:
+        assert 4 < subject.stored.bits_per_weight < 9
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["autoround.gguf"], "nothing is left over"
+
+
+def test_peers_that_are_not_there_or_have_nothing_to_read_are_told(
+    tiny: builders.Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [str(tiny("llava15", "llama")), "--data", str(data), "--tokens", "9", "--out", str(tmp_path / "no.gguf")]
+    monkeypatch.setitem(sys.modules, "auto_round", None)
+    assert autoround.main(words) == 1
+    monkeypatch.setitem(sys.modules, "auto_round", ModuleType("auto_round"))
+    assert autoround.main(words) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "pip install auto-round" in said[0] and "tokens of text" in said[1]
 
 
 @pytest.mark.slow

@@ -23,13 +23,14 @@ from ldrt_edge.convert.allocate import allocate
 from ldrt_edge.convert.awq import Reader, loss, search
 from ldrt_edge.convert.budget import quantize_to_budget
 from ldrt_edge.convert.calibration import Calibration
+from ldrt_edge.convert.format import Format
 from ldrt_edge.convert.gguf import write_text
 from ldrt_edge.convert.gradients import Asked, prompts
 from ldrt_edge.convert.importance import importance
 from ldrt_edge.convert.mlx import Mlx
 from ldrt_edge.convert.moments import measure
 from ldrt_edge.convert.parity import parity
-from ldrt_edge.convert.planned import Format, quantize_planned
+from ldrt_edge.convert.planned import quantize_planned
 from ldrt_edge.convert.probes import probes
 from ldrt_edge.convert.quantize import Gguf, Importance
 from ldrt_edge.convert.quantizer import Wanted, run_quantizer
@@ -343,11 +344,13 @@ def test_on_the_command_line(uneven: Path, data: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--q4", "--rescale"], "--rescale and --feedback want --data"),
-        (["--q4", "--feedback"], "--rescale and --feedback want --data"),
-        (["--plan", "p", "--rescale"], "--rescale and --feedback want --data"),
-        (["--max-loss", "1", "--feedback"], "--rescale and --feedback want --data"),
-        (["--q4", "--data", "d"], "--data goes with --max-loss, --rescale or --feedback"),
+        (["--q4", "--rescale"], "--fit, --rescale and --feedback want --data"),
+        (["--q4", "--feedback"], "--fit, --rescale and --feedback want --data"),
+        (["--plan", "p", "--rescale"], "--fit, --rescale and --feedback want --data"),
+        (["--q4", "--fit"], "--fit, --rescale and --feedback want --data"),
+        (["--q4", "--fit", "--rescale", "--data", "d"], "--fit tries --rescale and --feedback itself"),
+        (["--max-loss", "1", "--feedback"], "--fit, --rescale and --feedback want --data"),
+        (["--q4", "--data", "d"], "--data goes with --max-loss, --fit, --rescale or --feedback"),
         (["--to", "mlx", "--q4", "--rescale", "--data", "d", "--mmproj", "f16"], "--to mlx"),
     ],
 )
