@@ -21,6 +21,8 @@ _TASKS_SHOWN = 24
 _LEFT, _RIGHT, _TOP, _ROW = 215, 80, 30, 34  # margins and row height of the first drawing
 _WIDTH, _LABEL = 780, 25
 _PLOT_WIDTH, _PLOT_HEIGHT, _MARGIN = 380.0, 260.0, 44.0
+_NAME_WIDTH = 48.0
+"""About that of a short name beside a point."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,10 @@ def size_against_accuracy(rungs: Sequence[Rung]) -> Plot | None:
     def y(share: float) -> float:
         return round(bottom - (share - floor) / (ceiling - floor) * (bottom - top), 1)
 
+    def side(size: float) -> str:  # of the point, on which its name stands: where no other point is
+        near = any(0 < x(other) - x(size) < _NAME_WIDTH for other in sizes)
+        return "end" if near or size > most / 2 else "start"
+
     unit, name = (1e9, "GB") if most >= 1e9 else (1e6, "MB")
     return Plot(
         _PLOT_WIDTH, _PLOT_HEIGHT, left, bottom, right, top,
@@ -145,7 +151,7 @@ def size_against_accuracy(rungs: Sequence[Rung]) -> Plot | None:
         tuple((y(share), f"{share:.0%}") for share in (floor + (ceiling - floor) * part for part in (0, 0.5, 1))),
         tuple(
             Point(x(size), y(rate.value), y(rate.ci_low), y(rate.ci_high), rung.name,
-                  "end" if size > most / 2 else "start", rung.role == "subject")
+                  side(size), rung.role == "subject")
             for rung, size, rate in zip(rungs, sizes, rates, strict=True)
         ),
     )  # fmt: skip

@@ -8,13 +8,16 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from serving import tiny_edge
 
+from ldrt_edge.bench.figures import size_against_accuracy
 from ldrt_edge.bench.hallucination import hedging
 from ldrt_edge.bench.ladder import climb
 from ldrt_edge.bench.latency import further_threads
@@ -22,6 +25,7 @@ from ldrt_edge.bench.page import verdicts
 from ldrt_edge.bench.probes import Probe, Said
 from ldrt_edge.bench.report import bench
 from ldrt_edge.bench.schema import DatasetIdentity, Environment, ModelIdentity, Report, summarise
+from ldrt_edge.bench.statistics import Rate
 from ldrt_edge.bench.vqa import Answer, Sample, flip, read_samples
 from ldrt_edge.cli import cli
 from ldrt_edge.errors import ArtifactError
@@ -130,6 +134,20 @@ def test_the_page_tells_of_each_model_what_the_report_knows(browser: Any, report
         assert page.locator(f"svg[aria-label^='{figure}']").is_visible()
     assert page.locator("svg[aria-label^=Milliseconds] rect.t3").count() == 2 + len(swept)
     page.close()
+
+
+def test_names_of_models_of_like_size_stand_apart() -> None:
+    def rung(name: str, nbytes: float) -> Any:
+        score = SimpleNamespace(accuracy=Rate(0.4, 0.3, 0.5, 100, 50))
+        return SimpleNamespace(name=name, role="other", model=SimpleNamespace(weights={"model": nbytes}), score=score)
+
+    plot = size_against_accuracy([rung("q4", 156e6), rung("q8", 195e6), rung("f16", 332e6), rung("merged", 647e6)])
+    assert plot is not None
+    spans = []
+    for point in plot.points:
+        width = 9 + 8.0 * len(point.label)
+        spans.append((point.x - width, point.x) if point.anchor == "end" else (point.x, point.x + width))
+    assert all(first[1] <= second[0] for first, second in pairwise(sorted(spans)))
 
 
 def test_a_page_to_give_away_shows_no_picture_question_or_answer(report: Path, tmp_path: Path) -> None:
