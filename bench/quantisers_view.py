@@ -19,7 +19,7 @@ EQUAL_BYTES = 0.01
 """By how much models may differ and still count as equally large."""
 
 _NAMES = {
-    "none": "preset", "other": "another tool", "text": "preset, text importance",
+    "none": "preset", "text": "preset, text importance",
     "pooled": "preset, image+text importance, pooled",
     "balanced": "preset, image+text importance, balanced", "answer": "preset, image+text importance, answer",
     "rescale": "preset, rescaled", "feedback": "preset, feedback", "both": "preset, rescaled, feedback",
@@ -27,13 +27,15 @@ _NAMES = {
 }  # fmt: skip
 _FORMATS = {"gguf": "GGUF", "mlx": "MLX"}
 _STYLES = {
-    "none": ("s", "#000000"), "other": ("X", "#009e73"), "text": ("^", "#0072b2"),
+    "none": ("s", "#000000"), "text": ("^", "#0072b2"),
     "pooled": ("v", "#56b4e9"), "balanced": ("D", "#e69f00"),
     "answer": ("P", "#999999"),
     "rescale": ("<", "#f0e442"), "feedback": (">", "#f0e442"), "both": ("h", "#f0e442"),
     "plan": ("o", "#d55e00"), "plan+feedback": ("*", "#cc79a7"), "plan+both": ("p", "#cc79a7"),
 }  # fmt: skip
 """Marker and colour; the colours are Okabe and Ito's, told apart by colour-blind readers too."""
+_OTHERS, _OTHER = ("X", "d", "8"), "#009e73"
+"""Other tools' markers, and their colour."""
 _LINES = ("-", "--", ":", "-.")
 """Of the first, second, … calibration set."""
 _APART_POINTS = 4
@@ -83,15 +85,17 @@ def draw(found: Comparison, path: Path) -> None:
     figure = require("matplotlib.figure", "bench").Figure(figsize=(9, 6), layout="constrained")
     transforms = require("matplotlib.transforms", "bench")
     axes = figure.subplots(subplot_kw={"yscale": "log"})
-    series = list(dict.fromkeys((result.family, result.calibration) for result in found.results))
-    calibrations = list(dict.fromkeys(name for _, name in series if name))
+    series = list(dict.fromkeys(map(_series, found.results)))
+    calibrations = list(dict.fromkeys(name for family, name in series if name and family != "other"))
+    others = [name for family, name in series if family == "other"]
     for place, (family, name) in enumerate(series):
         points = sorted(
-            (result for result in found.results if (result.family, result.calibration) == (family, name)),
+            (result for result in found.results if _series(result) == (family, name)),
             key=lambda result: result.bytes,
         )
         kld = [point.kld.value for point in points]
-        marker, colour = _STYLES[family]
+        marker, colour = (_OTHERS[others.index(name) % len(_OTHERS)], _OTHER) if family == "other" else _STYLES[family]
+        told = f" ({name})" if name and len(calibrations) > 1 else ""
         shift = _APART_POINTS * (place - (len(series) - 1) / 2) / 72
         axes.errorbar(
             [point.bytes / 1e6 for point in points], kld,
@@ -99,15 +103,16 @@ def draw(found: Comparison, path: Path) -> None:
                 [point.kld.value - point.kld.ci_low for point in points],
                 [point.kld.ci_high - point.kld.value for point in points],
             ],
-            label=_NAMES[family] + (f" ({name})" if name and len(calibrations) > 1 else ""),
+            label=name if family == "other" else _NAMES[family] + told,
             marker=marker, color=colour, markeredgecolor="black", markersize=7, capsize=2.5, elinewidth=1,
             linewidth=2 if family.startswith("plan") else 1,
-            linestyle=_LINES[calibrations.index(name) % len(_LINES)] if name else "-",
+            linestyle=_LINES[calibrations.index(name) % len(_LINES)] if name in calibrations else "-",
             transform=axes.transData + transforms.ScaledTranslation(shift, 0, figure.dpi_scale_trans),
         )  # fmt: skip
     edges = [(result.bytes / 1e6, end) for result in found.results for end in (result.kld.ci_low, result.kld.ci_high)]
     axes.update_datalim(edges)  # matplotlib leaves what is moved aside out
-    bases = {result.bytes: result.base for result in found.results if result.family in ("none", "other")}
+    sized = sorted(found.results, key=lambda result: result.family == "none")  # a preset names its size
+    bases = {result.bytes: result.base for result in sized if result.family in ("none", "other")}
     near = 0.08 * (max(bases) - min(bases))
     row, before = 0, -near
     for size, base in sorted(bases.items()):
@@ -128,6 +133,11 @@ def draw(found: Comparison, path: Path) -> None:
     )  # fmt: skip
     axes.legend(fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def _series(result: Result) -> tuple[str, str]:
+    """What is drawn as one line: a family with its calibration, or another tool."""
+    return result.family, result.base if result.family == "other" else result.calibration
 
 
 def _interval(one: Ratio, form: str) -> str:
