@@ -11,6 +11,11 @@
       plain: []                         # the first is what the others are held against
       rank 32: [lora.rank=32, lora.alpha=64]
 
+`train/sweeps/` has ready ones, on phantoms:
+
+    ldrt-edge data phantom phantoms --images 200
+    python -m ldrt_edge.bench.sweep train/sweeps/rank.yaml --out rank
+
 Every run is an adapter in OUT, which a second call finds again, so a sweep that was stopped goes on. Accuracy is that
 of whole answers on the datasets' test split, as greedy decoding would give them: the most likely token at every place
 of the right answer. Differences are paired by question and clustered by what a split must not divide (an article).
@@ -19,15 +24,16 @@ of the right answer. Differences are paired by question and clustered by what a 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from ldrt_edge import artifact, console
@@ -39,7 +45,7 @@ from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.train.base import Base, resolve_base
 from ldrt_edge.train.lora import train
-from ldrt_edge.train.recipe import load_recipe
+from ldrt_edge.train.recipe import Recipe, load_recipe
 from ldrt_edge.train.watch import read_metrics
 
 RESULTS = "sweep.json"
@@ -50,11 +56,15 @@ class Sweep:
     """A sweep file; see the module's text."""
 
     base: str
-    data: tuple[Path, ...]
-    variants: dict[str, tuple[str, ...]]
+    data: Annotated[tuple[Path, ...], Field(min_length=1)]
+    variants: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
     recipe: str = "starter"
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     set: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"seeds names one twice: {', '.join(map(str, self.seeds))}")
 
 
 @dataclass(frozen=True)
@@ -73,14 +83,12 @@ def sweep(file: Path, out: Path) -> list[Variant]:
     """Train and measure every variant; writes `sweep.json` into `out`.
 
     Raises:
-        ConfigError: the file is no sweep. DataError: the datasets have no test split. And what `train` raises.
+        ConfigError: the file is no sweep, or a setting in it is none. DataError: the datasets have no test split.
+            And what `train` raises.
     """
-    given = _read(file)
+    given = read_sweep(file)
+    recipes = recipes_of(given)
     base, datasets = resolve_base(given.base), [Dataset(folder) for folder in given.data]
-    recipes = {
-        (name, seed): load_recipe(given.recipe, [*given.set, *settings, f"seed={seed}"])
-        for name, settings in given.variants.items() for seed in given.seeds
-    }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     right: dict[str, list[float]] = {name: [] for name in given.variants}
     metrics: dict[str, list[dict[str, Any]]] = {name: [] for name in given.variants}
@@ -125,16 +133,36 @@ def table(found: Sequence[Variant]) -> list[str]:
     return lines
 
 
-def _read(file: Path) -> Sweep:
+def read_sweep(file: Path) -> Sweep:
+    """What a sweep file says.
+
+    Raises:
+        ConfigError: it is no sweep; all that is wrong at once.
+    """
     if not file.is_file():
         raise ConfigError(f"{file}: no such sweep file")
     try:
         return TypeAdapter(Sweep).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
         raise ConfigError(all_problems(problems, str(file))) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, a date of month 13
+        raise ConfigError(f"{file}: not YAML ({str(error).splitlines()[0]})") from error
+
+
+def recipes_of(given: Sweep) -> dict[tuple[str, int], Recipe]:
+    """The recipe of every run, by variant and seed.
+
+    Raises:
+        ConfigError: a setting that the recipe does not have, or does not allow.
+    """
+    return {
+        (name, seed): load_recipe(given.recipe, [*given.set, *settings, f"seed={seed}"])
+        for name, settings in given.variants.items() for seed in given.seeds
+    }  # fmt: skip
 
 
 def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> tuple[list[float], list[str]]:
@@ -157,7 +185,9 @@ def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> tuple[li
 
 
 def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
+    """A variant's part of a folder's name: no other variant has it, not even where disks ignore case."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in name.lower())[:60]
+    return slug if slug == name else f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -102,6 +102,17 @@ def test_pefts_adapter_is_merged_as_peft_has_it(base: Path, by_peft: Path, tmp_p
     assert artifact.read(again).inputs == artifact.read(merged).inputs, "what was adopted is found again"
 
 
+def test_pefts_adapter_whose_projector_alone_was_trained_is_merged(base: Path, by_peft: Path, tmp_path: Path) -> None:
+    shutil.copytree(by_peft, tmp_path / "adapter")
+    state = {name: tensor * ("lora_B" not in name) for name, tensor in load_file(by_peft / WEIGHTS).items()}
+    save_file(state, tmp_path / "adapter" / WEIGHTS)
+    merged = load_file(merge(resolve_base(str(base)), tmp_path / "adapter", tmp_path / "merged") / "model.safetensors")
+    trained = {name.partition("projector")[2]: tensor for name, tensor in state.items() if "projector" in name}
+    for name, before in load_file(base / "model.safetensors").items():
+        torch.testing.assert_close(merged[name], trained.get(name.partition("projector")[2], before))
+        assert torch.equal(merged[name], before) != ("projector" in name), name
+
+
 @pytest.mark.parametrize(("spoil", "reason"), [
     ({"use_dora": True}, "use_dora: not merged"),
     ({"peft_type": "IA3"}, "kind 'IA3'"),
@@ -124,7 +135,8 @@ def test_what_is_not_merged_is_refused(
     (lambda state: state.pop(f"{QUERY}.lora_B.weight"), "wants lora_A and lora_B"),
     (lambda state: state[f"{QUERY}.lora_A.weight"].fill_(float("nan")), "no number"),
     (lambda state: state.update({"base_model.model.lm_head.weight": torch.zeros(4, 4)}), "whole projector are merged"),
-    (lambda state: state.clear(), "no tensors"),
+    (lambda state: state.clear(), "no LoRA"),
+    (lambda state: [state.pop(name) for name in list(state) if "lora" in name], "no LoRA"),
 ])  # fmt: skip
 def test_weights_that_do_not_fit_are_refused(
     base: Path, by_peft: Path, tmp_path: Path, edit: Any, reason: str

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
 import yaml
 from test_train import FAST, colour_dataset
 
-from ldrt_edge.bench.sweep import main, sweep, table
+from ldrt_edge.bench.sweep import main, read_sweep, recipes_of, sweep, table
 from ldrt_edge.errors import ConfigError
 
 Tiny = Callable[..., Path]
+SHIPPED = sorted(Path(str(resources.files("ldrt_edge.train") / "sweeps")).glob("*.yaml"))
 LEARNING = ["instruct.learning_rate=5e-3", "instruct.projector_learning_rate=5e-3", "keep_best=false"]
 OFF = [
     "questions_per_row=1", "answer_only_logits=false", "fused_lora=false", "group_by_length=false", "length_bucket=1",
@@ -53,10 +56,62 @@ def test_a_sweep_trains_each_variant_once_and_goes_on(
     assert table(found) == lines[:4]
 
 
-def test_what_is_wrong_in_a_sweep_file_is_told_at_once(tiny: Tiny, data: Path, tmp_path: Path) -> None:
-    file = written(tmp_path / "sweep.yaml", tiny("llava15", "smollm2"), data, variants=3, sedes=[1])
-    with pytest.raises(ConfigError, match=r"variants: .*sedes"):
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"variants": 3, "sedes": [1]}, r"variants: .*sedes"),
+        ({"seeds": []}, r"seeds: .*at least 1"),
+        ({"seeds": [0, 1, 0]}, r"seeds names one twice: 0, 1, 0$"),
+        ({"seeds": [-1]}, r"seed: .*\(got -1\)"),
+        ({"variants": {}}, r"variants: .*at least 1"),
+        ({"variants": {"a": ["lora.rnak=4"]}}, r"lora\.rnak"),
+    ],
+)
+def test_what_is_wrong_in_a_sweep_file_is_told_at_once(
+    data: Path, tmp_path: Path, changes: dict[str, object], told: str
+) -> None:
+    """Before the base is looked for."""
+    file = written(tmp_path / "sweep.yaml", tmp_path / "no base", data, **{"variants": {"a": []}, **changes})
+    with pytest.raises(ConfigError, match=told):
         sweep(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_yaml_is_no_sweep(tmp_path: Path) -> None:
+    for content in (b"base: [", b"base: \xff", b"base: 2026-13-01"):
+        (tmp_path / "sweep.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"sweep\.yaml: not YAML"):
+            sweep(tmp_path / "sweep.yaml", tmp_path / "out")
+
+
+def test_variants_of_like_names_do_not_share_a_folder(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    """Not where disks ignore case either, nor where they allow 255 bytes."""
+    names = ["r 4", "r-4", "R 4", "+", "-", "long " * 60]
+    variants = {name: [f"lora.rank={rank}"] for rank, name in enumerate(names, start=1)}
+    file = written(tmp_path / "sweep.yaml", tiny("llava15", "smollm2"), data, variants=variants, seeds=[0])
+    shared = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**shared, "set": [*shared["set"], "max_steps=1"]}, sort_keys=False))
+    assert [variant.name for variant in sweep(file, tmp_path / "out")] == names
+    adapters = {path.parent.name.lower() for path in (tmp_path / "out").glob("*/adapter_model.safetensors")}
+    assert len(adapters) == len(names)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_shipped_sweep_compares_recipes_over_three_seeds(file: Path) -> None:
+    given = read_sweep(file)
+    recipes = recipes_of(given)
+    assert given.base == "starter" and len(given.seeds) >= 3
+    of_one_seed = [recipes[name, given.seeds[0]] for name in given.variants]
+    assert len(of_one_seed) >= 2 and len(set(of_one_seed)) == len(of_one_seed), "two variants say the same"
+
+
+def test_the_sweep_of_ranks_changes_rank_and_nothing_else() -> None:
+    (file,) = (file for file in SHIPPED if file.stem == "rank")
+    recipes = list(recipes_of(read_sweep(file)).values())
+    assert {recipe.lora.rank for recipe in recipes} == {8, 16, 64}
+    assert {recipe.lora.alpha / recipe.lora.rank for recipe in recipes} == {2.0}
+    alike = {replace(recipe, seed=0, lora=replace(recipe.lora, rank=1, alpha=1)) for recipe in recipes}
+    assert len(alike) == 1
 
 
 @pytest.mark.slow
@@ -67,6 +122,7 @@ def test_all_switches_end_where_the_plain_path_ends(tiny: Tiny, data: Path, tmp_
         written(tmp_path / "sweep.yaml", tiny("llava15", "smollm2"), data, variants=variants), tmp_path / "out"
     )
     plain, switched = found
+    assert plain.accuracy.value > 0.5, "there is something to learn, and some of it was learned"
     assert switched.difference is not None
     assert switched.difference.ci_low <= 0 <= switched.difference.ci_high, table(found)
     spread = max(plain.losses) - min(plain.losses) + 0.1

@@ -121,8 +121,8 @@ def _hold_against(weights: Weights, given: _Adapter, folder: Path) -> None:
         f"{stem} wants lora_A and lora_B" for stem in sorted(lone)
         if not all(f"{stem}.lora_{side}.weight" in given.tensors for side in "AB")
     ]  # fmt: skip
-    if not given.tensors:
-        problems.append("no tensors")
+    if not lone:
+        problems.append("no LoRA, which PEFT cannot do without")
     if problems:
         raise ArtifactError(all_problems(problems, f"{folder}: an adapter that does not fit the base"))
 

@@ -30,6 +30,7 @@ from ldrt_edge.train.base import Base
 from ldrt_edge.train.foreign import adopt, is_foreign
 
 _PREFIX = "base_model.model."
+_PROJECTOR = "multi_modal_projector."
 _BIG_WEIGHTS = 2_000_000_000  # in float32 more than a laptop's memory
 _TOLERANCE = {"F32": 1e-3, "F16": 2e-2, "BF16": 1e-1}
 """Largest logit difference, relative to the logits' own scale: rounding of the stored weights, and no more."""
@@ -63,6 +64,8 @@ def merge(base: Base, adapter: Path, out: Path) -> Path:
 def _merge_weights(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     """Write every weight file of the base with the adapter's changes added.
 
+    LoRA changes nothing at all where only the projector was trained; beside LoRA that does, it is a fault.
+
     Raises:
         ArtifactError: adapter tensors that fit no weight, or that change nothing.
     """
@@ -70,6 +73,7 @@ def _merge_weights(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     scale = settings["lora_alpha"] / settings["r"]
     used: set[str] = set()
+    changed: list[str] = []
     idle: list[str] = []
     weights = Weights(base)
     paths = sorted({entry.path for entry in weights.entries.values()})
@@ -77,20 +81,22 @@ def _merge_weights(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
         merged: dict[str, torch.Tensor] = {}
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensor = file.get_tensor(key)
-                change = _change(canonical(key), tensor, state, scale, used)
-                if change is not None:
-                    if not torch.count_nonzero(change):
-                        idle.append(key)
+                name, tensor = canonical(key), file.get_tensor(key)
+                change = _change(name, tensor, state, scale, used)
+                if change is not None and torch.count_nonzero(change):
                     tensor = (tensor.float() + change).to(tensor.dtype)
+                    changed.append(name)
+                elif change is not None:
+                    idle.append(name)
                 merged[key] = tensor
         save_file(merged, out / path.name, metadata={"format": "pt"})
     unused = sorted(set(state) - used)
     if unused:
         raise ArtifactError(all_problems(unused, f"{adapter}: adapter tensors that fit no weight of the base"))
-    if idle:
-        raise ArtifactError(all_problems(idle, f"{adapter}: adapter tensors that change nothing (trained at all?)"))
-    return {"changed_tensors": len(used), "dtypes": sorted(weights.dtypes())}
+    aligned = changed and all(name.startswith(_PROJECTOR) for name in changed)
+    if faults := [name for name in idle if name.startswith(_PROJECTOR) or not aligned]:
+        raise ArtifactError(all_problems(faults, f"{adapter}: adapter tensors that change nothing (trained at all?)"))
+    return {"changed_tensors": len(changed), "dtypes": sorted(weights.dtypes())}
 
 
 def _change(

@@ -1,8 +1,9 @@
 """`ldrt-edge train --plan`: what a run needs, before it starts: memory by part, steps, time, cost, what makes it fit.
 
 Little of it is a rule of thumb. Parameters are counted on the model's own shape, without weights. What backward
-needs is found by running one and two decoder layers on tensors that have shapes only, and counting what autograd
-keeps of them; all layers keep as much. Time comes from a probe: half a minute of real steps on this machine.
+needs is found by running one and two decoder layers, in training's own precision, on tensors that have shapes only,
+and counting what autograd keeps of them; all layers keep as much. Time comes from a probe: half a minute of real
+steps on this machine.
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, TrainerCallback
-from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PrinterCallback, TrainerCallback
 
 from ldrt_edge import console
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.front import Front
 from ldrt_edge.machine import available_bytes
+from ldrt_edge.runtimes.processor import free_cores
 from ldrt_edge.tiles import packing_layout
 from ldrt_edge.train import devices
 from ldrt_edge.train.base import Base
 from ldrt_edge.train.collate import sequences, visible
-from ldrt_edge.train.features import collator
+from ldrt_edge.train.features import FeatureStore, PackedDataset, cache_folder, collator
 from ldrt_edge.train.lora import Material, gather_material, prepare, uses_bf16
-from ldrt_edge.train.model import adapted, build
+from ldrt_edge.train.model import PackedLlava, _set_precision, adapted, build
 from ldrt_edge.train.order import RowOrder
 from ldrt_edge.train.recipe import Recipe
 from ldrt_edge.train.trainer import PackedTrainer, arguments
@@ -43,10 +45,10 @@ _NF4_BYTES = 0.5 + 4 / 64
 """A weight in four bits, with a float32 scale for each block of 64. Source: Dettmers et al., arXiv 2305.14314."""
 _PROGRAM_BYTES = {"cpu": 0.7e9, "cuda": 0.9e9, "mps": 0.9e9}
 """Python, its libraries and the device's context."""
-_FRAGMENTATION = {"cpu": 1.25, "cuda": 1.05, "mps": 1.25}
-"""What allocators take for the same tensors: glibc's by the starter's runs, where it was 1.2 to 1.35; CUDA's by one run
-of a 7B, which took 34.8 GB where 37.9 are foretold."""
-_SHAPES = "shapes_only"
+_FRAGMENTATION = {"cpu": 1.3, "cuda": 1.05, "mps": 1.25}
+"""What allocators take for the same tensors. glibc keeps those below 32 MiB in one heap and fills its holes only in
+part: the starter's runs took 1.3 to 1.5 times what their tensors do, in bf16 and in fp32, and 1.0 times where
+MALLOC_MMAP_THRESHOLD_=262144 gave each its own pages. CUDA's is by one run of a 7B."""
 _LIGHTER: Sequence[tuple[str, Mapping[str, Any]]] = (
     ("gradient_checkpointing=true", {"gradient_checkpointing": True}),
     ("rows_per_step=1, accumulate raised as much", {"rows_per_step": 1}),
@@ -73,11 +75,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Probe:
-    """Real steps on this machine: seconds of one, how many were timed, the peak of memory, what features took."""
+    """Real steps on this machine: seconds of one, how many were timed, the peak of memory.
+
+    start_s: to load the model and to know its features' place in the cache; features_s: for those that it lacks.
+    """
 
     step_s: float
     steps: int
     peak_bytes: int
+    start_s: float
     features_s: float
 
 
@@ -139,7 +145,7 @@ def plan(
         evaluations = steps // recipe.eval_steps + 1 if material.held_out else 0
         forwards = evaluations * math.ceil(len(material.held_out) / recipe.rows_per_step)
         evaluating = forwards * probe.step_s / (3 * devices.accumulation(recipe.accumulate, recipe.devices))
-        seconds = steps * probe.step_s + evaluating + probe.features_s
+        seconds = probe.start_s + probe.features_s + steps * probe.step_s + evaluating
         cost = None if price_per_hour is None else price_per_hour * devices.state().num_processes * seconds / 3600
         found = replace(found, probe=probe, seconds=seconds, cost=cost)
     return found
@@ -149,7 +155,8 @@ def plan(
 class Shape:
     """What memory depends on: the model's parameters by part, and the largest forward of the data.
 
-    linear: of the language model's decoder, which quantisation packs; answers: tokens that are predicted.
+    linear: of the language model's decoder, which quantisation packs; answers: tokens that are predicted; file_bytes:
+    of the checkpoint's weights on the disk, in `config.dtype`.
     """
 
     config: Any
@@ -162,6 +169,7 @@ class Shape:
     batch_tokens: int
     rows: int
     answers: int
+    file_bytes: int = 0
 
     @property
     def trainable(self) -> int:
@@ -185,8 +193,9 @@ class Shape:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         counts = count(config, recipe)
         return cls(
-            config, *counts, lengths[longest[0]], padded * len(longest), len(longest), sum(answers[i] for i in longest)
-        )
+            config, *counts, lengths[longest[0]], padded * len(longest), len(longest), sum(answers[i] for i in longest),
+            sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        )  # fmt: skip
 
 
 def count(config: Any, recipe: Recipe) -> tuple[int, int, int, int, int]:
@@ -208,6 +217,9 @@ def estimate(shape: Shape, recipe: Recipe, bf16: bool, device: str) -> Memory:
     compute = 2 if bf16 else 4
     packed = shape.linear if recipe.base_precision == "nf4" else 0
     weights = (shape.language - packed) * compute + packed * _NF4_BYTES
+    if device == "cpu" and shape.file_bytes and _stays_mapped(shape, bf16):  # whole, while one weight lies there
+        same = (shape.config.dtype or torch.float32).itemsize == compute
+        weights = shape.file_bytes + (0 if same else weights)
     weights += 4 * (2 * shape.projector + shape.lora)  # PEFT keeps the untrained projector beside the trained one
     weights += 0 if recipe.cache_features else 4 * shape.tower
     return Memory(
@@ -215,17 +227,17 @@ def estimate(shape: Shape, recipe: Recipe, bf16: bool, device: str) -> Memory:
         round(weights),
         4 * shape.trainable,
         round(_OPTIMIZER_BYTES[recipe.optimizer] * shape.trainable),
-        round(_FRAGMENTATION[device] * activation_bytes(shape, recipe, compute)),
+        round(_FRAGMENTATION[device] * activation_bytes(shape, recipe, bf16)),
     )
 
 
-def activation_bytes(shape: Shape, recipe: Recipe, compute_bytes: int) -> int:
+def activation_bytes(shape: Shape, recipe: Recipe, bf16: bool) -> int:
     """What forward keeps for backward, and backward's own work on one layer and on the logits."""
-    one, two = (_kept_bytes(shape, recipe, compute_bytes, layers) for layers in (1, 2))
+    one, two = (_kept_bytes(shape, recipe, bf16, layers) for layers in (1, 2))
     layers = int(shape.config.text_config.num_hidden_layers)
     vocabulary = int(shape.config.text_config.vocab_size)
     predicted = min(shape.answers, recipe.loss_chunk) if recipe.answer_only_logits else shape.batch_tokens
-    logits = predicted * vocabulary * (compute_bytes + 4 + 4)  # as computed, in float32, and their gradient
+    logits = predicted * vocabulary * ((2 if bf16 else 4) + 4 + 4)  # as computed, in float32, and their gradient
     layer = two - one
     hidden = shape.batch_tokens * int(shape.config.text_config.hidden_size) * 4
     kept = one + (layers - 1) * layer
@@ -259,50 +271,60 @@ def render(found: Plan) -> str:
     return "\n".join(lines)
 
 
-def _kept_bytes(shape: Shape, recipe: Recipe, compute_bytes: int, layers: int) -> int:
+def _kept_bytes(shape: Shape, recipe: Recipe, bf16: bool, layers: int) -> int:
     """Bytes that autograd keeps of a forward through so many decoder layers, found on tensors without data."""
-    config = type(shape.config)(**shape.config.to_dict())
-    config.text_config.num_hidden_layers = layers
-    dtype = torch.bfloat16 if compute_bytes == 2 else torch.float32
-    kept: dict[int, torch.UntypedStorage] = {}
-    ALL_ATTENTION_FUNCTIONS.register(_SHAPES, _attention)
+    from peft.helpers import disable_input_dtype_casting
+
     with torch.device("meta"):
-        llava = AutoModelForImageTextToText.from_config(config, attn_implementation=_SHAPES)
-        model = adapted(llava, replace(recipe, gradient_checkpointing=False)).to(dtype)
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        length = shape.batch_tokens // shape.rows
-        inputs = torch.empty(shape.rows, length, config.text_config.hidden_size, dtype=dtype, requires_grad=True)
+        llava = AutoModelForImageTextToText.from_config(_of_layers(shape.config, layers), dtype=torch.float32)
+        _set_precision(llava.model.language_model, bf16)
+        model = adapted(llava, replace(recipe, gradient_checkpointing=False))
+    decoder, length = llava.model.language_model, shape.batch_tokens // shape.rows
+    kept: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):  # autocast knows no meta device, but a CPU's without data
+        weights = {
+            name: torch.empty_like(own, device="cpu").requires_grad_(own.requires_grad)
+            for name, own in [*decoder.named_parameters(), *decoder.named_buffers()]
+        }
+        own = {tensor.untyped_storage()._cdata for tensor in weights.values()}
+        width = shape.config.text_config.hidden_size
+        inputs = torch.empty(shape.rows, length, width, dtype=torch.float32, requires_grad=True)
         segments = torch.zeros(shape.rows, length, dtype=torch.long)
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
+            if storage._cdata not in own:
                 kept[storage._cdata] = storage
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            llava.model.language_model(
-                inputs_embeds=inputs * 1, attention_mask=visible(segments), position_ids=segments, use_cache=False
-            )
+        given = {
+            "inputs_embeds": inputs * 1, "attention_mask": visible(segments), "position_ids": segments,
+            "use_cache": False,
+        }  # fmt: skip
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+            disable_input_dtype_casting(model, active=bf16),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            functional_call(decoder, weights, kwargs=given)
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-) -> tuple[torch.Tensor, None]:
-    """Attention in shape only, which keeps what a fused kernel keeps."""
-    groups = query.shape[1] // key.shape[1]
-    repeated = (repeat_kv(key, groups), repeat_kv(value, groups))
-    attended: torch.Tensor = _Attention.apply(query, *repeated)  # type: ignore[no-untyped-call]
-    return attended.transpose(1, 2).contiguous(), None
+def _stays_mapped(shape: Shape, bf16: bool) -> bool:
+    """Whether training's precision leaves a weight of the language model as and where it was read from the file."""
+    text = _of_layers(shape.config, 1).text_config
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(text, dtype=shape.config.dtype or torch.float32)
+    read = [own.untyped_storage() for own in decoder.parameters()]
+    _set_precision(decoder, bf16)
+    return any(own.untyped_storage()._cdata == was._cdata for own, was in zip(decoder.parameters(), read, strict=True))
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        attended = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, attended)
-        return attended
+def _of_layers(config: Any, layers: int) -> Any:
+    """The same model with so many decoder layers."""
+    short = type(config)(**config.to_dict())
+    short.text_config.num_hidden_layers = layers
+    return short
 
 
 def _remedies(
@@ -329,26 +351,61 @@ def _remedies(
 
 
 def _probe(base: Base, front: Front, material: Material, recipe: Recipe, bf16: bool, probe_s: float) -> Probe:
-    """Real steps of the last stage for about `probe_s` seconds, and what features of all pictures will take."""
+    """Real steps of the last stage for about `probe_s` seconds, and what comes before them in a run."""
+    from peft.helpers import disable_input_dtype_casting
+
     device = devices.state().device
-    model = build(base.folder, front, recipe, device, bf16)
-    order = RowOrder([1] * len(material.rows), recipe.seed, None)
-    some = [material.rows[i] for i in order][: 64 * recipe.rows_per_step]
+    if device.type == "cpu":  # as many threads as the run will have
+        torch.set_num_threads(min(torch.get_num_threads(), free_cores()))
     started = time.monotonic()
-    train_set, _ = prepare(model, Material(some, []), recipe, bf16)
-    pictures = [len({row.image_sha256 for row in rows}) for rows in (some, material.rows)]
-    features_s = (time.monotonic() - started) * pictures[1] / pictures[0] if recipe.cache_features else 0.0
+    model = build(base.folder, front, recipe, device, bf16)
+    start_s, features_s = time.monotonic() - started, 0.0
+    order = RowOrder([1] * len(material.rows), recipe.seed, None)
+    some = Material([material.rows[i] for i in order][: 64 * recipe.rows_per_step], [])
+    train_set, _ = prepare(model, some, replace(recipe, cache_features=False), bf16)
     watch = _Stopwatch(probe_s)
-    with tempfile.TemporaryDirectory() as folder:
+    cache_folder().mkdir(parents=True, exist_ok=True)  # the disk that has room for features
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        if recipe.cache_features:
+            train_set, key_s, features_s = _with_features(model, some, material, recipe, bf16, Path(folder))
+            start_s += key_s
         options = arguments("instruct", Path(folder), Path(folder), replace(recipe, report_to=()), bf16, False)
         options.num_train_epochs, options.max_steps, options.save_strategy = 1000, -1, "no"
         trainer = PackedTrainer(
             model, recipe, True, train_set, args=options, data_collator=collator(front, recipe.length_bucket),
             callbacks=[watch],
         )
-        trainer.train()
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        with disable_input_dtype_casting(model.peft, active=bf16):  # as the run does
+            trainer.train()
     step_s = (watch.ended[-1] - watch.ended[0]) / (len(watch.ended) - 1)
-    return Probe(step_s, len(watch.ended) - 1, _peak_bytes(device), features_s)
+    return Probe(step_s, len(watch.ended) - 1, _peak_bytes(device), start_s, features_s)
+
+
+def _with_features(
+    model: PackedLlava, some: Material, material: Material, recipe: Recipe, bf16: bool, folder: Path
+) -> tuple[PackedDataset, float, float]:
+    """(some rows with features, seconds for the cache's key, seconds for the features that the run will lack).
+
+    They are computed into `folder`, so that the shared cache stays as the run, or the next plan, will find it.
+    """
+    limit_bytes = round(recipe.cache_gb * 1e9)
+    started = time.monotonic()
+    store = FeatureStore(model.llava, model.front, not bf16, limit_bytes)
+    key_s, features_s = time.monotonic() - started, 0.0
+    lacking = {
+        row.image_sha256 for row in [*material.rows, *material.held_out] if not store._path(row.image_sha256).exists()
+    }
+    if lacking:
+        store = FeatureStore(model.llava, model.front, not bf16, limit_bytes, folder)
+        started = time.monotonic()
+        store.fill(model.llava, some.rows)
+        of_one_s = (time.monotonic() - started) / len({row.image_sha256 for row in some.rows})
+        features_s = of_one_s * math.ceil(len(lacking) / devices.state().num_processes)
+    if recipe.standardise_features:
+        model.standardise(*store.statistics(some.rows))
+    model.drop_tower()
+    return PackedDataset(some.rows, model.front, store), key_s, features_s
 
 
 class _Stopwatch(TrainerCallback):

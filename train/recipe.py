@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -28,8 +28,11 @@ from pydantic.dataclasses import dataclass
 
 from ldrt_edge.errors import ConfigError, all_problems
 
-_STRICT = ConfigDict(extra="forbid")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS: tuple[Linear, ...] = get_args(Linear)
+Share = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -38,8 +41,8 @@ class Lora:
 
     rank: PositiveInt = 128
     alpha: PositiveInt = 256
-    dropout: NonNegativeFloat = 0.05
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] = LINEARS
+    dropout: BelowOne = 0.05
+    target_modules: Annotated[tuple[Linear, ...], Field(min_length=1)] = LINEARS
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -68,6 +71,10 @@ class Recipe:
     accumulate: forwards per optimizer step, on each device.
     devices: how many `accumulate` is meant for; on fewer, each does more, so that a run that lost or gained devices
         takes the same steps. null: as many as there are.
+    seed: of order, dropout and LoRA's first weights; in 32 bits, as numpy wants it.
+    warmup: below 1 a share of each stage's steps, from 1 on that many steps.
+    min_learning_rate_ratio: what the cosine schedule ends at, of where it began.
+    max_grad_norm: a step's gradient is scaled down to it; a large one never does.
     precision: "auto" is bf16 on CUDA and on CPUs with native bf16, else fp32.
     cache_features: run the frozen tower once per image and keep its features on disk.
     cache_gb: of all features together; those not used for longest go first.
@@ -89,7 +96,8 @@ class Recipe:
     spike_factor: a batch whose loss is this many times the recent median, and above where the run began, stops it.
     early_stop: stop after this many evaluations without a better one.
     keep_best: end with the weights of the lowest evaluation loss, not with the last.
-    report_to: trackers of transformers' Trainer, beside `metrics.jsonl` and `loss.png`; they stay on this machine.
+    report_to: trackers of transformers' Trainer, beside `metrics.jsonl` and `loss.png`; they stay on this machine
+        (TensorBoard's files beside the adapter, `ADAPTER-logs`; trackio's in its own folder, for `trackio show`).
     sample_steps: write the model's answers to a few fixed questions to `samples.jsonl` this often; null never does.
     log_steps: optimizer steps between two lines of `metrics.jsonl`.
     """
@@ -97,17 +105,17 @@ class Recipe:
     align: Align = field(default_factory=Align)
     instruct: Instruct = field(default_factory=Instruct)
     lora: Lora = field(default_factory=Lora)
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     questions_per_row: PositiveInt = 6
     max_tokens: PositiveInt = 2048
     rows_per_step: PositiveInt = 4
     accumulate: PositiveInt = 1
     devices: PositiveInt | None = None
     warmup: NonNegativeFloat = 0.03
-    min_learning_rate_ratio: float = 0.0
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    min_learning_rate_ratio: Share = 0.0
+    adam_beta2: BelowOne = 0.999
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
     validation_images: NonNegativeInt = 32
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     gradient_checkpointing: bool = False
@@ -135,12 +143,16 @@ class Recipe:
     save_steps: PositiveInt = 200
     eval_steps: PositiveInt = 200
 
+    def __post_init__(self) -> None:
+        if not self.align.epochs and not self.instruct.epochs:
+            raise ValueError("align.epochs and instruct.epochs are both 0, so nothing would be trained")
+
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """A named recipe, or a YAML file, with `key=value` overrides (dotted keys, YAML values).
 
     Raises:
-        ConfigError: no such recipe, unknown keys or values of the wrong type; all of them at once.
+        ConfigError: no such recipe, unknown keys, values of the wrong type or out of bounds; all of them at once.
     """
     data = _read(source)
     for override in overrides:
@@ -148,7 +160,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return TypeAdapter(Recipe).validate_python(data)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" if e["loc"] else str(e["ctx"]["error"])
+            for e in error.errors()
+        ]
         raise ConfigError(all_problems(problems, f"recipe {source}")) from error
 
 
@@ -189,5 +204,5 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date of month 13
         raise ConfigError(f"{where}: not YAML ({str(error).splitlines()[0]})") from error
