@@ -17,6 +17,8 @@ def _with_fsdp(self: AcceleratorState, *arguments: Any, fsdp_plugin: Any = None,
     _make(self, *arguments, fsdp_plugin=fsdp_plugin, **options)
     if fsdp_plugin is not None:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
 
 if __name__ == "__main__":

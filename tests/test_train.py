@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from ldrt_edge.train.lora import train
 from ldrt_edge.train.merge import merge
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.recipe import Recipe, load_recipe, recipe_names
+from ldrt_edge.train.watch import read_metrics
 
 Tiny = Callable[..., Path]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230), "yellow": (230, 220, 40)}
@@ -206,11 +208,18 @@ def test_an_adapter_of_another_base_is_refused(trained: tuple[Base, Path, Path],
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_adapter_that_changes_nothing_is_refused(trained: tuple[Base, Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("idle", ["one of LoRA's", "the projector", "all"])
+def test_an_adapter_that_changes_nothing_is_refused(
+    trained: tuple[Base, Path, Path], tmp_path: Path, idle: str
+) -> None:
     base, adapter, _ = trained
     state = load_file(adapter / "adapter_model.safetensors")
-    name = next(name for name in state if "lora_B" in name)
-    state[name] = torch.zeros_like(state[name])
+    before = load_file(base.folder / "model.safetensors")
+    high = [name for name in state if "lora_B" in name]
+    for name in {"one of LoRA's": high[:1], "all": high}.get(idle, []):
+        state[name] = torch.zeros_like(state[name])
+    for name in (name for name in state if "projector" in name and idle != "one of LoRA's"):
+        state[name] = next(t for n, t in before.items() if n.endswith(name.rpartition("multi_modal_projector")[2]))
     manifest = artifact.read(adapter)
     with artifact.create(tmp_path / "idle", "adapter", manifest.config, manifest.inputs) as draft:
         for path in adapter.iterdir():
@@ -219,6 +228,27 @@ def test_an_adapter_that_changes_nothing_is_refused(trained: tuple[Base, Path, P
         save_file(state, draft.path / "adapter_model.safetensors")
     with pytest.raises(ArtifactError, match="change nothing"):
         merge(base, tmp_path / "idle", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(("family", "text"), [("llava15", "smollm2"), ("llavanext", "mistral")])
+def test_a_projector_that_was_trained_alone_is_merged(
+    tiny: Tiny, data: Path, tmp_path: Path, family: str, text: str
+) -> None:
+    base = resolve_base(str(tiny(family, text)))
+    settings = [*FAST, "align.epochs=1", "instruct.epochs=0", "standardise_features=false"]
+    adapter = train(base, [data], tmp_path / "adapter", load_recipe("starter", settings))
+    saved = load_file(adapter / "adapter_model.safetensors")
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (base.folder, merge(base, adapter, tmp_path / "merged"))
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        if "multi_modal_projector" in name:
+            (trained,) = (t for n, t in saved.items() if n.endswith(name.rpartition("multi_modal_projector")[2]))
+            torch.testing.assert_close(tensor, trained)
+            assert not torch.equal(tensor, before[name]), name
+        else:
+            assert torch.equal(tensor, before[name]), name
 
 
 def test_vision_tokens_are_carried_to_the_merged_model(tiny: Tiny, data: Path, tmp_path: Path) -> None:
@@ -251,6 +281,25 @@ def test_metrics_are_written_as_training_goes(trained: tuple[Base, Path, Path]) 
     assert losses[-1] < 0.5 * losses[0]
     assert any("eval_loss" in line for line in lines)
     assert not (adapter / "instruct").exists()
+
+
+@pytest.mark.parametrize("seed", [4, 5, 6])  # whose orders have the odd row behind the first ten
+def test_a_row_at_which_the_loss_leaps_stops_the_run_and_is_named(
+    trained: tuple[Base, Path, Path], data: Path, tmp_path: Path, seed: int
+) -> None:
+    """A model that has learned its colours goes on with them, and one answer is another's."""
+    _, _, merged = trained
+    with artifact.create(tmp_path / "odd", "dataset", {}) as draft, DatasetWriter(draft.path) as writer:
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), COLOURS["red"]).save(buffer, "PNG")
+        image, digest = writer.add_image(buffer.getvalue(), ".png")
+        turns = (Turn("user", "What colour is it?"), Turn("assistant", "Quick zephyrs blow, vexing daft Jim"))
+        writer.add(Row("odd", image, digest, turns, "en", "colour", "open", "test", "CC0-1.0", digest, "", "train"))
+    settings = [*FAST, "rows_per_step=1", "validation_images=0", "group_by_length=false", "log_steps=1", f"seed={seed}"]
+    with pytest.raises(DataError, match=r"the loss leapt from .* rows of this batch: odd$"):
+        train(resolve_base(str(merged)), [data, tmp_path / "odd"], tmp_path / "x", load_recipe("starter", settings))
+    logged = read_metrics(tmp_path / ".x.partial" / "metrics.jsonl")
+    assert len(logged) >= 10 and not (tmp_path / "x").exists(), "it did train before"
 
 
 def test_kill_9_in_training_then_the_same_command_ends_in_the_same_adapter(
@@ -305,5 +354,38 @@ def test_all_problems_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_bytes(b"seed: \xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe(tmp_path / "bad.yaml")
-    with pytest.raises(ConfigError, match=r"--set lora.rank=\[: not YAML"):
-        load_recipe("starter", ["lora.rank=["])
+    for value in ("[", "2026-13-01", "0b_"):
+        with pytest.raises(ConfigError, match=rf"--set lora.rank={re.escape(value)}: not YAML"):
+            load_recipe("starter", [f"lora.rank={value}"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("seed=-1", "seed: .*0"),
+        ("seed=99999999999", "seed: .*4294967296"),
+        ("lora.dropout=1.5", r"lora\.dropout: .*less than 1"),
+        ("lora.dropout=.nan", r"lora\.dropout: "),
+        ("lora.target_modules=[foo]", r"lora\.target_modules\.0: .*'q_proj'.*foo"),
+        ("lora.target_modules=['q_proj|(']", r"lora\.target_modules\.0: .*'q_proj'"),
+        ("adam_beta2=2", "adam_beta2: .*less than 1"),
+        ("adam_beta2=1.0", "adam_beta2: .*less than 1"),
+        ("weight_decay=-1", "weight_decay: .*0"),
+        ("max_grad_norm=-1", "max_grad_norm: .*greater than 0"),
+        ("min_learning_rate_ratio=5", "min_learning_rate_ratio: .*1"),
+        ("cache_gb=.inf", "cache_gb: .*finite"),
+        ("warmup=.inf", "warmup: .*finite"),
+        ("align.epochs=.nan", r"align\.epochs: .*finite"),
+        ("instruct.epochs=.inf", r"instruct\.epochs: .*finite"),
+        ("instruct.learning_rate=.inf", r"instruct\.learning_rate: .*finite"),
+        ("instruct.epochs=0", r"align\.epochs and instruct\.epochs are both 0"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_name(setting: str, told: str, tmp_path: Path) -> None:
+    """By `--set` and from a file, before anything is loaded."""
+    *groups, last = setting.partition("=")[0].split(".")
+    file = tmp_path / "recipe.yaml"
+    file.write_text("".join(f"{group}: " for group in groups) + f"{{{last}: {setting.partition('=')[2]}}}")
+    for source, overrides in (("starter", [setting]), (file, [])):
+        with pytest.raises(ConfigError, match=told):
+            load_recipe(source, overrides)

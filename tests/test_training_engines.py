@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from test_train import FAST, colour_dataset
 
 from ldrt_edge.errors import ConfigError
 from ldrt_edge.train.base import resolve_base
-from ldrt_edge.train.lora import train
+from ldrt_edge.train.lora import native_bf16, train
 from ldrt_edge.train.recipe import load_recipe
+from ldrt_edge.train.switches import check
 from ldrt_edge.train.watch import METRICS, read_metrics
 
 Tiny = Callable[..., Path]
@@ -68,6 +70,33 @@ def test_a_compiled_model_trains_as_the_plain_one(tiny: Tiny, data: Path, tmp_pa
     assert losses(base, data, tmp_path / "compiled", "compile=true") == pytest.approx(plain, rel=1e-3)
 
 
+@pytest.mark.parametrize("flags", ["", "fpu sse2 avx512_bf16 amx_bf16"])
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_asked_of_onednn_only_where_torch_has_it(
+    monkeypatch: pytest.MonkeyPatch, flags: str, supported: bool
+) -> None:
+    """Torch's builds for Apple silicon have neither oneDNN nor its operators."""
+
+    def no_operator() -> bool:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_is_mkldnn_bf16_supported'")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("ldrt_edge.train.lora._cpu_flags", lambda: flags)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert native_bf16() == (supported and "avx512_bf16" in flags)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", no_operator)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not native_bf16()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_that_a_gpu_only_emulates_is_not_native(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert native_bf16() == native
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they can run here")
 def test_what_cannot_run_here_is_refused_at_once_and_together(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     settings = ["optimizer=paged_adamw_8bit", "kernels=liger"]
@@ -75,3 +104,32 @@ def test_what_cannot_run_here_is_refused_at_once_and_together(tiny: Tiny, data: 
         losses(tiny("llava15", "smollm2"), data, tmp_path / "x", *settings)
     assert "\n" not in str(told.value)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [["TRACKIO_SPACE_ID"], ["TRACKIO_SERVER_URL"], ["TRACKIO_DATASET_ID", "TRACKIO_BUCKET_ID"]]
+)
+def test_a_tracker_that_would_leave_this_machine_is_refused(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
+    recipe = load_recipe("starter", ["report_to=[tensorboard, trackio]"])
+    for name in names:
+        monkeypatch.setenv(name, "https://user:secret@example.org")
+    with pytest.raises(ConfigError, match=rf"report_to=trackio stays on this machine, {', '.join(names)} ") as told:
+        check(recipe, torch.device("cpu"))
+    assert "secret" not in str(told.value)
+    check(replace(recipe, report_to=("tensorboard",)), torch.device("cpu"))
+
+
+def test_bf16_wants_a_mac_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, mac = load_recipe("starter", ("precision=bf16",)), torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: False)
+    with pytest.raises(ConfigError, match="macOS 14"):
+        check(recipe, mac)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: True)
+    check(recipe, mac)
+
+
+def test_aligning_under_fsdp2_is_sent_to_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"one device first \(instruct\.epochs=0\), merge, .* align\.epochs=0"):
+        check(load_recipe("starter", ["align.epochs=1"]), torch.device("cpu"))
+    check(load_recipe("starter", ["align.epochs=0"]), torch.device("cpu"))

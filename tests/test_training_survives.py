@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from test_train import FAST, colour_dataset
 
 from ldrt_edge import artifact
-from ldrt_edge.errors import DataError
-from ldrt_edge.train.base import resolve_base
-from ldrt_edge.train.lora import train
+from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import ConfigError, DataError
+from ldrt_edge.front import conversation
+from ldrt_edge.image import read_image
+from ldrt_edge.runtimes.hf import HfRuntime
+from ldrt_edge.train.base import Base, resolve_base
+from ldrt_edge.train.lora import gather_material, train
 from ldrt_edge.train.losses import Losses
-from ldrt_edge.train.recipe import load_recipe
+from ldrt_edge.train.model import PackedLlava
+from ldrt_edge.train.plan import plan
+from ldrt_edge.train.recipe import Recipe, load_recipe
 from ldrt_edge.train.watch import METRICS, read_metrics
 
 Tiny = Callable[..., Path]
@@ -112,6 +123,25 @@ def test_a_loss_that_is_no_number_stops_and_names_its_rows(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_gradient_that_is_no_number_stops_and_names_the_rows_of_its_step(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """Of all forwards of the step, and not of those before; the loss is a number."""
+    summed, calls = PackedLlava._summed_loss, []
+
+    def rootless(self: PackedLlava, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        calls.append(labels)
+        loss = summed(self, hidden, labels)
+        return loss + (hidden.sum() * 0).sqrt() if len(calls) == 4 else loss  # the root of 0 has no slope
+
+    monkeypatch.setattr(PackedLlava, "_summed_loss", rootless)
+    settings = [*QUICK, f"rows_per_step={rows}", "accumulate=2", "questions_per_row=1", "validation_images=0"]
+    with pytest.raises(DataError, match=r"step 2: the gradient is nan: .*rows of this step: ") as told:
+        train(resolve_base(str(tiny("llava15", "smollm2"))), [data], tmp_path / "x", load_recipe("starter", settings))
+    assert len(re.findall(r"\d+-(?:colour|red|talk)", str(told.value))) == 2 * rows
+
+
 def test_a_leap_of_the_loss_stops_and_what_training_does_anyway_does_not() -> None:
     guard = Losses(factor=4.0)
     noise = random.Random(0)
@@ -125,19 +155,70 @@ def test_a_leap_of_the_loss_stops_and_what_training_does_anyway_does_not() -> No
 
 
 def test_the_best_evaluation_is_kept_and_patience_ends(tiny: Tiny, data: Path, tmp_path: Path) -> None:
-    """A learning rate that ruins the model after a good start."""
+    """A learning rate that ruins the model after a good start; the adapter is held against what was evaluated."""
     settings = [
         *QUICK, "validation_images=1", "eval_steps=1", "instruct.learning_rate=3e-2", "early_stop=4",
         "spike_factor=null", "instruct.projector_learning_rate=1e-2", "warmup=0", "instruct.epochs=8",
     ]  # fmt: skip
-    base = resolve_base(str(tiny("llava15", "smollm2")))
-    out = train(base, [data], tmp_path / "kept", load_recipe("starter", settings))
+    base, recipe = resolve_base(str(tiny("llava15", "smollm2"))), load_recipe("starter", settings)
+    out = train(base, [data], tmp_path / "kept", recipe)
     evaluated = {entry["step"]: entry["eval_loss"] for entry in read_metrics(out / METRICS) if "eval_loss" in entry}
     best = min(evaluated, key=lambda step: evaluated[step])
     assert max(evaluated) == best + 4, "it ends when four evaluations brought nothing better"
     last = next(entry["eval_loss"] for entry in reversed(read_metrics(out / METRICS)) if "eval_loss" in entry)
-    assert last > evaluated[best]
+    assert last > 1.01 * evaluated[best]
     assert artifact.read(out).metrics["kept_steps"] == {"instruct": best}
+    assert held_out_loss(base, data, out, recipe) == pytest.approx(evaluated[best], rel=1e-4)
+
+
+def held_out_loss(base: Base, data: Path, adapter: Path, recipe: Recipe) -> float:
+    """Mean loss per answer token on the rows that training held out, by inference with the adapter on."""
+    runtime, dataset = HfRuntime(base.folder, adapter=adapter), Dataset(data)
+    (held,) = gather_material([dataset], runtime.front, recipe).held_out
+    losses: list[float] = []
+    for row in (row for row in dataset.rows("train") if row.id in held.row_ids):
+        messages = conversation(row.turns, runtime.front.image(read_image(dataset.image_path(row)).rgb))
+        for i in range(1, len(messages), 2):
+            answer = runtime.front.answer_ids(messages[:i], messages[i].text)
+            logits = torch.from_numpy(runtime.score(runtime.front.prompt(messages[:i]), answer))
+            losses += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none").tolist()
+    runtime.close()
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("keep_best", ["true", "false"])
+@pytest.mark.parametrize("patience", [1, 3])
+def test_patience_ends_a_run_whichever_weights_are_kept(
+    tiny: Tiny, data: Path, tmp_path: Path, keep_best: str, patience: int
+) -> None:
+    settings = [
+        *QUICK, "validation_images=1", "eval_steps=1", "instruct.learning_rate=3e-2", f"early_stop={patience}",
+        "spike_factor=null", "warmup=0", f"keep_best={keep_best}",
+    ]  # fmt: skip
+    out = train(resolve_base(str(tiny("llava15", "smollm2"))), [data], tmp_path / "x", load_recipe("starter", settings))
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in read_metrics(out / METRICS) if "eval_loss" in entry}
+    best = min(evaluated, key=lambda step: evaluated[step])
+    assert max(evaluated) == best + patience
+    assert artifact.read(out).metrics["kept_steps"] == ({"instruct": best} if keep_best == "true" else {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["early_stop=3", "validation_images=0"], "early_stop=3 waits for evaluations, and no pictures are held out"),
+        (["early_stop=2", "keep_best=false", "validation_images=0"], "early_stop=2 waits .*: raise it, or set"),
+        (["standardise_features=true"], "standardise_features measures .* cache_features=true, or"),
+    ],
+)
+def test_a_setting_that_could_not_act_is_refused(
+    tiny: Tiny, data: Path, tmp_path: Path, settings: list[str], told: str
+) -> None:
+    base, recipe = resolve_base(str(tiny("llava15", "smollm2"))), load_recipe("starter", [*QUICK, *settings])
+    with pytest.raises(ConfigError, match=told) as caught:
+        train(base, [data], tmp_path / "x", recipe)
+    assert "\n" not in str(caught.value) and not (tmp_path / "x").exists()
+    with pytest.raises(ConfigError, match=told):
+        plan(base, [data], recipe, probe_s=0)
 
 
 def test_a_watched_run_leaves_a_plot_and_sample_answers(tiny: Tiny, data: Path, tmp_path: Path) -> None:
@@ -153,3 +234,18 @@ def test_a_watched_run_leaves_a_plot_and_sample_answers(tiny: Tiny, data: Path, 
     assert all(sample["right"] for sample in samples)
     logged = list((tmp_path / "x-logs").rglob("events.out.tfevents.*"))
     assert logged and not list(out.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("trackio"), reason="trackio is not installed")
+def test_trackio_keeps_a_run_on_this_machine(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    """In a process of its own: trackio asks for its folder when it is imported."""
+    settings = [*QUICK, "max_steps=4", "report_to=[trackio]"]
+    given = command(tiny("llava15", "smollm2"), data, tmp_path / "x", settings)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRACKIO_")}
+    kept = tmp_path / "kept"
+    subprocess.run(given, check=True, capture_output=True, timeout=300, env={**environment, "TRACKIO_DIR": str(kept)})
+    (path,) = kept.rglob("*.db")
+    with closing(sqlite3.connect(path)) as database:
+        logged = [json.loads(line) for (line,) in database.execute("select metrics from metrics order by id")]
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "x" / METRICS) if "loss" in entry]
+    assert [entry["train/loss"] for entry in logged if "train/loss" in entry] == pytest.approx(losses) and losses

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from test_train import FAST, colour_dataset
 from transformers import AutoProcessor
 
 from ldrt_edge.dataset import Dataset
+from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front
 from ldrt_edge.train.collate import ROW_IDS, PackedRow
-from ldrt_edge.train.features import collator
+from ldrt_edge.train.features import FeatureStore, collator
 from ldrt_edge.train.lora import gather_material, prepare
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.order import RowOrder
@@ -153,6 +156,71 @@ def test_processes_that_read_batches_ahead_get_no_weights(tiny: Tiny, data: Path
     assert len(sent) < weights / 4
     again, collate = pickle.loads(sent)
     assert torch.equal(collate([again[0]])["features"], collate([dataset[0]])["features"])
+
+
+@pytest.fixture
+def kept(tiny: Tiny, tmp_path: Path) -> tuple[PackedLlava, list[PackedRow], FeatureStore]:
+    """A model, rows of eight pictures, and an empty store for their features."""
+    recipe = load_recipe("starter", OFF)
+    model = model_of(tiny("llava15", "smollm2"), recipe)
+    pictures = Dataset(colour_dataset(tmp_path / "colours", images=12))
+    return model, gather_material([pictures], model.front, recipe).rows, store_of(model)
+
+
+def store_of(model: PackedLlava, exact: bool = True, limit_bytes: int = 10**9) -> FeatureStore:
+    return FeatureStore(model.llava, model.front, exact, limit_bytes)
+
+
+def files(tmp_path: Path) -> set[Path]:
+    return set(tmp_path.glob("ldrt-edge/features/*/*.safetensors"))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (2, 0, 1)])
+def test_devices_that_come_one_after_the_other_leave_no_picture_out(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], order: tuple[int, ...]
+) -> None:
+    """A slow device finds what a quick one has written already, and knows its own share all the same."""
+    model, rows, store = kept
+    for place in order:
+        store.fill(model.llava, rows, batch=1, share=(place, len(order)))
+    assert {store.get(row.image_sha256)[0].shape[1] for row in rows} == {model.llava.config.vision_config.hidden_size}
+
+
+def test_the_store_drops_what_was_not_used_for_longest_and_nothing_that_this_run_wants(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path
+) -> None:
+    model, rows, store = kept
+    of = {row.image_sha256: row for row in rows}
+    oldest, older, recent, new = list(of)[:4]
+    store.fill(model.llava, [of[oldest], of[older], of[recent]])
+    for age, digest in enumerate((recent, older, oldest)):
+        path = next(path for path in files(tmp_path) if path.stem == digest)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    size = next(iter(files(tmp_path))).stat().st_size
+    small = store_of(model, limit_bytes=3 * size)
+    small.fill(model.llava, [of[oldest], of[new]])  # the oldest is wanted, so the next one goes
+    assert {path.stem for path in files(tmp_path)} == {oldest, recent, new}
+    with pytest.raises(DataError, match=r"cache_gb allows .*: raise cache_gb, .* or cache_features=false"):
+        small.fill(model.llava, rows)
+
+
+def test_features_are_kept_apart_by_tower_by_preparation_and_by_precision(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path
+) -> None:
+    model, rows, store = kept
+    store.fill(model.llava, rows)
+    held = files(tmp_path)
+    store_of(model).fill(model.llava, rows)
+    assert files(tmp_path) == held, "the same tower finds them again"
+    store_of(model, exact=False).fill(model.llava, rows)
+    assert len(files(tmp_path)) == 2 * len(held)
+    with torch.no_grad():
+        next(model.llava.model.vision_tower.parameters()).flatten()[0] += 1
+    store_of(model).fill(model.llava, rows)
+    assert len(files(tmp_path)) == 3 * len(held)
+    model.front = model.front.with_config(replace(model.front.config, image_mean=(0.5, 0.5, 0.5)))
+    store_of(model).fill(model.llava, rows)
+    assert len(files(tmp_path)) == 4 * len(held)
 
 
 def test_standardised_features_leave_the_function_and_loras_gradients(tiny: Tiny, data: Path) -> None:

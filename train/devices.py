@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from ldrt_edge import artifact
+from ldrt_edge import artifact, console
 from ldrt_edge.errors import ConfigError
 
 
@@ -29,6 +29,13 @@ def state() -> PartialState:
 def name(device: torch.device) -> str:
     """What a report calls a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def say_idle() -> None:
+    """Tell who started one process on a machine with several GPUs that it uses one."""
+    number = torch.cuda.device_count()
+    if state().device.type == "cuda" and state().num_processes == 1 and number > 1:
+        console.say(f"{number} GPUs here, one is used: torchrun or accelerate launch uses all (docs/scaling.md)")
 
 
 def accumulation(accumulate: int, meant_for: int | None) -> int:
@@ -92,6 +99,36 @@ def mean(number: float) -> float:
     told = torch.tensor([number], device=place.device)
     torch.distributed.all_reduce(told, torch.distributed.ReduceOp.SUM)
     return float(told.item() / place.num_processes)
+
+
+def keep_precision(accelerator: Accelerator) -> None:
+    """Have FSDP2 gather weights and sum gradients in the precision that each has, and cast nothing between layers.
+
+    Accelerate's choice for bf16 rounds all to it: norms, gradients' sums, what layers add up, and the loss itself.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+
+@contextmanager
+def parts_callable(model: nn.Module) -> Iterator[None]:
+    """For calling a model's parts past its own forward, before which FSDP2 gathers what no layer of its own holds.
+
+    Layers, and all parts under ZeRO-3, are gathered as they are called. All processes must call the same.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def gathered(parameter: torch.Tensor) -> torch.Tensor:

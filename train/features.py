@@ -27,6 +27,7 @@ from ldrt_edge.front import Front
 from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.hf import normalise, tower_features
 from ldrt_edge.tiles import packing_layout
+from ldrt_edge.train import devices
 from ldrt_edge.train.collate import Collator, Example, PackedRow, sequences
 
 
@@ -84,19 +85,26 @@ class FeatureStore:
     def fill(
         self, model: Any, rows: Sequence[PackedRow], batch: int = 8, share: tuple[int, int] = (0, 1)
     ) -> None:
-        """Compute what is missing for these rows' pictures; `share` is (this device, of how many).
+        """Compute what is missing for these rows' pictures, and wait until all devices have.
 
         model: not kept, since the store goes to the processes that read batches ahead.
+        share: (this device, of how many). Which pictures are whose does not depend on what is there already, since the
+            others are writing.
 
         Raises:
-            DataError: they do not fit into the cache's limit, or not on the disk.
+            DataError: they do not fit into the cache's limit, or not on the disk; on the first device.
         """
         wanted = {row.image_sha256: row.image for row in rows}
-        items = [(digest, path) for digest, path in wanted.items() if not self._path(digest).exists()]
-        self._make_room(wanted.keys(), len(items))
-        items = items[share[0] :: share[1]]
-        if not items:
-            return
+        if share[0] == 0:
+            self._make_room(wanted.keys())
+        devices.state().wait_for_everyone()
+        mine = sorted(wanted.items())[share[0] :: share[1]]
+        items = [(digest, path) for digest, path in mine if not self._path(digest).exists()]
+        if items:
+            self._compute(model, items, batch)
+        devices.state().wait_for_everyone()
+
+    def _compute(self, model: Any, items: Sequence[tuple[str, Path]], batch: int) -> None:
         with console.bar("vision tower", len(items)) as shown:
             for start in range(0, len(items), batch):
                 chunk = items[start : start + batch]
@@ -128,12 +136,14 @@ class FeatureStore:
         save_file({"features": features}, partial, metadata={"size": f"{size[0]} {size[1]}"})
         partial.rename(self._path(digest))
 
-    def _make_room(self, wanted: Collection[str], missing: int) -> None:
+    def _make_room(self, wanted: Collection[str]) -> None:
         """Drop the least recently used features that this run does not want, until what is missing fits."""
         kept = {self._path(digest) for digest in wanted}
+        missing = len(kept)
         for path in kept:
             with suppress(FileNotFoundError):
-                os.utime(path)  # never makes the file: another device may be about to
+                os.utime(path)
+                missing -= 1
         config = self._front.config
         tiles = 1 + max((h * w // config.image_size**2 for h, w in config.grid_pinpoints or ()), default=0)
         of_one = tiles * (config.image_size // config.patch_size) ** 2 * self._width * self._dtype.itemsize
@@ -150,7 +160,8 @@ class FeatureStore:
             raise DataError(
                 f"the tower's features of {len(wanted)} pictures take up to {len(wanted) * of_one / 1e9:.1f} GB; "
                 f"cache_gb allows {self._limit_bytes / 1e9:g}, the disk has {free / 1e9:.1f} left for "
-                f"{self._root}: raise cache_gb, set XDG_CACHE_HOME to a larger disk, or cache_features=false"
+                f"{self._root}: raise cache_gb, set XDG_CACHE_HOME to a larger disk, or cache_features=false "
+                "standardise_features=false"
             )
 
 

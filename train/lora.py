@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset, Row
-from ldrt_edge.errors import DataError
+from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.options import beside
 from ldrt_edge.runtimes.processor import free_cores
@@ -73,6 +75,7 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     check(recipe, device)
     if device.type == "cpu":  # a thread that shares its core with another program holds up all
         torch.set_num_threads(min(torch.get_num_threads(), free_cores()))
+    devices.say_idle()
     bf16 = uses_bf16(recipe)
     front = Front.load(base.folder).with_vision_tokens(recipe.vision_tokens)
     material = gather_material(datasets, front, recipe)
@@ -111,8 +114,20 @@ def gather_material(datasets: Sequence[Dataset], front: Front, recipe: Recipe) -
 
     Raises:
         DataError: no rows, or a question that is too long.
+        ConfigError: the recipe asks for what could not act: early_stop without held-out rows, or standardise_features
+            without features that are kept.
     """
+    if recipe.standardise_features and not recipe.cache_features:
+        raise ConfigError(
+            "standardise_features measures the features that cache_features keeps: set cache_features=true, or "
+            "standardise_features=false"
+        )
     training, validation = _split(datasets, recipe)
+    if recipe.early_stop is not None and not any(rows for _, rows in validation):
+        raise ConfigError(
+            f"early_stop={recipe.early_stop} waits for evaluations, and no pictures are held out for them "
+            f"(validation_images={recipe.validation_images}, at most one in ten): raise it, or set early_stop=null"
+        )
     packed = (
         pack_rows(part, front, recipe.questions_per_row, recipe.max_tokens, recipe.seed)
         for part in (training, validation)
@@ -130,7 +145,6 @@ def prepare(
         place = devices.state()
         store = FeatureStore(model.llava, model.front, not bf16, round(recipe.cache_gb * 1e9))
         store.fill(model.llava, [*material.rows, *material.held_out], share=(place.process_index, place.num_processes))
-        place.wait_for_everyone()
         if recipe.standardise_features:
             model.standardise(*store.statistics(material.rows))
         model.drop_tower()
@@ -143,10 +157,15 @@ def uses_bf16(recipe: Recipe) -> bool:
 
 
 def native_bf16() -> bool:
-    """Whether bf16 arithmetic is native here: on the GPU, or on a CPU with AVX512-BF16 or AMX."""
+    """Whether bf16 arithmetic is native here: on the GPU, or on a CPU with AVX512-BF16 or AMX; on a Mac it is not.
+
+    MPS has bf16 on macOS 14 and later only, and torch's builds for Apple silicon have no oneDNN, nor its operators.
+    """
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and "avx512_bf16" in _cpu_flags()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if not torch.backends.mkldnn.is_available() or "avx512_bf16" not in _cpu_flags():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _cpu_flags() -> str:
@@ -191,13 +210,13 @@ def _stage(
     done = folder / stage / "done"
     if (done / TRAINED).is_file():
         load_trained(model, done)
-        return best_step(folder / stage / "best")
+        return best_step(folder / stage / "best") if recipe.keep_best else None
     from peft.helpers import disable_input_dtype_casting
 
     preemption, evaluate = Preemption(), len(eval_set) > 0
     callbacks: list[TrainerCallback] = [Progress(stage, folder), preemption]
-    best = BestKept(model, folder / stage / "best", recipe.early_stop) if evaluate and recipe.keep_best else None
-    if best is not None:
+    best = BestKept(model, folder / stage / "best", recipe.early_stop)
+    if evaluate and (recipe.keep_best or recipe.early_stop is not None):
         callbacks.append(best)
     if recipe.sample_steps is not None:
         sampled = (eval_set, material.held_out) if evaluate else (train_set, material.rows)
@@ -218,12 +237,13 @@ def _stage(
     last = _last_checkpoint(folder / stage)
     if last:
         console.say(f"{stage}: going on from step {Path(last).name.rpartition('-')[2]}")
-    # Under bf16 autocast PEFT's own casts to float32 and back cost a tenth of a step and change nothing.
-    with disable_input_dtype_casting(model.peft, active=bf16):
+    # Under bf16 autocast PEFT's own casts to float32 and back cost a tenth of a step and change nothing. Trackers talk
+    # on stdout, which is for results.
+    with disable_input_dtype_casting(model.peft, active=bf16), redirect_stdout(sys.stderr):
         trainer.train(resume_from_checkpoint=last)
     if preemption.stopped:
         raise SystemExit(_PREEMPTED)
-    step = best.restore() if best is not None else None
+    step = best.restore() if recipe.keep_best else None
     if step is not None:
         console.say(f"{stage}: kept the weights of step {step}, the best evaluation")
     save_trained(model, done)

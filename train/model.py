@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ldrt_edge.front import Front
 from ldrt_edge.runtimes.hf import load_model
 from ldrt_edge.train.collate import IGNORED, Example, expand, visible
-from ldrt_edge.train.devices import gathered
+from ldrt_edge.train.devices import gathered, parts_callable
 from ldrt_edge.train.features import compute_features
 from ldrt_edge.train.fused_lora import fuse
 from ldrt_edge.train.recipe import Recipe
@@ -90,7 +90,7 @@ class PackedLlava(nn.Module):
         training = self.training
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), parts_callable(self):
                 if example.features is not None:
                     features = example.features.to(device).float()
                 else:
@@ -200,7 +200,7 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
 
 
 def _set_precision(part: nn.Module, bf16: bool) -> None:
-    """Products in bf16, the rest in float32.
+    """Products in bf16, the rest in float32; in bf16 all are copies, since one view would keep the whole mapped file.
 
     Rounded, the frequencies of RoPE turn late tokens by other angles than inference does, and norms move every loss.
     """
@@ -208,7 +208,7 @@ def _set_precision(part: nn.Module, bf16: bool) -> None:
         rounded = bf16 and isinstance(module, nn.Linear | nn.Embedding)
         for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if own.is_floating_point():
-                own.data = own.data.to(torch.bfloat16 if rounded else torch.float32)
+                own.data = own.data.to(torch.bfloat16 if rounded else torch.float32, copy=bf16 and not rounded)
 
 
 def adapted(llava: Any, recipe: Recipe) -> Any:

@@ -31,6 +31,8 @@ def check(recipe: Recipe, device: torch.device) -> None:
         problems.append(f"report_to=trackio stays on this machine, {', '.join(remote)} would have it leave: unset it")
     if _paged(recipe) and device.type != "cuda":
         problems.append(f"optimizer={recipe.optimizer} pages between GPU and host memory, this is {device.type}: adamw")
+    if recipe.precision == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        problems.append("precision=bf16 wants macOS 14 on mps: precision=auto")
     if recipe.base_precision == "nf4" and device.type == "mps":
         problems.append("base_precision=nf4 has no kernels on mps: base_precision=auto")
     if recipe.kernels == "liger" and device.type != "cuda":

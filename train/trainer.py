@@ -41,7 +41,7 @@ def arguments(stage: str, folder: Path, logs: Path, recipe: Recipe, bf16: bool, 
     device = devices.state().device
     cuda = device.type == "cuda"
     settings = getattr(recipe, stage)
-    return TrainingArguments(
+    given = TrainingArguments(
         output_dir=str(folder / stage),
         run_name=f"{folder.name}-{stage}",
         num_train_epochs=settings.epochs,
@@ -76,6 +76,10 @@ def arguments(stage: str, folder: Path, logs: Path, recipe: Recipe, bf16: bool, 
         dataloader_num_workers=4 if cuda else 0,
         ddp_find_unused_parameters=False,
     )
+    # Alone on a machine with several GPUs, transformers would split batches among them, by a dimension that a picture's
+    # features do not share with its text.
+    given._n_gpu = min(given.n_gpu, 1)
+    return given
 
 
 class PackedTrainer(Trainer):
@@ -86,6 +90,7 @@ class PackedTrainer(Trainer):
         self._losses = Losses(recipe.spike_factor)
         self._rows_of_step: list[str] = []
         super().__init__(model=packed, train_dataset=train_dataset, **options)
+        devices.keep_precision(self.accelerator)
         step = recipe.rows_per_step * self.args.gradient_accumulation_steps * self.args.world_size
         self.order = RowOrder(train_dataset.lengths(), recipe.seed, step if recipe.group_by_length else None)
 
@@ -120,6 +125,10 @@ class PackedTrainer(Trainer):
         self._losses.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
         self._losses.add(float(loss))
         return loss
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """Accelerate's own, which it puts around a model's forward itself, but not under FSDP2."""
+        return self.accelerator.autocast()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers does, but of all steps, where it knows of those since a checkpoint."""
