@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,8 @@ PLANS = [
 
 @pytest.mark.parametrize(("to", "plan"), list(zip(FORMATS, PLANS, strict=True)), ids=["gguf", "mlx"])
 def test_what_loses_least_is_kept(to: Format, plan: TypePlan, uneven: Path, data: Path, tmp_path: Path) -> None:
-    few = Calibration(data, limit=8)
-    made = quantize_planned(uneven, tmp_path / "fit", plan, to.fitted_by(Calibration(data, limit=8, undecided=True)))
+    few = Calibration(data, limit=8, threads=1)
+    made = quantize_planned(uneven, tmp_path / "fit", plan, to.fitted_by(replace(few, undecided=True)))
     told = artifact.verify(made).metrics["fit"]
     assert told["mean_kld"].keys() == WAYS.keys() and told["kept"] == min(told["mean_kld"], key=told["mean_kld"].get)
     assert told["mean_kld"][told["kept"]] < 0.8 * told["mean_kld"]["none"]
@@ -83,7 +84,7 @@ def test_what_loses_least_is_kept(to: Format, plan: TypePlan, uneven: Path, data
     assert shown and len(asked) == sum(row.image_sha256 in shown for row in Dataset(data).rows("train"))
     expected = score(runtime, asked)
     for name, (rescale, feedback) in WAYS.items():
-        way = Calibration(data, rescale, feedback, limit=8) if name != "none" else None
+        way = Calibration(data, rescale, feedback, limit=8, threads=1) if name != "none" else None
         alone = quantize_planned(uneven, tmp_path / name, plan, to.fitted_by(way))
         given = score(load(alone, threads=1), asked)
         assert told["mean_kld"][name] == pytest.approx(compare_logits(expected, given).kld.mean(), rel=0.02)
