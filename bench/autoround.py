@@ -15,17 +15,14 @@ import argparse
 import importlib
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ldrt_edge import console
-from ldrt_edge.bench.words import PIECE, pieces
+from ldrt_edge.bench.text_tools import PIECE, pieces, run
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.dataset import Dataset
-from ldrt_edge.errors import ArtifactError, LdrtError, MissingExtraError, require
+from ldrt_edge.errors import ArtifactError, MissingExtraError, require
 from ldrt_edge.runtimes.hf import load_model
-from ldrt_edge.runtimes.processor import physical_cores
 
 _SCHEME = "gguf:q4_k_m"
 
@@ -74,15 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--iterations", type=int, default=200, help="for each layer; AutoRound's own number")
     parser.add_argument("--tokens", type=int, default=8192, help="about how many")
     given = parser.parse_args(arguments)
-    try:
-        started = time.monotonic()
-        quantise(given.merged, given.data, given.out, given.iterations, given.tokens)
-        console.say(f"{console.duration(time.monotonic() - started)} on {physical_cores()} cores")
-    except LdrtError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(given.out)
-    return 0
+    return run(lambda: quantise(given.merged, given.data, given.out, given.iterations, given.tokens), given.out)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,16 @@ import argparse
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ldrt_edge import console
-from ldrt_edge.bench.words import pieces
+from ldrt_edge.bench.text_tools import pieces, run
 from ldrt_edge.convert.mlx import write
 from ldrt_edge.convert.mlx_plan import LANGUAGE, mlx_plan
 from ldrt_edge.convert.source import open_source
 from ldrt_edge.dataset import Dataset
-from ldrt_edge.errors import LdrtError, require
-from ldrt_edge.runtimes.processor import physical_cores
+from ldrt_edge.errors import require
 
 _BITS, _GROUP_SIZE = 4, 64
 
@@ -80,15 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=8192, help="about how many")
     given = parser.parse_args(arguments)
-    try:
-        started = time.monotonic()
-        quantise(given.merged, given.data, given.out, given.tokens)
-        console.say(f"{console.duration(time.monotonic() - started)} on {physical_cores()} cores")
-    except LdrtError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(given.out)
-    return 0
+    return run(lambda: quantise(given.merged, given.data, given.out, given.tokens), given.out)
 
 
 if __name__ == "__main__":

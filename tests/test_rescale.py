@@ -59,15 +59,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uneven(tiny: builders.Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose norms make some inputs much larger than others, as trained ones do; its heads share value heads."""
-    folder = builders.build(tmp_path_factory.mktemp("uneven") / "model", "llava15", "mistral", hidden=256)
-
-    def stretch(tensors: dict[str, torch.Tensor]) -> None:
-        for name, values in tensors.items():
-            if "language_model" in name and name.endswith("layernorm.weight"):
-                values[::16] *= 10
-
-    builders.edit_tensors(folder, stretch)
-    return folder
+    return builders.uneven(tmp_path_factory.mktemp("uneven") / "model")
 
 
 def some_scales(source: Source) -> dict[str, np.ndarray]:

@@ -142,6 +142,19 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
     save_file(tensors, path, metadata=metadata)
 
 
+def uneven(folder: Path) -> Path:
+    """A tiny model whose norms make some inputs much larger than others, as trained ones do; heads share values."""
+    build(folder, "llava15", "mistral", hidden=256)
+
+    def stretch(tensors: dict[str, torch.Tensor]) -> None:
+        for name, values in tensors.items():
+            if "language_model" in name and name.endswith("layernorm.weight"):
+                values[::16] *= 10
+
+    edit_tensors(folder, stretch)
+    return folder
+
+
 def to_hub_layout(folder: Path, out: Path, shards: int = 2) -> Path:
     """Rewrite a tiny checkpoint as the hub's llava-hf ones are, which transformers 4 saved: sharded, older names."""
     out.mkdir(parents=True)
