@@ -99,7 +99,7 @@ class FeatureStore:
             self._make_room(wanted.keys())
         devices.state().wait_for_everyone()
         mine = sorted(wanted.items())[share[0] :: share[1]]
-        items = [(digest, path) for digest, path in mine if not self._path(digest).exists()]
+        items = [(digest, path) for digest, path in mine if not self.has(digest)]
         if items:
             self._compute(model, items, batch)
         devices.state().wait_for_everyone()
@@ -115,6 +115,10 @@ class FeatureStore:
                 for (digest, _), image, part in zip(chunk, images, parts, strict=True):
                     self._write(digest, part.flatten(0, 1).to(self._dtype).contiguous(), image.size)
                 shown.advance(len(chunk))
+
+    def has(self, digest: str) -> bool:
+        """Whether a picture's features are kept."""
+        return self._path(digest).exists()
 
     def get(self, digest: str) -> tuple[torch.Tensor, tuple[int, int]]:
         """Features (tiles * patches, width) of a picture, mapped from the disk, and its (height, width) in pixels."""

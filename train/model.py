@@ -188,7 +188,7 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     # each part goes straight to its own precision: a 13B in float32 would take 52 GB on the way
     llava = load_model(base, "auto", _packed_weights() if recipe.base_precision == "nf4" else None)
     for part in (llava.model.language_model, llava.lm_head):
-        _set_precision(part, bf16)
+        set_precision(part, bf16)
     for module in (llava.model.vision_tower, llava.model.multi_modal_projector):
         module.to(torch.float32)._apply(torch.clone)  # a view would keep the whole mapped file in memory
     if recipe.kernels == "liger":
@@ -199,7 +199,7 @@ def build(base: Path, front: Front, recipe: Recipe, device: str | torch.device, 
     return PackedLlava(adapted(llava, recipe), front, recipe).to(device)
 
 
-def _set_precision(part: nn.Module, bf16: bool) -> None:
+def set_precision(part: nn.Module, bf16: bool) -> None:
     """Products in bf16, the rest in float32; in bf16 all are copies, since one view would keep the whole mapped file.
 
     Rounded, the frequencies of RoPE turn late tokens by other angles than inference does, and norms move every loss.

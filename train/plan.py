@@ -33,7 +33,7 @@ from ldrt_edge.train.base import Base
 from ldrt_edge.train.collate import sequences, visible
 from ldrt_edge.train.features import FeatureStore, PackedDataset, cache_folder, collator
 from ldrt_edge.train.lora import Material, gather_material, prepare, uses_bf16
-from ldrt_edge.train.model import PackedLlava, _set_precision, adapted, build
+from ldrt_edge.train.model import PackedLlava, adapted, build, set_precision
 from ldrt_edge.train.order import RowOrder
 from ldrt_edge.train.recipe import Recipe
 from ldrt_edge.train.trainer import PackedTrainer, arguments
@@ -277,7 +277,7 @@ def _kept_bytes(shape: Shape, recipe: Recipe, bf16: bool, layers: int) -> int:
 
     with torch.device("meta"):
         llava = AutoModelForImageTextToText.from_config(_of_layers(shape.config, layers), dtype=torch.float32)
-        _set_precision(llava.model.language_model, bf16)
+        set_precision(llava.model.language_model, bf16)
         model = adapted(llava, replace(recipe, gradient_checkpointing=False))
     decoder, length = llava.model.language_model, shape.batch_tokens // shape.rows
     kept: dict[int, torch.UntypedStorage] = {}
@@ -316,7 +316,7 @@ def _stays_mapped(shape: Shape, bf16: bool) -> bool:
     with torch.device("meta"):
         decoder = AutoModel.from_config(text, dtype=shape.config.dtype or torch.float32)
     read = [own.untyped_storage() for own in decoder.parameters()]
-    _set_precision(decoder, bf16)
+    set_precision(decoder, bf16)
     return any(own.untyped_storage()._cdata == was._cdata for own, was in zip(decoder.parameters(), read, strict=True))
 
 
@@ -394,7 +394,7 @@ def _with_features(
     store = FeatureStore(model.llava, model.front, not bf16, limit_bytes)
     key_s, features_s = time.monotonic() - started, 0.0
     lacking = {
-        row.image_sha256 for row in [*material.rows, *material.held_out] if not store._path(row.image_sha256).exists()
+        row.image_sha256 for row in [*material.rows, *material.held_out] if not store.has(row.image_sha256)
     }
     if lacking:
         store = FeatureStore(model.llava, model.front, not bf16, limit_bytes, folder)
