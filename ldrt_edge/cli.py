@@ -92,7 +92,7 @@ def starter(out: Path, seed: int, as_json: bool) -> None:
 @click.option("--data", "datasets", required=True, multiple=True, type=PATH, help="Dataset artefact; repeatable.")
 @click.option("--out", type=PATH, help="The adapter artefact.")
 @click.option("--plan", "only_plan", is_flag=True, help="Only say what it needs: memory, steps, time, cost.")
-@click.option("--memory-gb", type=click.FloatRange(min=0.1), help="With --plan: of another device, without a probe.")
+@click.option("--memory-gb", type=click.FloatRange(min=0.1), help="With --plan: for a CUDA GPU elsewhere, unprobed.")
 @click.option("--price", type=click.FloatRange(min=0), help="With --plan: of a device's hour, for the cost.")
 @click.option("--recipe", help="A recipe that ships with ldrt-edge; an unknown name lists all.")
 @click.option("--config", type=PATH, help="A recipe of your own (YAML), instead of --recipe.")

@@ -15,19 +15,22 @@ from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import psutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from test_train import FAST, colour_dataset
 from torch.distributed.run import get_args_parser
 
-from ldrt_edge.train.devices import accumulation, say_idle
+from ldrt_edge.train.devices import accumulation, keep_precision, say_idle
 from ldrt_edge.train.recipe import load_recipe
 from ldrt_edge.train.trainer import arguments
 from ldrt_edge.train.watch import METRICS, SAMPLES, read_metrics
@@ -71,11 +74,17 @@ def launch_environment(name: str, processes: int) -> dict[str, str]:
     return {name: value for name, value in prepare_multi_gpu_env(arguments).items() if os.environ.get(name) != value}
 
 
-def zero3(folder: Path, processes: int) -> list[str]:
-    """`accelerate launch` with the config that ships, but that small parameters are spread as well."""
+def zero3(folder: Path, processes: int, own_linear: bool = True) -> list[str]:
+    """`accelerate launch` with the config that ships, but that small parameters are spread as well.
+
+    own_linear: DeepSpeed's, which adds a bias to what is rounded already.
+    """
     shipped = yaml.safe_load((resources.files("ldrt_edge.train") / "launch" / "zero3.yaml").read_text())
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    spread = {"stage": shipped["deepspeed_config"].pop("zero_stage"), "stage3_param_persistence_threshold": 0}
+    spread = {
+        "stage": shipped["deepspeed_config"].pop("zero_stage"), "stage3_param_persistence_threshold": 0,
+        "memory_efficient_linear": own_linear,
+    }  # fmt: skip
     told = folder / "zero3.json"
     told.write_text(json.dumps({"zero_optimization": spread, **dict.fromkeys(sizes, "auto")}))
     shipped["deepspeed_config"] = {"deepspeed_config_file": str(told), "zero3_init_flag": False}
@@ -156,6 +165,17 @@ def test_one_process_uses_one_of_several_gpus_and_says_so(
     assert given.n_gpu <= 1 and given.train_batch_size == 3, "else transformers wraps the model in nn.DataParallel"
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_zero3_leaves_each_weight_its_precision(bf16: bool) -> None:
+    """DeepSpeed's bf16 rounds all weights, and runs without autocast."""
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "bf16": {"enabled": bf16}})
+    plugin = SimpleNamespace(hf_ds_config=config, deepspeed_config=config.config)
+    keep_precision(cast(Accelerator, SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))))
+    assert config.is_false("bf16.enabled")
+    assert config.is_true("torch_autocast.enabled") == bf16
+    assert config.get_value("torch_autocast.lower_precision_safe_modules") == ([] if bf16 else None)
+
+
 def test_two_processes_train_what_one_trains(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     base = tiny("llava15", "smollm2")
     run([sys.executable, *CLI, *command(base, data, tmp_path / "one", ["devices=2"])])
@@ -209,15 +229,29 @@ def test_fsdp2_trains_what_one_process_trains(
 
 @pytest.mark.slow
 @deepspeed
-def test_zero3_trains_what_one_process_trains(tiny: Tiny, data: Path, tmp_path: Path) -> None:
-    """Both stages, the best weights put back, sample answers; every parameter spread over two processes."""
+@pytest.mark.parametrize(
+    ("precision", "own_linear", "first", "rel", "within"),
+    [("fp32", True, 1e-6, 1e-4, 2e-5), ("bf16", False, 1e-6, 3e-3, 1e-3), ("bf16", True, 1e-3, 3e-3, 3e-3)],
+)
+def test_zero3_trains_what_one_process_trains(
+    tiny: Tiny, data: Path, tmp_path: Path, precision: str, own_linear: bool, first: float, rel: float, within: float
+) -> None:
+    """Both stages, the best weights put back, sample answers; every parameter spread over two processes.
+
+    In bf16 as exact as in float32, until a weight's rounding tips, if DeepSpeed's own linear is off.
+    """
     base = tiny("llava15", "smollm2")
-    settings = ["devices=2", "align.epochs=1", "keep_best=true", "eval_steps=3", "sample_steps=4"]
-    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", settings)])
-    run([*zero3(tmp_path, 2), *command(base, data, tmp_path / "spread", settings)], DS_ACCELERATOR="cpu")
-    assert losses(tmp_path / "spread") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    same_adapter(tmp_path / "one", tmp_path / "spread")
-    assert (tmp_path / "spread" / SAMPLES).read_text() == (tmp_path / "one" / SAMPLES).read_text()
+    settings = ["align.epochs=1", "keep_best=true", "eval_steps=3", "sample_steps=4", f"precision={precision}"]
+    given = ["devices=2", *settings]
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", given)])
+    run([*zero3(tmp_path, 2, own_linear), *command(base, data, tmp_path / "spread", given)], DS_ACCELERATOR="cpu")
+    found, expected = (losses(tmp_path / name) for name in ("spread", "one"))
+    assert found[:2] == pytest.approx(expected[:2], rel=first)
+    assert found == pytest.approx(expected, rel=rel)
+    same_adapter(tmp_path / "one", tmp_path / "spread", within)
+    said = [(tmp_path / name / SAMPLES).read_text().splitlines() for name in ("spread", "one")]
+    assert said[0][:2] == said[1][:2] and len(said[0]) == len(said[1])
+    assert said[0] == said[1] or precision == "bf16"
 
 
 @pytest.mark.slow

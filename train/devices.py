@@ -102,15 +102,21 @@ def mean(number: float) -> float:
 
 
 def keep_precision(accelerator: Accelerator) -> None:
-    """Have FSDP2 gather weights and sum gradients in the precision that each has, and cast nothing between layers.
+    """Have FSDP2 and ZeRO-3 gather weights and sum gradients in the precision that each has, and cast nothing else.
 
     Accelerate's choice for bf16 rounds all to it: norms, gradients' sums, what layers add up, and the loss itself.
+    DeepSpeed's runs without autocast besides, and RoPE's float32 meets values in bf16, which attention refuses.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 2:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.hf_ds_config.is_true("bf16.enabled"):
+        config = plugin.hf_ds_config.config
+        config["bf16"] = {"enabled": False}
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from ldrt_edge.train.lora import Material, gather_material, prepare, uses_bf16
 from ldrt_edge.train.model import PackedLlava, adapted, build, set_precision
 from ldrt_edge.train.order import RowOrder
 from ldrt_edge.train.recipe import Recipe
+from ldrt_edge.train.switches import check
 from ldrt_edge.train.trainer import PackedTrainer, arguments
 
 PROBE_S = 30.0
@@ -59,18 +60,28 @@ _LIGHTER: Sequence[tuple[str, Mapping[str, Any]]] = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device at a step's peak, by what they are for."""
+    """Bytes on one device at a step's peak, by what they are for.
+
+    loading: beside program and weights before the first step: a file that is copied from, and a tower that is dropped
+    once its features are kept. The system takes a file's pages back where it must, so they need not fit.
+    """
 
     program: int
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    loading: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """What a step takes, which must fit."""
         return self.program + self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def peak(self) -> int:
+        """The most that a run is seen to hold where there is plenty, in a step or while it loads."""
+        return max(self.total, self.program + self.weights + self.loading)
 
 
 @dataclass(frozen=True)
@@ -117,14 +128,19 @@ def plan(
     base: Base, data: Sequence[Path], recipe: Recipe, probe_s: float = PROBE_S, memory_gb: float | None = None,
     price_per_hour: float | None = None,
 ) -> Plan:
-    """Find out what `train` with the same arguments would need here, or on a device with `memory_gb`.
+    """Find out what `train` with the same arguments would need here, or on a CUDA GPU elsewhere with `memory_gb`.
 
-    probe_s: 0 leaves the probe out; so does a device that is not this one, or too little memory.
+    probe_s: 0 leaves the probe out; so does a GPU elsewhere, or too little memory.
 
     Raises:
         DataError, ConfigError, RuntimeLoadError: as `train` would.
     """
-    device, bf16 = devices.state().device, uses_bf16(recipe)
+    if memory_gb is None:
+        device, bf16 = devices.state().device, uses_bf16(recipe)
+        check(recipe, device)
+        devices.say_idle()
+    else:  # which has what the recipe wants
+        device, bf16 = torch.device("cuda"), recipe.precision != "fp32"
     front = Front.load(base.folder).with_vision_tokens(recipe.vision_tokens)
     material = gather_material([Dataset(folder) for folder in data], front, recipe)
     shape = Shape.of(base.folder, front, material, recipe)
@@ -138,7 +154,7 @@ def plan(
     found = Plan(
         shape.trainable, shape.frozen, sum(len(row.questions) for row in material.rows), len(material.rows), steps,
         shape.longest_row, shape.batch_tokens, memory, available, memory.total <= available, remedies, remedied,
-        device=devices.name(device),
+        device=devices.name(device) if memory_gb is None else "a GPU",
     )  # fmt: skip
     if probe_s and found.fits and memory_gb is None:
         probe = _probe(base, front, material, recipe, bf16, probe_s)
@@ -217,17 +233,25 @@ def estimate(shape: Shape, recipe: Recipe, bf16: bool, device: str) -> Memory:
     compute = 2 if bf16 else 4
     packed = shape.linear if recipe.base_precision == "nf4" else 0
     weights = (shape.language - packed) * compute + packed * _NF4_BYTES
-    if device == "cpu" and shape.file_bytes and _stays_mapped(shape, bf16):  # whole, while one weight lies there
-        same = (shape.config.dtype or torch.float32).itemsize == compute
-        weights = shape.file_bytes + (0 if same else weights)
+    loading = 0
+    if device == "cpu" and shape.file_bytes:
+        if _stays_mapped(shape, bf16):  # whole, while one weight lies there
+            same = (shape.config.dtype or torch.float32).itemsize == compute
+            weights = shape.file_bytes + (0 if same else weights)
+        else:
+            loading = shape.file_bytes
     weights += 4 * (2 * shape.projector + shape.lora)  # PEFT keeps the untrained projector beside the trained one
-    weights += 0 if recipe.cache_features else 4 * shape.tower
+    if recipe.cache_features:
+        loading += 4 * shape.tower
+    else:
+        weights += 4 * shape.tower
     return Memory(
         round(_PROGRAM_BYTES[device]),
         round(weights),
         4 * shape.trainable,
         round(_OPTIMIZER_BYTES[recipe.optimizer] * shape.trainable),
         round(_FRAGMENTATION[device] * activation_bytes(shape, recipe, bf16)),
+        loading,
     )
 
 
@@ -248,13 +272,15 @@ def activation_bytes(shape: Shape, recipe: Recipe, bf16: bool) -> int:
 
 def render(found: Plan) -> str:
     """The plan for a person."""
-    gb = {name: getattr(found.memory, name) / 1e9 for name in Memory.__dataclass_fields__}
+    parts = ("program", "weights", "gradients", "optimizer", "activations")
+    gb = {name: getattr(found.memory, name) / 1e9 for name in parts}
+    peak = "" if found.memory.peak == found.memory.total else f"; {found.memory.peak / 1e9:.2f} while it loads"
     lines = [
         f"trains        {found.trainable / 1e6:.1f} M parameters of {(found.trainable + found.frozen) / 1e6:.1f} M",
         f"data          {found.questions} questions in {found.rows} rows, the longest of {found.longest_row} tokens",
         f"steps         {found.steps}, up to {found.batch_tokens} tokens in a forward",
         f"memory        {found.memory.total / 1e9:.2f} GB on {found.device}: "
-        + ", ".join(f"{name} {size:.2f}" for name, size in gb.items()),
+        + ", ".join(f"{name} {size:.2f}" for name, size in gb.items()) + peak,
         f"available     {found.available_bytes / 1e9:.2f} GB: it {'fits' if found.fits else 'does not fit'}",
     ]
     if not found.fits and found.remedied_bytes is not None:

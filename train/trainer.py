@@ -127,8 +127,8 @@ class PackedTrainer(Trainer):
         return loss
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """Accelerate's own, which it puts around a model's forward itself, but not under FSDP2."""
-        return self.accelerator.autocast()
+        """What Accelerate puts around a model's forward itself, but neither under FSDP2 nor ZeRO-3."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers does, but of all steps, where it knows of those since a checkpoint."""
