@@ -16,7 +16,8 @@
     ldrt-edge data phantom phantoms --images 200
     python -m ldrt_edge.bench.sweep train/sweeps/rank.yaml --out rank
 
-Every run is an adapter in OUT, which a second call finds again, so a sweep that was stopped goes on. Accuracy is that
+Every run is an adapter in OUT, and what it answered is in a journal there; a second call finds both, so a sweep that
+was stopped goes on. Accuracy is that
 of whole answers on the datasets' test split, as greedy decoding would give them: the most likely token at every place
 of the right answer. Differences are paired by question and clustered by what a split must not divide (an article).
 """
@@ -38,6 +39,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from ldrt_edge import artifact, console
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
+from ldrt_edge.bench.steps import Journal
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ConfigError, DataError, LdrtError, all_problems
 from ldrt_edge.front import conversation
@@ -48,7 +50,7 @@ from ldrt_edge.train.lora import train
 from ldrt_edge.train.recipe import Recipe, load_recipe
 from ldrt_edge.train.watch import read_metrics
 
-RESULTS = "sweep.json"
+RESULTS, JOURNAL = "sweep.json", "journal.jsonl"
 
 
 @checked(frozen=True, config=ConfigDict(extra="forbid"))
@@ -90,6 +92,7 @@ def sweep(file: Path, out: Path) -> list[Variant]:
     recipes = recipes_of(given)
     base, datasets = resolve_base(given.base), [Dataset(folder) for folder in given.data]
     out.mkdir(parents=True, exist_ok=True)
+    journal, asked = Journal(out / JOURNAL), [artifact.identity(folder).manifest_sha256 for folder in given.data]
     right: dict[str, list[float]] = {name: [] for name in given.variants}
     metrics: dict[str, list[dict[str, Any]]] = {name: [] for name in given.variants}
     seconds = dict.fromkeys(given.variants, 0.0)
@@ -100,9 +103,10 @@ def sweep(file: Path, out: Path) -> list[Variant]:
             adapter = train(base, given.data, out / f"{_slug(name)}-seed{seed}", recipes[name, seed])
             metrics[name].append(dict(artifact.read(adapter).metrics))
             seconds[name] += sum(line.get("train_runtime", 0.0) for line in read_metrics(adapter / artifact.TIMES))
-            answers, groups = _answers(base, adapter, datasets)
-            right[name] += answers
-        clusters += groups
+            key = {"adapter": artifact.identity(adapter).manifest_sha256, "data": asked}
+            gave = journal.once(key, lambda adapter=adapter: _answers(base, adapter, datasets))  # type: ignore[misc]
+            right[name] += gave["right"]
+        clusters += gave["groups"]
     first = next(iter(given.variants))
     found = [
         Variant(
@@ -165,8 +169,8 @@ def recipes_of(given: Sweep) -> dict[tuple[str, int], Recipe]:
     }  # fmt: skip
 
 
-def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> tuple[list[float], list[str]]:
-    """1.0 for every question of the test split whose whole answer is the most likely one; and their groups."""
+def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> dict[str, list[Any]]:
+    """1.0 for every question of the test split whose whole answer is the most likely one (`right`); their `groups`."""
     rows = [(dataset, row) for dataset in datasets for row in dataset.rows("test")]
     if not rows:
         raise DataError("the datasets have no rows in their test split, so there is nothing to compare variants on")
@@ -181,7 +185,7 @@ def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> tuple[li
             right.append(float(likely.tolist() == list(answer)))
     finally:
         runtime.close()
-    return right, [row.group for _, row in rows]
+    return {"right": right, "groups": [row.group for _, row in rows]}
 
 
 def _slug(name: str) -> str:

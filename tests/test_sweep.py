@@ -37,7 +37,7 @@ def written(path: Path, base: Path, data: Path, **changes: object) -> Path:
 
 
 def test_a_sweep_trains_each_variant_once_and_goes_on(
-    tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variants = {"short": ["instruct.epochs=1"], "longer": ["instruct.epochs=12"]}
     file = written(tmp_path / "sweep.yaml", tiny("llava15", "smollm2"), data, variants=variants, seeds=[0, 1])
@@ -47,8 +47,9 @@ def test_a_sweep_trains_each_variant_once_and_goes_on(
     assert lines[-1] == str(tmp_path / "out" / "sweep.json")
     made = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*/adapter_model.safetensors")}
     assert len(made) == 4
+    monkeypatch.setattr("ldrt_edge.bench.sweep.HfRuntime", None)
     found = sweep(file, tmp_path / "out")
-    assert {path: path.stat().st_mtime for path in made} == made, "nothing is trained twice"
+    assert {path: path.stat().st_mtime for path in made} == made, "nothing is trained twice, and nothing asked"
     short, longer = found
     assert short.difference is None and longer.difference is not None
     assert longer.accuracy.n == 2 * 12 and longer.accuracy.clusters == 4
@@ -103,6 +104,17 @@ def test_a_shipped_sweep_compares_recipes_over_three_seeds(file: Path) -> None:
     assert given.base == "starter" and len(given.seeds) >= 3
     of_one_seed = [recipes[name, given.seeds[0]] for name in given.variants]
     assert len(of_one_seed) >= 2 and len(set(of_one_seed)) == len(of_one_seed), "two variants say the same"
+
+
+def test_the_sweep_of_switches_takes_as_many_questions_a_step() -> None:
+    (file,) = (file for file in SHIPPED if file.stem == "switches")
+    recipes = recipes_of(read_sweep(file))
+    plain, switched = (recipes[name, 0] for name in ("plain", "all switches"))
+    assert plain.rows_per_step * plain.accumulate == 15
+    assert switched.rows_per_step * switched.questions_per_row * switched.accumulate == 16
+    on = (switched.answer_only_logits, switched.fused_lora, switched.group_by_length, switched.precision)
+    off = (plain.answer_only_logits, plain.fused_lora, plain.group_by_length, plain.precision)
+    assert on == (True, True, True, "auto") and off == (False, False, False, "fp32")
 
 
 def test_the_sweep_of_ranks_changes_rank_and_nothing_else() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from ldrt_edge.train.lora import gather_material, native_bf16, train
 from ldrt_edge.train.model import build
 from ldrt_edge.train.plan import Plan, Shape, _kept_bytes, _stays_mapped, count, estimate, plan
 from ldrt_edge.train.recipe import Recipe, load_recipe
+from ldrt_edge.train.trainer import PackedTrainer
 from ldrt_edge.train.watch import METRICS, read_metrics
 
 Tiny = Callable[..., Path]
@@ -162,6 +164,31 @@ def test_a_plan_is_what_then_happens(
     assert found.probe is not None and found.probe.steps >= 3 and found.seconds is not None
     assert found.cost is not None and found.cost == pytest.approx(found.seconds * 7.2 / 3600)
     assert found.fits and not found.remedies
+
+
+def test_stages_are_tried_apart(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with what it trains, in a run's order; evaluations of both are counted."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = []
+
+    class Noted(PackedTrainer):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            made.append((Path(str(self.args.output_dir)).name, self.lora))
+
+    monkeypatch.setattr(planning, "PackedTrainer", Noted)
+    base, settings = resolve_base(str(tiny("llava15", "llama"))), [*QUICK, "validation_images=2"]
+    found = plan(base, [data], load_recipe("starter", [*settings, "align.epochs=2"]), probe_s=0.2)
+    assert made == [("align", False), ("instruct", True)]
+    assert found.probe is not None and found.seconds is not None
+    align, instruct = (found.probe.step_s[stage] for stage in ("align", "instruct"))
+    each = found.steps // 6
+    assert found.steps == 6 * each
+    evaluations = (align + instruct) / 3  # one of each stage, of the two pictures held out
+    expected = 2 * each * align + 4 * each * instruct + evaluations + found.probe.start_s + found.probe.features_s
+    assert found.seconds == pytest.approx(expected)
 
 
 def test_features_are_foretold_as_long_as_the_cache_lacks_them(

@@ -32,7 +32,7 @@ from ldrt_edge.train import devices
 from ldrt_edge.train.base import Base
 from ldrt_edge.train.collate import sequences, visible
 from ldrt_edge.train.features import FeatureStore, PackedDataset, cache_folder, collator
-from ldrt_edge.train.lora import Material, gather_material, prepare, uses_bf16
+from ldrt_edge.train.lora import STAGES, Material, gather_material, prepare, uses_bf16
 from ldrt_edge.train.model import PackedLlava, adapted, build, set_precision
 from ldrt_edge.train.order import RowOrder
 from ldrt_edge.train.recipe import Recipe
@@ -86,12 +86,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Probe:
-    """Real steps on this machine: seconds of one, how many were timed, the peak of memory.
+    """Real steps on this machine: how many were timed, the peak of memory.
 
-    start_s: to load the model and to know its features' place in the cache; features_s: for those that it lacks.
+    step_s: of each stage that the recipe has. start_s: to load the model and to know its features' place in the cache;
+    features_s: for those that it lacks.
     """
 
-    step_s: float
+    step_s: Mapping[str, float]
     steps: int
     peak_bytes: int
     start_s: float
@@ -148,20 +149,23 @@ def plan(
     memory = estimate(shape, recipe, bf16, device.type)
     remedies, remedied = _remedies(shape, recipe, bf16, device.type, available)
     per_step = recipe.rows_per_step * devices.accumulation(recipe.accumulate, recipe.devices)
-    stages = [getattr(recipe, stage).epochs for stage in ("align", "instruct")]
     each = math.ceil(len(material.rows) / (per_step * devices.state().num_processes))
-    steps = sum(recipe.max_steps or math.ceil(each * epochs) for epochs in stages if epochs)
+    epochs = {stage: getattr(recipe, stage).epochs for stage in STAGES}
+    steps = {stage: recipe.max_steps or math.ceil(each * number) for stage, number in epochs.items() if number}
     found = Plan(
-        shape.trainable, shape.frozen, sum(len(row.questions) for row in material.rows), len(material.rows), steps,
-        shape.longest_row, shape.batch_tokens, memory, available, memory.total <= available, remedies, remedied,
+        shape.trainable, shape.frozen, sum(len(row.questions) for row in material.rows), len(material.rows),
+        sum(steps.values()), shape.longest_row, shape.batch_tokens, memory, available, memory.total <= available,
+        remedies, remedied,
         device=devices.name(device) if memory_gb is None else "a GPU",
     )  # fmt: skip
     if probe_s and found.fits and memory_gb is None:
-        probe = _probe(base, front, material, recipe, bf16, probe_s)
-        evaluations = steps // recipe.eval_steps + 1 if material.held_out else 0
-        forwards = evaluations * math.ceil(len(material.held_out) / recipe.rows_per_step)
-        evaluating = forwards * probe.step_s / (3 * devices.accumulation(recipe.accumulate, recipe.devices))
-        seconds = probe.start_s + probe.features_s + steps * probe.step_s + evaluating
+        probe = _probe(base, front, material, recipe, bf16, tuple(steps), probe_s)
+        seconds = probe.start_s + probe.features_s
+        forwards = math.ceil(len(material.held_out) / recipe.rows_per_step)
+        for stage, number in steps.items():
+            evaluations = forwards * (number // recipe.eval_steps + 1)
+            forward_s = probe.step_s[stage] / (3 * devices.accumulation(recipe.accumulate, recipe.devices))
+            seconds += number * probe.step_s[stage] + evaluations * forward_s
         cost = None if price_per_hour is None else price_per_hour * devices.state().num_processes * seconds / 3600
         found = replace(found, probe=probe, seconds=seconds, cost=cost)
     return found
@@ -289,8 +293,9 @@ def render(found: Plan) -> str:
         lines.append("              no switch makes it fit: a larger device, or several with FSDP2 (docs/scaling.md)")
     if found.probe is not None and found.seconds is not None:
         lines.append(
-            f"time          {console.duration(found.seconds)}: {found.probe.step_s:.2f} s a step over "
-            f"{found.probe.steps} steps tried here, at a peak of {found.probe.peak_bytes / 1e9:.2f} GB"
+            f"time          {console.duration(found.seconds)}: "
+            + ", ".join(f"{step_s:.2f} s a step to {stage}" for stage, step_s in found.probe.step_s.items())
+            + f", {found.probe.steps} tried here, at a peak of {found.probe.peak_bytes / 1e9:.2f} GB"
         )
     if found.cost is not None:
         lines.append(f"cost          {found.cost:.2f}")
@@ -376,8 +381,10 @@ def _remedies(
     return (tuple(taken), total) if taken and total <= available else ((), None)
 
 
-def _probe(base: Base, front: Front, material: Material, recipe: Recipe, bf16: bool, probe_s: float) -> Probe:
-    """Real steps of the last stage for about `probe_s` seconds, and what comes before them in a run."""
+def _probe(
+    base: Base, front: Front, material: Material, recipe: Recipe, bf16: bool, stages: Sequence[str], probe_s: float
+) -> Probe:
+    """Real steps of the stages for about `probe_s` seconds, and what comes before them in a run."""
     from peft.helpers import disable_input_dtype_casting
 
     device = devices.state().device
@@ -389,23 +396,25 @@ def _probe(base: Base, front: Front, material: Material, recipe: Recipe, bf16: b
     order = RowOrder([1] * len(material.rows), recipe.seed, None)
     some = Material([material.rows[i] for i in order][: 64 * recipe.rows_per_step], [])
     train_set, _ = prepare(model, some, replace(recipe, cache_features=False), bf16)
-    watch = _Stopwatch(probe_s)
+    watches = {stage: _Stopwatch(probe_s / len(stages)) for stage in stages}
     cache_folder().mkdir(parents=True, exist_ok=True)  # the disk that has room for features
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         if recipe.cache_features:
             train_set, key_s, features_s = _with_features(model, some, material, recipe, bf16, Path(folder))
             start_s += key_s
-        options = arguments("instruct", Path(folder), Path(folder), replace(recipe, report_to=()), bf16, False)
-        options.num_train_epochs, options.max_steps, options.save_strategy = 1000, -1, "no"
-        trainer = PackedTrainer(
-            model, recipe, True, train_set, args=options, data_collator=collator(front, recipe.length_bucket),
-            callbacks=[watch],
-        )
-        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
-        with disable_input_dtype_casting(model.peft, active=bf16):  # as the run does
-            trainer.train()
-    step_s = (watch.ended[-1] - watch.ended[0]) / (len(watch.ended) - 1)
-    return Probe(step_s, len(watch.ended) - 1, _peak_bytes(device), start_s, features_s)
+        for stage, watch in watches.items():
+            options = arguments(stage, Path(folder), Path(folder), replace(recipe, report_to=()), bf16, False)
+            options.num_train_epochs, options.max_steps, options.save_strategy = 1000, -1, "no"
+            trainer = PackedTrainer(
+                model, recipe, stage == "instruct", train_set, args=options,
+                data_collator=collator(front, recipe.length_bucket), callbacks=[watch],
+            )  # fmt: skip
+            trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+            with disable_input_dtype_casting(model.peft, active=bf16):  # as the run does
+                trainer.train()
+    step_s = {stage: (watch.ended[-1] - watch.ended[0]) / (len(watch.ended) - 1) for stage, watch in watches.items()}
+    timed = sum(len(watch.ended) - 1 for watch in watches.values())
+    return Probe(step_s, timed, _peak_bytes(device), start_s, features_s)
 
 
 def _with_features(
