@@ -315,9 +315,10 @@ def test_kill_9_in_training_then_the_same_command_ends_in_the_same_adapter(
     process = subprocess.Popen([*command, "--out", tmp_path / "killed"], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 240
     checkpoints = tmp_path / ".killed.partial" / "instruct"
-    whole_one = "checkpoint-*/trainer_state.json"  # which is written last
-    while not list(checkpoints.glob(whole_one)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    states = "checkpoint-*/trainer_state.json"  # written last; its end is there when all is
+    while not any(path.read_text().endswith("}\n") for path in checkpoints.glob(states)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
