@@ -64,7 +64,9 @@ class Side:
 
     samples_per_s: by the clock; samples_per_processor_s: by the time that its process computed.
     rate: that of the two which decides; slowest, fastest: of its rounds.
-    losses: of every optimizer step. peak_bytes: reserved on the GPU, or else of resident memory, with Python.
+    losses: of every optimizer step. same_steps: whether these are of the same questions as the peers'; ours without a
+        shared prefix shuffles single questions.
+    peak_bytes: reserved on the GPU, or else of resident memory, with Python.
     tokens: of one pass over all questions. mfu: see the module's text; None on a CPU.
     """
 
@@ -78,6 +80,7 @@ class Side:
     features_s: float
     losses: tuple[float, ...]
     tokens: int
+    same_steps: bool = True
     mfu: float | None = None
 
 
@@ -147,7 +150,10 @@ def compare(
             said = f"{curve.samples_per_s:.2f} samples/s, {curve.samples_per_processor_s:.2f} a processor second"
             console.say(f"round {turn + 1}, {name}: {said}, {peak / 1e9:.2f} GB")
     weights = decoder_weights(resolve_base(base).folder)
-    sides = tuple(_side(name, found, size.step * steps, weights, ceiling) for name, found in curves.items())
+    sides = tuple(
+        _side(name, found, size.step * steps, weights, ceiling, not off[name].get("shared prefix", False))
+        for name, found in curves.items()
+    )
     found = Found(device, ceiling, questions, size.step, steps, rounds, threads, load_average, sides)
     (out / f"training-{questions}{'-ladder' if ladder else ''}.json").write_text(json.dumps(asdict(found), indent=1))
     return found
@@ -157,6 +163,7 @@ def table(found: Found) -> list[str]:
     """The sides as lines of a Markdown table, the plain path first."""
     sides = {side.name: side for side in found.sides}
     plain = sides.get("trainer", sides.get("no switch", found.sides[0]))
+    compared = next((side for side in (plain, *found.sides) if side.same_steps), plain)
     unit = "a processor second" if found.ceiling is None else "a second"
     lines = [
         f"| {found.questions_per_image} questions a picture, {found.device} | samples {unit} | ratio | peak GB | ratio "
@@ -164,12 +171,13 @@ def table(found: Found) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for side in sorted(found.sides, key=lambda side: side.rate):
-        apart_by = max(abs(a - b) for a, b in zip(side.losses, plain.losses, strict=True))
+        apart_by = max(abs(a - b) for a, b in zip(side.losses, compared.losses, strict=True))
         lines.append(
             f"| {side.name} | {side.rate:.2f} ({side.slowest:.2f}–{side.fastest:.2f}) | {side.rate / plain.rate:.2f} | "
             f"{side.peak_bytes / 1e9:.2f} | {side.peak_bytes / plain.peak_bytes:.2f} | "
             f"{side.tokens / (found.samples_per_step * found.steps):.0f} | "
-            f"{'' if side.mfu is None else format(side.mfu, '.0%')} | {side.losses[-1]:.4f} | {apart_by:.4f} |"
+            f"{'' if side.mfu is None else format(side.mfu, '.0%')} | {side.losses[-1]:.4f} | "
+            f"{format(apart_by, '.4f') if side.same_steps else 'other questions'} |"
         )
     return lines
 
@@ -182,7 +190,8 @@ def _measured(name: str, task: Task) -> dict[str, object]:
 
 
 def _side(
-    name: str, found: Sequence[tuple[Curve, int]], samples: int, weights: int, ceiling: Ceiling | None
+    name: str, found: Sequence[tuple[Curve, int]], samples: int, weights: int, ceiling: Ceiling | None,
+    same_steps: bool = True,
 ) -> Side:
     by_clock = [curve.samples_per_s for curve, _ in found]
     by_processor = [curve.samples_per_processor_s for curve, _ in found]
@@ -193,7 +202,7 @@ def _side(
     mfu = None if ceiling is None else ceiling.utilisation(weights, tokens_per_s)
     return Side(
         name, median(by_clock), median(by_processor), median(rates), min(rates), max(rates), peak, features_s,
-        last.losses, last.tokens, mfu,
+        last.losses, last.tokens, same_steps, mfu,
     )
 
 

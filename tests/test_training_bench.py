@@ -44,6 +44,14 @@ def test_ratios_are_of_processor_time_on_a_cpu_and_of_the_clock_on_a_gpu() -> No
     ]
 
 
+def test_losses_of_other_questions_are_not_compared() -> None:
+    """Without a shared prefix questions are shuffled one by one."""
+    alone = (replace(SIDE, name=name, same_steps=False, losses=(2.0, 5.0)) for name in ("no switch", "only bf16"))
+    ours = replace(SIDE, name="ours", rate=3.0, losses=(2.0, 1.1))
+    lines = table(Found("CPU", None, 6, 12, 3, 1, 1, (0.0,), (*alone, ours, replace(SIDE, rate=4.0))))[2:]
+    assert [line.split(" | ")[-1] for line in lines] == [*["other questions |"] * 2, "0.1000 |", "0.0000 |"]
+
+
 def test_what_does_not_divide_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--step 12: no multiple of --questions 5"):
         compare(tmp_path, tmp_path / "out", questions=5)
