@@ -41,6 +41,7 @@ from ldrt_edge import artifact, console
 from ldrt_edge.bench.quantisers_results import Comparison, Result
 from ldrt_edge.bench.quantisers_run import WAYS, Run
 from ldrt_edge.bench.quantisers_view import draw, label, table
+from ldrt_edge.bench.steps import made
 from ldrt_edge.bench.subjects import GgufSubjects, MlxSubjects
 from ldrt_edge.convert.gguf import check_choice, identity
 from ldrt_edge.convert.importance import Weighting
@@ -71,8 +72,7 @@ def compare(
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", "bench")  # before hours are spent
-    out.mkdir(parents=True, exist_ok=True)
-    subjects = FORMATS[to](merged, out / "work")
+    subjects = FORMATS[to](merged, made(out) / "work")
     bases = bases or subjects.bases
     for base in bases:
         check_choice("--bases", base, subjects.types)
@@ -106,7 +106,7 @@ def compare(
         "seed": seed, "calibration_rows": calibration_rows, "sensitivity_rows": sensitivity_rows,
         "libraries": artifact.library_versions(), "git_commit": artifact.git_commit(), **asdict(found),
     }  # fmt: skip
-    (out / f"quantisers-{to}.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    artifact.replace_text(out / f"quantisers-{to}.json", json.dumps(described, indent=1) + "\n")
     draw(found, out / f"quantisers-{to}.png")
     return found
 

@@ -89,6 +89,19 @@ class Journal:
         return self._done[name]
 
 
+def made(folder: Path) -> Path:
+    """Make the folder of a measurement, if it is not there.
+
+    Raises:
+        DataError: something else goes by that name, or by one on the way to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: no folder can be made there, a file is in its place") from error
+    return folder
+
+
 def digest(key: Mapping[str, Json]) -> str:
     """A short name for what a step depends on."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

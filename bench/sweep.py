@@ -4,7 +4,7 @@
 
     base: starter
     data: [DATASET]
-    recipe: starter
+    recipe: starter                     # or a file, MINE.yaml
     seeds: [0, 1, 2]
     set: [instruct.epochs=1]            # for all variants
     variants:
@@ -39,7 +39,7 @@ from pydantic.dataclasses import dataclass as checked
 
 from ldrt_edge import artifact, console
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
-from ldrt_edge.bench.steps import Journal
+from ldrt_edge.bench.steps import Journal, made
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ConfigError, DataError, LdrtError, all_problems
 from ldrt_edge.front import conversation
@@ -71,7 +71,10 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Variant:
-    """One line of the table. difference: to the first variant, None for itself. seconds: of one run."""
+    """One line of the table. difference: to the first variant, None for itself.
+
+    seconds: of one run's steps and evaluations, all its starts together, each up to its last log line.
+    """
 
     name: str
     settings: tuple[str, ...]
@@ -90,8 +93,11 @@ def sweep(file: Path, out: Path) -> list[Variant]:
     """
     given = read_sweep(file)
     recipes = recipes_of(given)
-    base, datasets = resolve_base(given.base), [Dataset(folder) for folder in given.data]
-    out.mkdir(parents=True, exist_ok=True)
+    datasets = [Dataset(folder) for folder in given.data]
+    if not any(dataset.rows("test") for dataset in datasets):
+        raise DataError("the datasets have no rows in their test split, so there is nothing to compare variants on")
+    base = resolve_base(given.base)
+    made(out)
     journal, asked = Journal(out / JOURNAL), [artifact.identity(folder).manifest_sha256 for folder in given.data]
     right: dict[str, list[float]] = {name: [] for name in given.variants}
     metrics: dict[str, list[dict[str, Any]]] = {name: [] for name in given.variants}
@@ -102,7 +108,7 @@ def sweep(file: Path, out: Path) -> list[Variant]:
             console.say(f"{name}, seed {seed}")
             adapter = train(base, given.data, out / f"{_slug(name)}-seed{seed}", recipes[name, seed])
             metrics[name].append(dict(artifact.read(adapter).metrics))
-            seconds[name] += sum(line.get("train_runtime", 0.0) for line in read_metrics(adapter / artifact.TIMES))
+            seconds[name] += _seconds(read_metrics(adapter / artifact.TIMES))
             key = {"adapter": artifact.identity(adapter).manifest_sha256, "data": asked}
             gave = journal.once(key, lambda adapter=adapter: _answers(base, adapter, datasets))  # type: ignore[misc]
             right[name] += gave["right"]
@@ -117,7 +123,7 @@ def sweep(file: Path, out: Path) -> list[Variant]:
         )
         for name, settings in given.variants.items()
     ]  # fmt: skip
-    (out / RESULTS).write_text(json.dumps([asdict(variant) for variant in found], indent=1, default=str))
+    artifact.replace_text(out / RESULTS, json.dumps([asdict(variant) for variant in found], indent=1, default=str))
     return found
 
 
@@ -163,8 +169,9 @@ def recipes_of(given: Sweep) -> dict[tuple[str, int], Recipe]:
     Raises:
         ConfigError: a setting that the recipe does not have, or does not allow.
     """
+    named = Path(given.recipe) if given.recipe.endswith((".yaml", ".yml")) else given.recipe
     return {
-        (name, seed): load_recipe(given.recipe, [*given.set, *settings, f"seed={seed}"])
+        (name, seed): load_recipe(named, [*given.set, *settings, f"seed={seed}"])
         for name, settings in given.variants.items() for seed in given.seeds
     }  # fmt: skip
 
@@ -172,8 +179,6 @@ def recipes_of(given: Sweep) -> dict[tuple[str, int], Recipe]:
 def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> dict[str, list[Any]]:
     """1.0 for every question of the test split whose whole answer is the most likely one (`right`); their `groups`."""
     rows = [(dataset, row) for dataset in datasets for row in dataset.rows("test")]
-    if not rows:
-        raise DataError("the datasets have no rows in their test split, so there is nothing to compare variants on")
     runtime = HfRuntime(base.folder, adapter=adapter)
     right = []
     try:
@@ -186,6 +191,12 @@ def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> dict[str
     finally:
         runtime.close()
     return {"right": right, "groups": [row.group for _, row in rows]}
+
+
+def _seconds(lines: Sequence[dict[str, Any]]) -> float:
+    """Of all starts and stages; each counts from its own beginning."""
+    told = [float(line["seconds"]) for line in lines]
+    return sum(before for before, after in zip(told, [*told[1:], 0.0], strict=False) if after < before)
 
 
 def _slug(name: str) -> str:

@@ -36,7 +36,7 @@ from ldrt_edge import artifact, console
 from ldrt_edge.bench.at_size import make_base
 from ldrt_edge.bench.mfu import Ceiling, decoder_weights, measure_ceiling
 from ldrt_edge.bench.shapes import SHAPES
-from ldrt_edge.bench.steps import Journal, apart
+from ldrt_edge.bench.steps import Journal, apart, made
 from ldrt_edge.bench.training_peers import PEERS, Curve, Task, run_ours, run_peer
 from ldrt_edge.dataset import Dataset, DatasetWriter, group_by_image
 from ldrt_edge.errors import ConfigError, DataError, LdrtError
@@ -124,8 +124,7 @@ def compare(
         raise ConfigError(f"--peers {unknown[0]}: choose from {', '.join(PEERS)}")
     if size.step % questions or size.step % size.forward:
         raise ConfigError(f"--step {size.step}: no multiple of --questions {questions} and --forward {size.forward}")
-    out.mkdir(parents=True, exist_ok=True)
-    subset = _subset(data, out / f"questions-{questions}-{steps * size.step}", questions, steps, size.step)
+    subset = _subset(data, made(out) / f"questions-{questions}-{steps * size.step}", questions, steps, size.step)
     switches = _switches()
     off: dict[str, dict[str, bool]] = {name: {} for name in (OURS, *peers)}
     off |= _ladder(questions, switches) if ladder else {}
@@ -155,7 +154,8 @@ def compare(
         for name, found in curves.items()
     )
     found = Found(device, ceiling, questions, size.step, steps, rounds, threads, load_average, sides)
-    (out / f"training-{questions}{'-ladder' if ladder else ''}.json").write_text(json.dumps(asdict(found), indent=1))
+    name = f"training-{questions}{'-ladder' if ladder else ''}.json"
+    artifact.replace_text(out / name, json.dumps(asdict(found), indent=1) + "\n")
     return found
 
 

@@ -102,6 +102,30 @@ def test_pefts_adapter_is_merged_as_peft_has_it(base: Path, by_peft: Path, tmp_p
     assert artifact.read(again).inputs == artifact.read(merged).inputs, "what was adopted is found again"
 
 
+@pytest.mark.parametrize("first", ["pissa", "olora"])
+def test_an_adapter_that_changed_the_base_is_merged_once_peft_made_plain_lora_of_it(
+    base: Path, tmp_path: Path, first: Any
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*q_proj", init_lora_weights=first)
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32), config)
+    config.init_lora_weights = True  # as PEFT wants the first weights to be saved
+    model.save_pretrained(tmp_path / "first")
+    config.init_lora_weights = first
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([IDS])).logits[0].numpy()
+    model.save_pretrained(tmp_path / "as trained")
+    with pytest.raises(ArtifactError, match=f"init_lora_weights='{first}' changed the base"):
+        merge(resolve_base(str(base)), tmp_path / "as trained", tmp_path / "merged")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    merge(resolve_base(str(base)), tmp_path / "plain", tmp_path / "merged")
+    assert np.abs(logits(tmp_path / "merged") - expected).max() < 1e-3 * np.abs(expected).max()
+
+
 def test_pefts_adapter_whose_projector_alone_was_trained_is_merged(base: Path, by_peft: Path, tmp_path: Path) -> None:
     shutil.copytree(by_peft, tmp_path / "adapter")
     state = {name: tensor * ("lora_B" not in name) for name, tensor in load_file(by_peft / WEIGHTS).items()}
@@ -115,6 +139,12 @@ def test_pefts_adapter_whose_projector_alone_was_trained_is_merged(base: Path, b
 
 @pytest.mark.parametrize(("spoil", "reason"), [
     ({"use_dora": True}, "use_dora: not merged"),
+    ({"use_qalora": True, "bias": "all", "made_tomorrow": 3}, "bias, use_qalora, made_tomorrow: not merged"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: not merged"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changed the base"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changed the base"),
+    ({"init_lora_weights": ["loftq"]}, r"init_lora_weights=\['loftq'\] changed the base"),
     ({"peft_type": "IA3"}, "kind 'IA3'"),
     ({"r": None}, "no rank and scale"),
     ({"r": 0}, "no rank and scale"),

@@ -11,8 +11,10 @@ import pytest
 import yaml
 from test_train import FAST, colour_dataset
 
-from ldrt_edge.bench.sweep import main, read_sweep, recipes_of, sweep, table
-from ldrt_edge.errors import ConfigError
+from ldrt_edge import artifact
+from ldrt_edge.bench.sweep import _seconds, main, read_sweep, recipes_of, sweep, table
+from ldrt_edge.dataset import Dataset, DatasetWriter
+from ldrt_edge.errors import ConfigError, DataError
 
 Tiny = Callable[..., Path]
 SHIPPED = sorted(Path(str(resources.files("ldrt_edge.train") / "sweeps")).glob("*.yaml"))
@@ -83,6 +85,38 @@ def test_a_file_that_is_no_yaml_is_no_sweep(tmp_path: Path) -> None:
         (tmp_path / "sweep.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=r"sweep\.yaml: not YAML"):
             sweep(tmp_path / "sweep.yaml", tmp_path / "out")
+
+
+def test_what_a_sweep_cannot_do_is_told_before_it_trains(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    base = tiny("llava15", "smollm2")
+    untested = tmp_path / "untested"
+    with artifact.create(untested, "dataset", {}, []) as draft, DatasetWriter(draft.path) as writer:
+        source = Dataset(data)
+        for row in source.rows("train"):
+            writer.add_image(source.image_path(row).read_bytes(), ".png")
+            writer.add(row)
+    with pytest.raises(DataError, match="no rows in their test split"):
+        sweep(written(tmp_path / "sweep.yaml", base, untested, variants={"a": []}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "taken").write_text("")
+    file = written(tmp_path / "sweep.yaml", base, data, variants={"a": []})
+    for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(DataError, match=f"{out}: no folder can be made there"):
+            sweep(file, out)
+
+
+def test_a_sweep_takes_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("lora: {rank: 3}\n")
+    file = written(tmp_path / "sweep.yaml", tmp_path, tmp_path, variants={"a": []}, seeds=[4])
+    shared = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**shared, "recipe": str(tmp_path / "mine.yaml"), "set": []}))
+    (recipe,) = recipes_of(read_sweep(file)).values()
+    assert (recipe.lora.rank, recipe.seed) == (3, 4)
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_starts() -> None:
+    assert _seconds([{"seconds": told} for told in (0.5, 3.0, 4.0, 0.25, 2.0, 1.0)]) == 4.0 + 2.0 + 1.0
+    assert _seconds([]) == 0.0
 
 
 def test_variants_of_like_names_do_not_share_a_folder(tiny: Tiny, data: Path, tmp_path: Path) -> None:

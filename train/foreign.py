@@ -26,6 +26,14 @@ from ldrt_edge.tensor_file import read_header
 from ldrt_edge.train.base import Base
 
 CONFIG, WEIGHTS, MLX_WEIGHTS = "adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio",
+    "modules_to_save", "peft_type", "peft_version", "r", "revision", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+"""What PEFT's settings, and those of ms-swift's LoRA+, say of where plain LoRA stands and how it was trained."""
+_BASE_UNTOUCHED = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""First weights of LoRA that leave the base's as they were; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not."""
 _PREFIX, _PROJECTOR = "base_model.model.", "multi_modal_projector"
 _MLX_NAMES = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight", ".A": ".lora_A.weight", ".B": ".lora_B.weight"}
 """Also those of mlx-vlm's own layers before it took mlx-lm's."""
@@ -85,11 +93,19 @@ def _mlx(folder: Path, weights: Path) -> _Adapter:
 
 
 def _peft(folder: Path, weights: Path) -> _Adapter:
+    from peft import LoraConfig
+
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ArtifactError(f"{folder}: an adapter of kind {config.get('peft_type')!r}, which is not merged; LoRA is")
-    others = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out", "layer_replication")
-    if odd := [name for name in others if config.get(name)]:
+    if (first := config.get("init_lora_weights")) not in _BASE_UNTOUCHED:
+        raise ArtifactError(
+            f"{folder / CONFIG}: init_lora_weights={first!r} changed the base too, which is not merged: have PEFT make "
+            "plain LoRA of it (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    plain = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    known = _NEUTRAL | {"init_lora_weights"}
+    if odd := [name for name, value in config.items() if name not in known and value and value != plain.get(name)]:
         raise ArtifactError(f"{folder / CONFIG}: {', '.join(odd)}: not merged; plain LoRA of one rank is")
     try:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
