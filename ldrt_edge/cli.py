@@ -115,22 +115,27 @@ def train(
     """Train a LoRA adapter: align the projector, then instruct."""
     if recipe and config:
         raise ConfigError("--recipe and --config exclude each other")
+    for option, value in (("--memory-gb", memory_gb), ("--price", price)):
+        if value is not None and not only_plan:
+            raise ConfigError(f"{option} is for --plan, which trains nothing: add --plan, or leave {option} out")
     require("torch", "train")
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.lora import train as run
     from ldrt_edge.train.recipe import load_recipe
 
     settings = load_recipe(config or recipe or "starter", overrides)
+    tells = os.environ.get("RANK", "0") == "0"  # of several processes on several devices, one
     if only_plan:
         from ldrt_edge.train.plan import plan, render
 
         found = plan(resolve_base(base), datasets, settings, memory_gb=memory_gb, price_per_hour=price)
-        click.echo(json.dumps(asdict(found)) if as_json else render(found))
+        if tells:
+            click.echo(json.dumps(asdict(found)) if as_json else render(found))
         return
     if out is None:
         raise ConfigError("--out FOLDER is missing (or --plan, to see what the run needs)")
     trained = run(resolve_base(base), datasets, out, settings, resume)
-    if os.environ.get("RANK", "0") == "0":  # of several processes on several devices, one tells
+    if tells:
         show_artifact(trained, as_json)
 
 

@@ -98,6 +98,12 @@ def losses(adapter: Path) -> list[float]:
     return [entry["loss"] for entry in read_metrics(adapter / METRICS) if "loss" in entry]
 
 
+def evaluated(adapter: Path) -> list[float]:
+    found = [entry["eval_loss"] for entry in read_metrics(adapter / METRICS) if "eval_loss" in entry]
+    assert found
+    return found
+
+
 def same_adapter(first: Path, second: Path, within: float = 2e-5) -> None:
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     assert one.keys() == two.keys() and len(one) == 32
@@ -200,6 +206,14 @@ def test_two_processes_fill_an_empty_cache_together(tiny: Tiny, data: Path, tmp_
     same_adapter(tmp_path / "one", tmp_path / "two")
 
 
+def test_two_processes_evaluate_what_one_evaluates(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    """Four rows, of three questions and of one, in batches of three: one is filled up with rows of the other."""
+    base, settings = tiny("llava15", "smollm2"), ["devices=2", "questions_per_row=3", "rows_per_step=3", "max_steps=1"]
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", settings)])
+    run([*TORCHRUN, "--nproc-per-node", "2", *CLI, *command(base, data, tmp_path / "two", settings)])
+    assert evaluated(tmp_path / "two") == pytest.approx(evaluated(tmp_path / "one"), rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "cached", "rel", "within", "answers"),
@@ -223,6 +237,7 @@ def test_fsdp2_trains_what_one_process_trains(
     assert found[:2] == pytest.approx(expected[:2], rel=1e-6)
     assert found == pytest.approx(expected, rel=rel)
     same_adapter(tmp_path / "one", tmp_path / "sharded", within)
+    assert evaluated(tmp_path / "sharded") == pytest.approx(evaluated(tmp_path / "one"), rel=rel)
     said = [(tmp_path / name / SAMPLES).read_text().splitlines() for name in ("sharded", "one")]
     assert said[0][:answers] == said[1][:answers] and len(said[0]) == len(said[1]) == 6
 
@@ -249,6 +264,7 @@ def test_zero3_trains_what_one_process_trains(
     assert found[:2] == pytest.approx(expected[:2], rel=first)
     assert found == pytest.approx(expected, rel=rel)
     same_adapter(tmp_path / "one", tmp_path / "spread", within)
+    assert evaluated(tmp_path / "spread") == pytest.approx(evaluated(tmp_path / "one"), rel=rel)
     said = [(tmp_path / name / SAMPLES).read_text().splitlines() for name in ("spread", "one")]
     assert said[0][:2] == said[1][:2] and len(said[0]) == len(said[1])
     assert said[0] == said[1] or precision == "bf16"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from ldrt_edge.train.features import PackedDataset, collator
 from ldrt_edge.train.lora import train
 from ldrt_edge.train.merge import merge
 from ldrt_edge.train.model import PackedLlava, build
+from ldrt_edge.train.plan import plan
 from ldrt_edge.train.recipe import Recipe, load_recipe, recipe_names
 from ldrt_edge.train.watch import read_metrics
 
@@ -133,6 +135,36 @@ def test_a_question_longer_than_a_row_is_refused(tiny: Tiny, data: Path) -> None
     dataset = Dataset(data)
     with pytest.raises(DataError, match="max_tokens is 8"):
         pack_rows([(dataset, dataset.rows())], Front.from_hf(tiny("llava15", "llama")), 8, 8, 0)
+
+
+@pytest.mark.parametrize(("family", "text"), [("llava15", "smollm2"), ("llavanext", "mistral")])
+def test_a_question_that_its_model_cannot_hold_is_refused(tiny: Tiny, data: Path, family: str, text: str) -> None:
+    """Each alone counts, its picture as large as it is: rows share the picture, and begin to count anew behind it."""
+    front, dataset = Front.from_hf(tiny(family, text)), Dataset(data)
+    rows = [(dataset, dataset.rows("train")[:9])]
+    examples = PackedDataset(pack_rows(rows, front, 1, 4096, 0), front, None)
+    lengths = [int(examples[i].sequences.positions.max()) + 2 for i in range(len(examples))]  # and the stop token
+    longest = max(lengths)
+
+    def packed(context: int) -> list[PackedRow]:
+        return pack_rows(rows, front.with_config(replace(front.config, context_length=context)), 8, 4096, 0)
+
+    held = PackedDataset(packed(longest), front, None)
+    assert max(len(held[i].sequences.ids) for i in range(len(held))) > longest
+    with pytest.raises(DataError, match=rf"row \d+-talk: {longest} tokens, \d+ .* holds {longest - 1}: ") as told:
+        packed(longest - 1)
+    assert "\n" not in str(told.value)
+
+
+def test_training_and_its_plan_refuse_what_the_model_cannot_hold(
+    tiny: Tiny, data: Path, tmp_path: Path, copy: Callable[..., Path]
+) -> None:
+    base = resolve_base(str(copy(tiny("llava15", "smollm2"), text_config={"max_position_embeddings": 48})))
+    recipe = load_recipe("starter", FAST)
+    with pytest.raises(DataError, match=r"row \d+-talk: \d+ tokens, 16 of them its picture's, and the model holds 48"):
+        train(base, [data], tmp_path / "x", recipe)
+    with pytest.raises(DataError, match="the model holds 48"):
+        plan(base, [data], recipe, probe_s=0)
 
 
 @pytest.fixture(scope="module")

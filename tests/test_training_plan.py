@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +28,13 @@ from ldrt_edge import artifact
 from ldrt_edge.bench.steps import apart
 from ldrt_edge.cli import cli
 from ldrt_edge.dataset import Dataset
-from ldrt_edge.errors import ConfigError
+from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.train import plan as planning
 from ldrt_edge.train.base import Base, resolve_base
+from ldrt_edge.train.features import PackedDataset
 from ldrt_edge.train.lora import gather_material, native_bf16, train
-from ldrt_edge.train.model import build
+from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.plan import Plan, Shape, _kept_bytes, _stays_mapped, count, estimate, plan
 from ldrt_edge.train.recipe import Recipe, load_recipe
 from ldrt_edge.train.trainer import PackedTrainer
@@ -86,7 +89,11 @@ def test_the_recipes_for_cards_fit_them(card_gb: int) -> None:
     recipe, config = load_recipe(f"llava-1.5-7b-{card_gb}gb"), llava15(4096, 11008, 32)
     rows = recipe.rows_per_step
     shape = Shape(config, *count(config, recipe), 1024, batch_tokens=1024 * rows, rows=rows, answers=150 * rows)
-    assert 0.4 * card_gb < estimate(shape, recipe, bf16=True, device="cuda").total / 1e9 < 0.95 * card_gb
+    needed = estimate(shape, recipe, bf16=True, device="cuda").total / 1e9
+    assert 0.4 * card_gb < needed < 0.95 * card_gb
+    told = (resources.files("ldrt_edge.train") / "recipes" / f"llava-1.5-7b-{card_gb}gb.yaml").read_text()
+    said = re.search(r"About (\d+) GB with rows of 1,024 tokens by `--plan`", told.replace("\n# ", " "))
+    assert said is not None and float(said[1]) == pytest.approx(needed, abs=0.5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -189,6 +196,166 @@ def test_stages_are_tried_apart(
     evaluations = (align + instruct) / 3  # one of each stage, of the two pictures held out
     expected = 2 * each * align + 4 * each * instruct + evaluations + found.probe.start_s + found.probe.features_s
     assert found.seconds == pytest.approx(expected)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """[seconds] of a clock that rows read, forwards, optimizers and answers move, a first forward by 100; and forwards.
+
+    An eighth of a second a row, one a forward, a quarter an optimizer's step, seven an answer.
+    """
+    now = [0.0, 0]
+
+    class Clocked(PackedTrainer):
+        def training_step(self, *given: Any, **options: Any) -> torch.Tensor:
+            loss = super().training_step(*given, **options)
+            now[0] += 1 if now[1] else 101
+            now[1] += 1
+            return loss
+
+        def _get_grad_norm(self, *given: Any, **options: Any) -> Any:
+            now[0] += 0.25
+            return super()._get_grad_norm(*given, **options)
+
+    read = PackedDataset.__getitem__
+
+    def slow_read(self: PackedDataset, index: int) -> Any:
+        now[0] += 0.125
+        return read(self, index)
+
+    def slow_answer(*_: Any) -> list[int]:
+        now[0] += 7
+        return []
+
+    monkeypatch.setattr(planning, "PackedTrainer", Clocked)
+    monkeypatch.setattr(planning, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(PackedDataset, "__getitem__", slow_read)
+    monkeypatch.setattr(PackedLlava, "answer", slow_answer)
+    return now
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "forwards"),
+    [
+        (["accumulate=1"], 36, 36),
+        (["accumulate=2"], 20, 36),  # an epoch of nine forwards ends with a step of one
+        (["accumulate=4"], 12, 36),
+        (["accumulate=128"], 4, 36),
+        (["accumulate=4", "max_steps=5"], 5, 17),
+        (["accumulate=50", "rows_per_step=1", "instruct.epochs=3"], 3, 54),
+        (["accumulate=7", "rows_per_step=1", "instruct.epochs=3"], 9, 54),
+    ],
+)
+def test_a_step_is_foretold_with_all_its_forwards_and_an_epochs_last_with_those_it_has(
+    tiny: Tiny, data: Path, clock: list[float], settings: list[str], steps: int, forwards: int
+) -> None:
+    """However many they are, no more than six are tried, and a first one's compilation is paid once."""
+    recipe = load_recipe("starter", [*QUICK, "cache_features=false", "standardise_features=false", *settings])
+    found = plan(resolve_base(str(tiny("llava15", "llama"))), [data], recipe, probe_s=0.1)
+    assert found.steps == steps and found.probe is not None
+    assert clock[1] == 3 * min(recipe.accumulate, 2)
+    assert found.probe.start_s == pytest.approx(100 + 0.125 * recipe.rows_per_step)  # rows are read one forward ahead
+    forward_s = 1 + 0.125 * recipe.rows_per_step
+    of_step = min(recipe.accumulate, -(-18 // recipe.rows_per_step))
+    assert found.probe.step_s == {"instruct": pytest.approx(of_step * forward_s + 0.25)}
+    evaluation = 2 / recipe.rows_per_step * (forward_s + (0.25 if of_step == 1 else 0)) / 3
+    assert found.seconds == pytest.approx(found.probe.start_s + forwards * forward_s + steps * 0.25 + evaluation)
+
+
+@pytest.mark.parametrize(("settings", "answers"), [([], 2), (["validation_images=0", "instruct.epochs=1"], 6)])
+def test_sample_answers_are_foretold(
+    tiny: Tiny, data: Path, clock: list[float], settings: list[str], answers: int
+) -> None:
+    """Every five steps and at a stage's end, to the questions held out, or to six."""
+    off = ["cache_features=false", "standardise_features=false", "align.epochs=1"]
+    base = resolve_base(str(tiny("llava15", "llama")))
+    without, found = (
+        plan(base, [data], load_recipe("starter", [*QUICK, *off, *settings, *more]), probe_s=0.1)
+        for more in ([], ["sample_steps=5"])
+    )
+    assert without.seconds is not None and found.seconds is not None
+    assert without.probe is not None and without.probe.sample_s == 0
+    rounds = {2: 2 + 8, 6: 2 + 2}[answers]
+    assert found.seconds - without.seconds + 100 == pytest.approx(rounds * answers * 7.125)
+
+
+@pytest.mark.parametrize("pictures", [19, 1])
+def test_a_plan_refuses_what_does_not_fit_into_the_cache_and_leaves_it_alone(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: int
+) -> None:
+    """Features of all twenty pictures, those of the two held out as well."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base = resolve_base(str(tiny("llava15", "llama")))
+    config = Front.from_hf(base.folder).config
+    width = json.loads((base.folder / "config.json").read_text())["vision_config"]["hidden_size"]
+    size_gb = (config.image_size // config.patch_size) ** 2 * width * 4 / 1e9
+    other = tmp_path / "ldrt-edge" / "features" / "other-float32" / "old.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"0")
+    (too_little, enough) = (
+        load_recipe("starter", [*QUICK, f"cache_gb={number * size_gb}"]) for number in (pictures, 20)
+    )
+    with pytest.raises(DataError, match=r"features of 20 pictures .*: raise cache_gb") as raised:
+        plan(base, [data], too_little)
+    assert plan(base, [data], too_little, memory_gb=24).fits, "of the cache elsewhere nothing is known"
+    assert plan(base, [data], enough, probe_s=0.1).fits
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [other]
+    with pytest.raises(DataError, match=re.escape(str(raised.value).partition("the disk")[0])):
+        train(base, [data], tmp_path / "out", too_little)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=19e9 * size_gb))
+    with pytest.raises(DataError, match=r"the disk has 0.0 left"):
+        plan(base, [data], enough, probe_s=0.1)
+
+
+ODD_DEVICES = """
+import functools, os
+from ldrt_edge.cli import main
+from ldrt_edge.train import plan as planning
+rank = int(os.environ["RANK"])
+if "memory" in os.environ["ODD"]:
+    planning.available_bytes = lambda: 10**12 if rank == int(os.environ["ODD"][-1]) else 10**6
+planning.plan = functools.partial(planning.plan, probe_s=0.1 if rank else 4)
+main()
+"""
+
+
+@pytest.mark.parametrize(("odd", "fits"), [("clock", True), ("memory of 0", False), ("memory of 1", False)])
+def test_devices_plan_together_and_one_tells(tiny: Tiny, data: Path, tmp_path: Path, odd: str, fits: bool) -> None:
+    """Though one's time is up before the other's, or one has the memory and the other has not."""
+    program = tmp_path / "odd.py"
+    program.write_text(ODD_DEVICES)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    settings = [part for setting in (*QUICK, "accumulate=2", "sample_steps=9") for part in ("--set", setting)]
+    given = ["train", "--base", str(tiny("llava15", "llama")), "--data", str(data), "--plan", "--json", *settings]
+    ended = subprocess.run(
+        [sys.executable, *torchrun, *given], capture_output=True, text=True, timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path), "ODD": odd},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout)  # one document
+    assert found["fits"] == fits and (found["probe"] is not None) == fits
+    assert found["available_bytes"] == 10**6 or fits
+    assert found["steps"] == 12  # of 18 rows, five forwards on each device
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--memory-gb", "24", "--out", "adapter"], "--memory-gb is for --plan"),
+        (["--price", "3", "--out", "adapter"], "--price is for --plan"),
+        (["--plan", "--memory-gb", "24", "--price", "3"], "a GPU elsewhere .* without --memory-gb"),
+    ],
+)
+def test_options_that_could_not_act_are_refused(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=told) as raised:
+        CliRunner().invoke(
+            cli, ["train", "--base", str(tiny("llava15", "llama")), "--data", str(data), *given], catch_exceptions=False
+        )
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
 def test_features_are_foretold_as_long_as_the_cache_lacks_them(

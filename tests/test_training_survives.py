@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from test_train import FAST, colour_dataset
 from ldrt_edge import artifact
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ConfigError, DataError
-from ldrt_edge.front import conversation
+from ldrt_edge.front import Front, Message, conversation
 from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.hf import HfRuntime
 from ldrt_edge.train.base import Base, resolve_base
@@ -33,6 +34,8 @@ from ldrt_edge.train.losses import Losses
 from ldrt_edge.train.model import PackedLlava
 from ldrt_edge.train.plan import plan
 from ldrt_edge.train.recipe import Recipe, load_recipe
+from ldrt_edge.train.survive import BestKept
+from ldrt_edge.train.trainer import PackedTrainer
 from ldrt_edge.train.watch import METRICS, read_metrics
 
 Tiny = Callable[..., Path]
@@ -87,6 +90,56 @@ def test_sigterm_then_kill_9_then_the_same_bytes(tiny: Tiny, data: Path, tmp_pat
     assert one.sha256 == two.sha256
 
 
+@pytest.mark.parametrize("where", ["training_step", "evaluate"])
+def test_sigterm_in_the_last_step_of_a_stage_ends_the_run_before_the_next(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    """In its last forward, or in the evaluation that closes it."""
+    settings = [*QUICK, "validation_images=1", "align.epochs=1", "max_steps=3", "eval_steps=3"]
+    base, recipe = resolve_base(str(tiny("llava15", "smollm2"))), load_recipe("starter", settings)
+    whole, stock = train(base, [data], tmp_path / "whole", recipe), getattr(PackedTrainer, where)
+
+    def told(self: PackedTrainer, *given: Any, **options: Any) -> Any:
+        if self.state.global_step == (2 if where == "training_step" else 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stock(self, *given, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+        patched.setattr(PackedTrainer, where, told)
+        train(base, [data], tmp_path / "told", recipe)
+    assert ended.value.code == 143 and "stopped before instruct: the same command" in capsys.readouterr().err
+    assert {entry["stage"] for entry in read_metrics(tmp_path / ".told.partial" / METRICS)} == {"align"}
+    assert artifact.read(train(base, [data], tmp_path / "told", recipe)).files == artifact.read(whole).files
+
+
+@pytest.mark.parametrize(("first", "later"), [(1, 4), (3, 1)])
+def test_a_run_goes_on_with_the_threads_that_it_began_with(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, later: int
+) -> None:
+    """However many cores are free now: another number of threads sums to other last digits."""
+    base = resolve_base(str(tiny("llava15", "smollm2")))
+    recipe = load_recipe("starter", [*QUICK, "validation_images=0", "max_steps=1"])
+    before = torch.get_num_threads()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        torch.set_num_threads(4)
+        monkeypatch.setattr("ldrt_edge.train.lora.free_cores", lambda: first)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("ldrt_edge.train.lora.build", killed)
+            train(base, [data], tmp_path / "x", recipe)
+        torch.set_num_threads(4)
+        monkeypatch.setattr("ldrt_edge.train.lora.free_cores", lambda: later)
+        out = train(base, [data], tmp_path / "x", recipe)
+        assert torch.get_num_threads() == first
+    finally:
+        torch.set_num_threads(before)
+    assert not list(out.rglob(".*")) and "threads" not in (out / "manifest.json").read_text()
+
+
 @pytest.mark.parametrize(
     "end", [("max_steps=11",), ("early_stop=1", "instruct.learning_rate=3e-2", "spike_factor=null")]
 )
@@ -128,14 +181,14 @@ def test_a_gradient_that_is_no_number_stops_and_names_the_rows_of_its_step(
     tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     """Of all forwards of the step, and not of those before; the loss is a number."""
-    summed, calls = PackedLlava._summed_loss, []
+    stock, calls = PackedLlava._token_losses, []
 
     def rootless(self: PackedLlava, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         calls.append(labels)
-        loss = summed(self, hidden, labels)
-        return loss + (hidden.sum() * 0).sqrt() if len(calls) == 4 else loss  # the root of 0 has no slope
+        losses = stock(self, hidden, labels)
+        return losses + (hidden.sum() * 0).sqrt() if len(calls) == 4 else losses  # the root of 0 has no slope
 
-    monkeypatch.setattr(PackedLlava, "_summed_loss", rootless)
+    monkeypatch.setattr(PackedLlava, "_token_losses", rootless)
     settings = [*QUICK, f"rows_per_step={rows}", "accumulate=2", "questions_per_row=1", "validation_images=0"]
     with pytest.raises(DataError, match=r"step 2: the gradient is nan: .*rows of this step: ") as told:
         train(resolve_base(str(tiny("llava15", "smollm2"))), [data], tmp_path / "x", load_recipe("starter", settings))
@@ -174,9 +227,9 @@ def test_the_best_evaluation_is_kept_and_patience_ends(tiny: Tiny, data: Path, t
 def held_out_loss(base: Base, data: Path, adapter: Path, recipe: Recipe) -> float:
     """Mean loss per answer token on the rows that training held out, by inference with the adapter on."""
     runtime, dataset = HfRuntime(base.folder, adapter=adapter), Dataset(data)
-    (held,) = gather_material([dataset], runtime.front, recipe).held_out
+    held = {name for row in gather_material([dataset], runtime.front, recipe).held_out for name in row.row_ids}
     losses: list[float] = []
-    for row in (row for row in dataset.rows("train") if row.id in held.row_ids):
+    for row in (row for row in dataset.rows("train") if row.id in held):
         messages = conversation(row.turns, runtime.front.image(read_image(dataset.image_path(row)).rgb))
         for i in range(1, len(messages), 2):
             answer = runtime.front.answer_ids(messages[:i], messages[i].text)
@@ -184,6 +237,77 @@ def held_out_loss(base: Base, data: Path, adapter: Path, recipe: Recipe) -> floa
             losses += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none").tolist()
     runtime.close()
     return sum(losses) / len(losses)
+
+
+def test_the_evaluation_loss_is_per_answer_token_however_rows_are_batched(
+    tiny: Tiny, data: Path, tmp_path: Path, copy: Callable[..., Path]
+) -> None:
+    """Six rows of three questions and of one, so that the last batch is short; one word costs more than the others."""
+    whole = colour_dataset(tmp_path / "more", images=44)
+    knowing = copy(tiny("llava15", "smollm2"))
+    weights = load_file(knowing / "model.safetensors")
+    embeddings = next(weights[name] for name in weights if name.endswith("embed_tokens.weight"))
+    front = Front.from_hf(knowing)
+    embeddings[front.answer_ids([Message("user", "x")], "red")[0]] *= 8
+    save_file(weights, knowing / "model.safetensors", metadata={"format": "pt"})
+    base = resolve_base(str(knowing))
+    settings = [*QUICK, "validation_images=3", "questions_per_row=3", "max_steps=1", "instruct.learning_rate=1e-9",
+                "instruct.projector_learning_rate=1e-9"]
+    found = {}
+    for rows in (1, 2, 4):
+        recipe = load_recipe("starter", [*settings, f"rows_per_step={rows}"])
+        out = train(base, [whole], tmp_path / str(rows), recipe)
+        (found[rows],) = (entry["eval_loss"] for entry in read_metrics(out / METRICS) if "eval_loss" in entry)
+    expected = held_out_loss(base, whole, tmp_path / "1", recipe)
+    assert found == pytest.approx(dict.fromkeys(found, expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("ends_at", [6, 7])
+def test_a_run_that_goes_on_keeps_no_weights_that_it_did_not_come_by_again(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_at: int
+) -> None:
+    """Killed behind better evaluations than its checkpoint's; where it goes on, they are worse."""
+    settings = [
+        *QUICK, "validation_images=1", "eval_steps=1", "save_steps=4", "warmup=0", "instruct.learning_rate=2e-3",
+        "max_steps=9",
+    ]  # fmt: skip
+    base, recipe = resolve_base(str(tiny("llava15", "smollm2"))), load_recipe("starter", settings)
+    note, kept = BestKept.on_evaluate, tmp_path / ".x.partial" / "instruct" / "best"
+
+    def killed(self: BestKept, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        note(self, args, state, control, metrics)
+        assert sum(path.is_dir() for path in kept.iterdir()) <= 2
+        if state.global_step == ends_at:
+            raise KeyboardInterrupt
+
+    def worse(self: BestKept, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        note(self, args, state, control, {"eval_loss": metrics["eval_loss"] + 10})
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(BestKept, "on_evaluate", killed)
+        train(base, [data], tmp_path / "x", recipe)
+    losses = [entry["eval_loss"] for entry in read_metrics(tmp_path / ".x.partial" / METRICS) if "eval_loss" in entry]
+    assert losses == sorted(losses, reverse=True) and len(losses) == ends_at
+    with monkeypatch.context() as patched:
+        patched.setattr(BestKept, "on_evaluate", worse)
+        out = train(base, [data], tmp_path / "x", recipe)
+    assert artifact.read(out).metrics["kept_steps"] == {"instruct": 4}
+    assert held_out_loss(base, data, out, recipe) == pytest.approx(losses[3], rel=1e-4)
+
+
+@pytest.mark.parametrize("log_steps", [100, 3])
+def test_a_run_that_ends_early_logs_all_its_losses(tiny: Tiny, data: Path, tmp_path: Path, log_steps: int) -> None:
+    settings = [
+        *QUICK, "validation_images=1", "eval_steps=2", "instruct.learning_rate=3e-2", "early_stop=1",
+        "spike_factor=null", "warmup=0", f"log_steps={log_steps}",
+    ]  # fmt: skip
+    out = train(resolve_base(str(tiny("llava15", "smollm2"))), [data], tmp_path / "x", load_recipe("starter", settings))
+    logged = [(entry["step"], entry["loss"]) for entry in read_metrics(out / METRICS) if "loss" in entry]
+    summary = read_metrics(out / METRICS)[-1]
+    assert logged[-1][0] == summary["step"] < 100 and summary["step"] % log_steps
+    summed = sum(loss * (step - before) for (step, loss), (before, _) in zip(logged, [(0, 0), *logged], strict=False))
+    assert summed / summary["step"] == pytest.approx(summary["train_loss"])
+    assert artifact.read(out).metrics["loss"] == logged[-1][1] and (out / "loss.png").is_file()
 
 
 @pytest.mark.parametrize("keep_best", ["true", "false"])

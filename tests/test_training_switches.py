@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,10 +191,10 @@ def test_devices_that_come_one_after_the_other_leave_no_picture_out(
 def test_the_store_drops_what_was_not_used_for_longest_and_nothing_that_this_run_wants(
     kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path
 ) -> None:
-    model, rows, store = kept
+    model, rows, _ = kept
     of = {row.image_sha256: row for row in rows}
     oldest, older, recent, new = list(of)[:4]
-    store.fill(model.llava, [of[oldest], of[older], of[recent]])
+    store_of(model).fill(model.llava, [of[oldest], of[older], of[recent]])
     for age, digest in enumerate((recent, older, oldest)):
         path = next(path for path in files(tmp_path) if path.stem == digest)
         os.utime(path, (1e9 - age, 1e9 - age))
@@ -202,6 +204,87 @@ def test_the_store_drops_what_was_not_used_for_longest_and_nothing_that_this_run
     assert {path.stem for path in files(tmp_path)} == {oldest, recent, new}
     with pytest.raises(DataError, match=r"cache_gb allows .*: raise cache_gb, .* or cache_features=false"):
         small.fill(model.llava, rows)
+
+
+def of_pictures(rows: list[PackedRow]) -> list[PackedRow]:
+    """A row of each picture."""
+    return list({row.image_sha256: row for row in rows}.values())
+
+
+def refused(model: PackedLlava, rows: list[PackedRow], limit_bytes: int, told: str) -> None:
+    before = sorted(Path(os.environ["XDG_CACHE_HOME"]).rglob("*"))
+    with pytest.raises(DataError, match=told) as raised:
+        store_of(model, limit_bytes=limit_bytes).fill(model.llava, rows)
+    assert "\n" not in str(raised.value)
+    after = sorted(Path(os.environ["XDG_CACHE_HOME"]).rglob("*"))
+    assert [path for path in after if path.name != ".lock"] == [path for path in before if path.name != ".lock"]
+
+
+@pytest.mark.parametrize(("mine", "others"), [(2, 2), (1, 3)])
+def test_no_run_drops_what_another_reads(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path, mine: int, others: int
+) -> None:
+    """Until that one is done; also pictures of another tower's run, and those that it wants only now."""
+    model, rows, first = kept
+    rows = of_pictures(rows)
+    first.fill(model.llava, rows[:mine])
+    size = next(iter(files(tmp_path))).stat().st_size
+    refused(model, rows[mine : mine + others], others * size, "runs under way read 0.0 others")
+    store_of(model, exact=False).fill(model.llava, rows[mine : mine + 1])
+    refused(model, rows[mine : mine + others], others * size, "runs under way read 0.0 others")
+    first.fill(model.llava, rows[mine : mine + 1])  # what it wants now is listed instead
+    second = store_of(model, limit_bytes=others * size)
+    second.fill(model.llava, rows[mine : mine + others])
+    assert {path.stem for path in files(tmp_path)} == {row.image_sha256 for row in rows[mine : mine + others]}
+    refused(model, rows[:mine], others * size, "cache_gb allows")
+    del second
+    store_of(model, limit_bytes=(1 + mine) * size).fill(model.llava, rows[:mine])
+    for row in rows[: mine + 1]:
+        first.get(row.image_sha256)
+
+
+def test_a_killed_run_keeps_nothing_from_being_dropped(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path
+) -> None:
+    model, rows, _ = kept
+    rows = of_pictures(rows)
+    store_of(model).fill(model.llava, rows[:3])
+    size = next(iter(files(tmp_path))).stat().st_size
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:  # another run, which finds all that it wants
+        store = store_of(model)
+        store.fill(model.llava, rows[:3])
+        os.write(writer, b"!")
+        time.sleep(600)
+        os._exit(store is None)
+    assert os.read(reader, 1) == b"!"
+    try:
+        refused(model, rows[3:5], 2 * size, "runs under way read")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    store_of(model, limit_bytes=2 * size).fill(model.llava, rows[3:5])
+    assert {path.stem for path in files(tmp_path)} == {row.image_sha256 for row in rows[3:5]}
+    assert len(list(tmp_path.rglob(".read-by-*"))) == 1, "lists of runs that ended go"
+
+
+def test_features_that_someone_removes_are_told_in_a_line(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path
+) -> None:
+    """While they are counted they are not there; when they are read the run says so."""
+    model, rows, store = kept
+    rows = of_pictures(rows)
+    store.fill(model.llava, rows[:2])
+    for path in files(tmp_path):
+        (path.parent / "gone.safetensors").unlink(missing_ok=True)
+        (path.parent / "gone.safetensors").symlink_to("nowhere")
+    store.fill(model.llava, rows)
+    for row in (rows[0], rows[-1]):
+        next(path for path in files(tmp_path) if path.stem == row.image_sha256).unlink()
+        with pytest.raises(DataError, match=r"were removed: give the same command again") as raised:
+            store.get(row.image_sha256)
+        assert "\n" not in str(raised.value)
 
 
 def test_features_are_kept_apart_by_tower_by_preparation_and_by_precision(

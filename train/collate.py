@@ -21,7 +21,10 @@ from numpy.typing import NDArray
 from ldrt_edge.dataset import Dataset, Row
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front, conversation
+from ldrt_edge.front_config import FrontConfig
+from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.base import FrontImage
+from ldrt_edge.tiles import packing_layout
 
 IGNORED = -100  # torch's cross_entropy ignore_index
 ROW_IDS = "row_ids"  # in a batch: whose questions they are, for messages
@@ -84,9 +87,10 @@ def pack_rows(
     """Group rows by image into packed rows of at most `questions_per_row` questions and `max_tokens` tokens of text.
 
     Raises:
-        DataError: a single question with its answer is longer than `max_tokens`; the row is named.
+        DataError: a single question with its answer is longer than `max_tokens`, or with its picture than the model's
+            context; the row is named.
     """
-    rng = random.Random(seed)
+    rng, most = random.Random(seed), most_image_tokens(front.config)
     packed: list[PackedRow] = []
     for dataset, rows in datasets:
         by_image: dict[str, list[Question]] = {}
@@ -95,6 +99,7 @@ def pack_rows(
             by_image.setdefault(row.image_sha256, []).extend(questions_of(row, front))
             paths[row.image_sha256] = dataset.image_path(row)
         for digest, questions in by_image.items():
+            _check_context(questions, paths[digest], front, most)
             rng.shuffle(questions)
             for chunk in _chunks(questions, questions_per_row, max_tokens):
                 packed.append(PackedRow(paths[digest], digest, chunk))
@@ -153,6 +158,12 @@ class Collator:
         return batch
 
 
+def most_image_tokens(config: FrontConfig) -> int:
+    """Tokens of the picture that takes most of them: one of a size that tiles fill, where the model tiles."""
+    sizes = config.grid_pinpoints or ((config.image_size, config.image_size),)
+    return max(len(packing_layout(config, size)) for size in sizes)
+
+
 def visible(segments: torch.Tensor) -> torch.Tensor:
     """Which key each query may see: (batch, length) segments → (batch, 1, length, length) bool.
 
@@ -169,6 +180,23 @@ def expand(ids: Sequence[int], image_token_id: int, image_tokens: int) -> list[i
     for token in ids:
         expanded.extend([token] * (image_tokens if token == image_token_id else 1))
     return expanded
+
+
+def _check_context(questions: Sequence[Question], image: Path, front: Front, most: int) -> None:
+    """That each question fits, alone: branches of a row count their positions from the same prefix on.
+
+    most: tokens of any picture; this one's own are counted only where so many do not fit.
+    """
+    longest = max(questions, key=lambda question: len(question.prompt) + len(question.answer))
+    text, context = len(longest.prompt) - 1 + len(longest.answer), front.config.context_length
+    if text + most <= context:
+        return
+    picture = len(packing_layout(front.config, read_image(image).rgb.shape[:2]))
+    if text + picture > context:
+        raise DataError(
+            f"row {longest.row_id}: {text + picture} tokens, {picture} of them its picture's, and the model holds "
+            f"{context}: shorten it, or leave it out"
+        )
 
 
 def _chunks(questions: Sequence[Question], most: int, max_tokens: int) -> list[tuple[Question, ...]]:

@@ -2,7 +2,8 @@
 
 The tower does not change in training, so its output is a function of picture, tower and picture preparation: the key
 of the cache. One memory-mapped file a picture, shared between runs, under `~/.cache/ldrt-edge/features`, bounded: what
-was not used for longest goes first.
+was not used for longest goes first, and nothing that a run under way reads. What it reads is listed in a file that it
+holds locked, so that the list ends with the run, however that ends.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+import weakref
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,6 +32,9 @@ from ldrt_edge.runtimes.hf import normalise, tower_features
 from ldrt_edge.tiles import packing_layout
 from ldrt_edge.train import devices
 from ldrt_edge.train.collate import Collator, Example, PackedRow, sequences
+
+_READS = ".read-by-"
+"""How the files begin that say what a run reads: a path a line, from the cache's folder on."""
 
 
 class PackedDataset(torch.utils.data.Dataset[Example]):
@@ -80,12 +86,14 @@ class FeatureStore:
         self._dtype = torch.float32 if exact else torch.float16
         self._root, self._limit_bytes = folder or cache_folder(), limit_bytes
         self._folder = self._root / f"{_key(model, front)}-{str(self._dtype).rpartition('.')[2]}"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._list: Path | None = None
 
     def fill(
         self, model: Any, rows: Sequence[PackedRow], batch: int = 8, share: tuple[int, int] = (0, 1)
     ) -> None:
         """Compute what is missing for these rows' pictures, and wait until all devices have.
+
+        No run drops them while this store is there, or until it is filled again.
 
         model: not kept, since the store goes to the processes that read batches ahead.
         share: (this device, of how many). Which pictures are whose does not depend on what is there already, since the
@@ -95,6 +103,7 @@ class FeatureStore:
             DataError: they do not fit into the cache's limit, or not on the disk; on the first device.
         """
         wanted = {row.image_sha256: row.image for row in rows}
+        self._folder.mkdir(parents=True, exist_ok=True)
         if share[0] == 0:
             self._make_room(wanted.keys())
         devices.state().wait_for_everyone()
@@ -121,10 +130,20 @@ class FeatureStore:
         return self._path(digest).exists()
 
     def get(self, digest: str) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Features (tiles * patches, width) of a picture, mapped from the disk, and its (height, width) in pixels."""
-        with safe_open(self._path(digest), framework="pt") as file:
-            height, width = (int(side) for side in file.metadata()["size"].split())
-            return file.get_tensor("features"), (height, width)
+        """Features (tiles * patches, width) of a picture, mapped from the disk, and its (height, width) in pixels.
+
+        Raises:
+            DataError: they are gone.
+        """
+        try:
+            with safe_open(self._path(digest), framework="pt") as file:
+                height, width = (int(side) for side in file.metadata()["size"].split())
+                return file.get_tensor("features"), (height, width)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{self._path(digest)}: a picture's features, which this run needs, were removed: give the same "
+                "command again, which computes them and goes on from the last checkpoint"
+            ) from error
 
     def statistics(self, rows: Sequence[PackedRow], most: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of every feature channel, (width,) each, over up to `most` pictures."""
@@ -141,32 +160,71 @@ class FeatureStore:
         partial.rename(self._path(digest))
 
     def _make_room(self, wanted: Collection[str]) -> None:
-        """Drop the least recently used features that this run does not want, until what is missing fits."""
+        """Drop what must go for what is missing to fit, and keep others from dropping what this run wants."""
+        with _one_at_a_time(self._root):
+            for path in self.to_drop(wanted):
+                path.unlink(missing_ok=True)
+            kept = [self._path(digest) for digest in wanted]
+            for path in kept:
+                with suppress(FileNotFoundError):
+                    os.utime(path)
+            for listed, reads in self._other_lists():
+                if reads is None:
+                    with suppress(OSError):
+                        listed.unlink()
+            if self._list is None:
+                self._list = self._root / f"{_READS}{uuid4().hex}"
+                file = os.open(self._list, os.O_RDWR | os.O_CREAT, 0o666)
+                weakref.finalize(self, os.close, file)
+                _lock(file)
+            self._list.write_text("".join(f"{path.relative_to(self._root)}\n" for path in kept))
+
+    def to_drop(self, wanted: Collection[str]) -> list[Path]:
+        """The least recently used features that no run wants, as far as they must go for what is missing to fit.
+
+        wanted: SHA-256 of pictures. Nothing is touched.
+
+        Raises:
+            DataError: what is missing does not fit all the same, into the cache's limit or on the disk.
+        """
         kept = {self._path(digest) for digest in wanted}
-        missing = len(kept)
-        for path in kept:
-            with suppress(FileNotFoundError):
-                os.utime(path)
-                missing -= 1
+        missing = sum(not path.exists() for path in kept)
         config = self._front.config
         tiles = 1 + max((h * w // config.image_size**2 for h, w in config.grid_pinpoints or ()), default=0)
         of_one = tiles * (config.image_size // config.patch_size) ** 2 * self._width * self._dtype.itemsize
-        held = sorted(self._root.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime)
-        used = sum(path.stat().st_size for path in held) + missing * of_one
-        for path in held:
-            if used <= self._limit_bytes:
+        elsewhere = {path for _, reads in self._other_lists() for path in reads or ()}
+        held = sorted(_sizes(self._root))
+        used = sum(size for _, size, _ in held) + missing * of_one
+        dropped, freed = [], 0
+        for _, size, path in held:
+            if used - freed <= self._limit_bytes:
                 break
-            if path not in kept:
-                used -= path.stat().st_size
-                path.unlink()
-        free = shutil.disk_usage(self._folder).free
-        if used > self._limit_bytes or missing * of_one > free:
+            if path not in kept and path not in elsewhere:
+                dropped.append(path)
+                freed += size
+        free = freed + shutil.disk_usage(self._root).free
+        if used - freed > self._limit_bytes or missing * of_one > free:
+            others = sum(size for _, size, path in held if path in elsewhere and path not in kept)
             raise DataError(
                 f"the tower's features of {len(wanted)} pictures take up to {len(wanted) * of_one / 1e9:.1f} GB; "
-                f"cache_gb allows {self._limit_bytes / 1e9:g}, the disk has {free / 1e9:.1f} left for "
-                f"{self._root}: raise cache_gb, set XDG_CACHE_HOME to a larger disk, or cache_features=false "
-                "standardise_features=false"
+                f"cache_gb allows {self._limit_bytes / 1e9:g}"
+                + (f", of which runs under way read {others / 1e9:.1f} others" if others else "")
+                + f", the disk has {free / 1e9:.1f} left for {self._root}: raise cache_gb, set XDG_CACHE_HOME to a "
+                "larger disk, or cache_features=false standardise_features=false"
             )
+        return dropped
+
+    def _other_lists(self) -> Iterator[tuple[Path, list[Path] | None]]:
+        """The lists of other runs, and what those read; None of a run that has ended, which holds no lock any more."""
+        for listed in self._root.glob(f"{_READS}*"):
+            if listed != self._list:
+                with suppress(OSError):  # removed meanwhile, or not this user's to read
+                    file = os.open(listed, os.O_RDONLY)
+                    try:
+                        ended = _lock(file, shared=True)
+                    finally:
+                        os.close(file)
+                    yield listed, None if ended else [self._root / line for line in listed.read_text().splitlines()]
 
 
 def compute_features(model: Any, front: Front, tiles: torch.Tensor) -> torch.Tensor:
@@ -196,3 +254,38 @@ def _key(model: Any, front: Front) -> str:
     digest.update(repr([settings[name] for name in pictures]).encode())
     digest.update(str(model.config.vision_feature_layer).encode())
     return digest.hexdigest()[:24]
+
+
+def _sizes(root: Path) -> Iterator[tuple[float, int, Path]]:
+    """(when used, bytes, path) of all that is kept; others may remove some of it meanwhile."""
+    for path in root.glob("*/*.safetensors"):
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            yield found.st_mtime, found.st_size, path
+
+
+@contextmanager
+def _one_at_a_time(root: Path) -> Iterator[None]:
+    """Nobody else is within, of all processes that use this cache."""
+    file = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(file, wait=True)
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, shared: bool = False, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or its process ends; False where another has it.
+
+    Where there are no locks (Windows, some network disks) nobody ever has it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True

@@ -42,7 +42,8 @@ from ldrt_edge.train.trainer import TRAINED, PackedTrainer, arguments, load_trai
 from ldrt_edge.train.watch import METRICS, SAMPLES, Progress, SampleAnswers, plot, read_metrics
 
 STAGES = ("align", "instruct")
-_SAMPLED_ROWS = 6
+SAMPLED_ROWS = 6
+_THREADS = ".threads"
 _PREEMPTED = 128 + 15
 """Exit status of a process that SIGTERM ended, which is what batch systems look for."""
 
@@ -73,8 +74,8 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     set_seed(recipe.seed)
     device = devices.state().device
     check(recipe, device)
-    if device.type == "cpu":  # a thread that shares its core with another program holds up all
-        torch.set_num_threads(min(torch.get_num_threads(), free_cores()))
+    if device.type == "cpu":
+        torch.set_num_threads(_threads(draft.path))
     devices.say_idle()
     bf16 = uses_bf16(recipe)
     front = Front.load(base.folder).with_vision_tokens(recipe.vision_tokens)
@@ -88,9 +89,10 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     train_set, eval_set = prepare(model, material, recipe, bf16)
 
     kept: dict[str, int] = {}
+    preemption = Preemption()
     for stage in STAGES:
         if getattr(recipe, stage).epochs:
-            step = _stage(stage, model, train_set, eval_set, material, recipe, draft.path, logs, bf16)
+            step = _stage(stage, model, train_set, eval_set, material, recipe, draft.path, logs, bf16, preemption)
             kept |= {stage: step} if step is not None else {}
     draft.metrics.update(
         questions=questions,
@@ -107,6 +109,15 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
         front.save(draft.path)
         for stage in STAGES:
             shutil.rmtree(draft.path / stage, ignore_errors=True)
+
+
+def _threads(folder: Path) -> int:
+    """How many a run computes with: as many as at its first start, since another number sums to other last digits."""
+    kept = folder / _THREADS
+    with devices.state().main_process_first():
+        if not kept.is_file():  # a thread that shares its core with another program holds up all
+            artifact.replace_text(kept, str(min(torch.get_num_threads(), free_cores())))
+    return int(kept.read_text())
 
 
 def gather_material(datasets: Sequence[Dataset], front: Front, recipe: Recipe) -> Material:
@@ -199,21 +210,25 @@ def _stage(
     folder: Path,
     logs: Path,
     bf16: bool,
+    preemption: Preemption,
 ) -> int | None:
     """One stage: from its last checkpoint if there is one, to its end; the step whose weights are kept, if chosen.
 
     logs: where trackers keep their files, outside the artefact.
 
     Raises:
-        SystemExit: SIGTERM came; a checkpoint is written.
+        SystemExit: SIGTERM came; a checkpoint is written, or it came at the end of the stage before.
     """
     done = folder / stage / "done"
     if (done / TRAINED).is_file():
         load_trained(model, done)
         return best_step(folder / stage / "best") if recipe.keep_best else None
+    if preemption.came():
+        console.say(f"stopped before {stage}: the same command goes on with it")
+        raise SystemExit(_PREEMPTED)
     from peft.helpers import disable_input_dtype_casting
 
-    preemption, evaluate = Preemption(), len(eval_set) > 0
+    evaluate = len(eval_set) > 0
     callbacks: list[TrainerCallback] = [Progress(stage, folder), preemption]
     best = BestKept(model, folder / stage / "best", recipe.early_stop)
     if evaluate and (recipe.keep_best or recipe.early_stop is not None):
@@ -221,7 +236,7 @@ def _stage(
     if recipe.sample_steps is not None:
         sampled = (eval_set, material.held_out) if evaluate else (train_set, material.rows)
         callbacks.append(
-            SampleAnswers(stage, recipe.sample_steps, model, sampled[0], sampled[1][:_SAMPLED_ROWS], folder / SAMPLES)
+            SampleAnswers(stage, recipe.sample_steps, model, sampled[0], sampled[1][:SAMPLED_ROWS], folder / SAMPLES)
         )
     trainer = PackedTrainer(
         model,

@@ -61,10 +61,10 @@ class PackedLlava(nn.Module):
         num_items_in_batch: torch.Tensor | int | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        """Cross-entropy over answer tokens.
+        """Cross-entropy of answer tokens: `loss`, their mean, and `row_losses`, each row's sum, without gradient.
 
         Shapes: ids, positions, segments, labels (batch, length); layout (image_tokens of all rows, k); features
-        (patches of all rows, width) or tiles (n, size, size, 3) uint8.
+        (patches of all rows, width) or tiles (n, size, size, 3) uint8; row_losses (batch,).
         """
         if features is None:
             assert tiles is not None
@@ -79,8 +79,12 @@ class PackedLlava(nn.Module):
         wanted = labels != IGNORED
         if self.recipe.answer_only_logits:
             hidden, labels = hidden[wanted], labels[wanted]
-        loss = self._summed_loss(hidden.flatten(0, -2), labels.flatten())
-        return {"loss": loss / (num_items_in_batch if num_items_in_batch is not None else wanted.sum())}
+        losses = self._token_losses(hidden.flatten(0, -2), labels.flatten())
+        if self.recipe.answer_only_logits:
+            losses = losses.new_zeros(wanted.shape).masked_scatter(wanted, losses)
+        rows = losses.view(wanted.shape).sum(1)
+        items = num_items_in_batch if num_items_in_batch is not None else wanted.sum()
+        return {"loss": rows.sum() / items, "row_losses": rows.detach()}
 
     def answer(self, prompt: Sequence[int], example: Example, most_tokens: int) -> list[int]:
         """The greedy answer to a prompt (its image one placeholder long) about an example's picture."""
@@ -146,18 +150,17 @@ class PackedLlava(nn.Module):
             parameter.requires_grad_(lora)
         return projector, adapter if lora else []
 
-    def _summed_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of (positions, width) hidden states, in chunks whose logits live one at a time."""
+    def _token_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """(positions,) cross-entropies of (positions, width) hidden states; logits live a chunk at a time."""
         chunk = self.recipe.loss_chunk if self.recipe.answer_only_logits else len(labels)
         parts = list(zip(hidden.split(chunk), labels.split(chunk), strict=True))
         if len(parts) == 1:
-            return self._chunk_loss(*parts[0])
-        losses = [checkpoint(self._chunk_loss, *part, use_reentrant=False) for part in parts]
-        return torch.stack(losses).sum()
+            return self._chunk_losses(*parts[0])
+        return torch.cat([checkpoint(self._chunk_losses, *part, use_reentrant=False) for part in parts])
 
-    def _chunk_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _chunk_losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = self.llava.lm_head(hidden).float()
-        return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        return functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
 
     def _embed(self, ids: torch.Tensor, features: torch.Tensor, layout: torch.Tensor) -> torch.Tensor:
         llava = self.llava

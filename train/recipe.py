@@ -99,7 +99,7 @@ class Recipe:
     report_to: trackers of transformers' Trainer, beside `metrics.jsonl` and `loss.png`; they stay on this machine
         (TensorBoard's files beside the adapter, `ADAPTER-logs`; trackio's in its own folder, for `trackio show`).
     sample_steps: write the model's answers to a few fixed questions to `samples.jsonl` this often; null never does.
-    log_steps: optimizer steps between two lines of `metrics.jsonl`.
+    log_steps: optimizer steps between two lines of `metrics.jsonl`; each evaluation has one beside it too.
     """
 
     align: Align = field(default_factory=Align)

@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from ldrt_edge.errors import DataError, all_problems
 from ldrt_edge.train import devices
@@ -89,7 +90,7 @@ class PackedTrainer(Trainer):
         self.packed, self.recipe, self.lora = packed, recipe, lora
         self._losses = Losses(recipe.spike_factor)
         self._rows_of_step: list[str] = []
-        super().__init__(model=packed, train_dataset=train_dataset, **options)
+        super().__init__(model=packed, train_dataset=train_dataset, compute_metrics=_token_mean, **options)
         devices.keep_precision(self.accelerator)
         step = recipe.rows_per_step * self.args.gradient_accumulation_steps * self.args.world_size
         self.order = RowOrder(train_dataset.lengths(), recipe.seed, step if recipe.group_by_length else None)
@@ -125,6 +126,15 @@ class PackedTrainer(Trainer):
         self._losses.check(float(loss) * items / tokens / self.accelerator.num_processes, rows, self._where())
         self._losses.add(float(loss))
         return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, torch.Tensor, torch.Tensor]:
+        """Each row's summed loss and answer tokens, (batch,) both; transformers drops rows that fill a batch up."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses: torch.Tensor = model(**inputs)["row_losses"]
+        return None, losses, (inputs["labels"] != IGNORED).sum(1)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         """What Accelerate puts around a model's forward itself, but neither under FSDP2 nor ZeRO-3."""
@@ -171,6 +181,11 @@ class PackedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.packed, Path(resume_from_checkpoint))
+
+
+def _token_mean(evaluated: EvalPrediction) -> dict[str, float]:
+    """The loss per answer token over all rows, however they were batched, from what `prediction_step` gave."""
+    return {"loss": float(np.sum(evaluated.predictions, dtype=np.float64) / np.sum(evaluated.label_ids))}
 
 
 def save_trained(model: PackedLlava, folder: Path) -> None:

@@ -46,7 +46,7 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._bar.advance(1, self._loss)
-        control.should_log |= state.global_step == state.max_steps
+        control.should_log |= control.should_evaluate or state.global_step == state.max_steps  # it may end here
 
     def on_log(
         self,
