@@ -30,7 +30,7 @@ from ldrt_edge.cli import cli
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
-from ldrt_edge.train import plan as planning
+from ldrt_edge.train import probe as probing
 from ldrt_edge.train.base import Base, resolve_base
 from ldrt_edge.train.features import PackedDataset
 from ldrt_edge.train.lora import gather_material, native_bf16, train
@@ -185,7 +185,7 @@ def test_stages_are_tried_apart(
             super().__init__(*given, **options)
             made.append((Path(str(self.args.output_dir)).name, self.lora))
 
-    monkeypatch.setattr(planning, "PackedTrainer", Noted)
+    monkeypatch.setattr(probing, "PackedTrainer", Noted)
     base, settings = resolve_base(str(tiny("llava15", "llama"))), [*QUICK, "validation_images=2"]
     found = plan(base, [data], load_recipe("starter", [*settings, "align.epochs=2"]), probe_s=0.2)
     assert made == [("align", False), ("instruct", True)]
@@ -227,8 +227,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         now[0] += 7
         return []
 
-    monkeypatch.setattr(planning, "PackedTrainer", Clocked)
-    monkeypatch.setattr(planning, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(probing, "PackedTrainer", Clocked)
+    monkeypatch.setattr(probing, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(PackedDataset, "__getitem__", slow_read)
     monkeypatch.setattr(PackedLlava, "answer", slow_answer)
     return now
@@ -461,7 +461,7 @@ def test_a_default_run_takes_the_time_and_the_memory_that_its_plan_says(
 def _foretold(base: Base, data: Path, recipe: Recipe) -> Plan:
     """A plan whose probe reads the processor's clock; for a process of its own."""
     torch.set_num_threads(1)
-    vars(planning)["time"] = SimpleNamespace(monotonic=time.process_time)
+    vars(probing)["time"] = SimpleNamespace(monotonic=time.process_time)
     return plan(base, [data], recipe, probe_s=10)
 
 
