@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from transformers import AutoProcessor
 
 from ldrt_edge.errors import MissingExtraError
+
+# Here and in processes that tests start: more threads wait for each other wherever another program keeps a core busy,
+# and another number sums to other last digits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _STOCK = AutoProcessor.__dict__["from_pretrained"]
 _WITH_MLX_VLM = ("test_mlx", "test_parity")

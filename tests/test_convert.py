@@ -87,6 +87,14 @@ def test_the_reference_says_what_it_computes_in(tiny: builders.Tiny, monkeypatch
     assert hf.HfRuntime(folder, dtype="float32", device="cpu").model.dtype == torch.float32 and len(asked) == 1
 
 
+def test_the_reference_gives_torchs_threads_back(tiny: builders.Tiny) -> None:
+    before = torch.get_num_threads()
+    runtime = hf.HfRuntime(tiny("llava15", "llama"), threads=before + 2)
+    assert torch.get_num_threads() == before + 2
+    runtime.close()
+    assert torch.get_num_threads() == before
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("text", TEXTS)
 def test_hub_and_transformers_5_layouts_give_identical_files(

@@ -42,7 +42,7 @@ def edge(tiny, tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="module")
 def server(edge: Path) -> Iterator[Server]:
-    opened = Server(edge, "--max-tokens", "3000")
+    opened = Server(edge, "--max-tokens", "800")  # of a context of 4096: a conversation has room, however slow the test
     yield opened
     notes = opened.close()
     assert "Traceback" not in notes and SECRET not in notes

@@ -66,7 +66,7 @@ class HfRuntime(CachedRuntime):
 
     Args:
         folder: a model artefact, or a Hugging Face LLaVA folder.
-        threads: CPU threads; None leaves torch's choice.
+        threads: CPU threads of this process's torch until `close`; None leaves torch's choice.
         dtype: of the weights, by torch's name; None takes what fits (`fitting`).
         device: "cpu", "cuda", …; None takes what fits, the GPU if it does.
         adapter: a PEFT adapter folder to put on the model, unmerged; its front end is used.
@@ -87,8 +87,6 @@ class HfRuntime(CachedRuntime):
         adapter: Path | None = None,
     ) -> None:
         self._torch = require("torch", "train")
-        if threads:
-            self._torch.set_num_threads(threads)
         super().__init__()
         started = time.perf_counter()
         self.front = Front.load(adapter or folder)
@@ -107,11 +105,16 @@ class HfRuntime(CachedRuntime):
         self.context_length = self.front.config.context_length
         self.vocab_size = int(self.model.config.text_config.vocab_size)
         self._cache: Any = None
+        self._threads_before = self._torch.get_num_threads() if threads else None
+        if threads:
+            self._torch.set_num_threads(threads)
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, and give torch its threads back: what comes next sums as if this had not been."""
         self._cache = None
         del self.model
+        if self._threads_before:
+            self._torch.set_num_threads(self._threads_before)
 
     def _encode(self, image: FrontImage) -> FloatArray:
         torch = self._torch
