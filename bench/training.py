@@ -1,6 +1,7 @@
 """How fast and how lean training is, beside the stock ways to do the same.
 
     python -m ldrt_edge.bench.training --data DATASET --out OUT [--questions 6] [--rounds 3] [--peers a,b] [--ladder]
+        [--also compile=true]…
     python -m ldrt_edge.bench.training --data DATASET --out OUT --arch llava-1.5-7b --step 48   # on a GPU
 
 The peers are transformers' Trainer with peft, as it comes (float32) and with its own `bf16=True`, and TRL's SFTTrainer
@@ -17,7 +18,8 @@ tower took beforehand, which is in ours only, is told apart (`features_s`): it i
 On a GPU the peers load the base in its own bf16, the clock decides and memory is the GPU's. `--arch` draws a base of
 real shape with random weights: speed and memory do not ask what weights are worth. MFU is told there (`bench.mfu`).
 
-`--ladder` also runs ours with no switch on, with each alone, and with each left out. A run that was killed goes on.
+`--ladder` also runs ours with no switch on, with each alone, and with each left out; `--also` with a setting of the
+recipe that is no switch there. A run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from ldrt_edge.bench.training_peers import PEERS, Curve, Task, run_ours, run_pee
 from ldrt_edge.dataset import Dataset, DatasetWriter, group_by_image
 from ldrt_edge.errors import ConfigError, DataError, LdrtError
 from ldrt_edge.train.base import resolve_base
+from ldrt_edge.train.recipe import load_recipe
 
 OURS = "ours"
 SWITCHES: Mapping[str, tuple[str, str]] = {
@@ -54,6 +57,8 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
 CUDA_SWITCHES: Mapping[str, tuple[str, str]] = {"Liger": ("kernels=liger", "kernels=torch")}
 SAMPLES_PER_STEP, FORWARD_SAMPLES = 12, 3
 """3 questions with a picture each are 870 tokens of the starter, 2 pictures with 6 questions each are 800."""
+_OF_STEPS = ("max_steps", "seed", "instruct.epochs", "align.epochs")
+"""Settings that change what a step trains on, beside those that `compare` makes itself."""
 _VOCABULARY = 1000
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -111,11 +116,15 @@ class Size:
 def compare(
     data: Path, out: Path, base: str = "starter", recipe: str = "starter", questions: int = 6, rounds: int = 3,
     steps: int = 3, peers: Sequence[str] = PEERS, ladder: bool = False, threads: int = 1, size: Size | None = None,
+    also: Sequence[str] = (),
 ) -> Found:
     """Train all sides in turn; writes `training-QUESTIONS.json` into `out`.
 
+    also: settings of the recipe, each of which makes one more side of ours.
+
     Raises:
-        ConfigError: an unknown peer, or `questions` that do not divide a step.
+        ConfigError: an unknown peer, `questions` that do not divide a step, or a setting in `also` that is none or
+            that would train on something else.
         DataError: the dataset has too few pictures with that many questions.
     """
     size = size or Size()
@@ -128,9 +137,11 @@ def compare(
     switches = _switches()
     off: dict[str, dict[str, bool]] = {name: {} for name in (OURS, *peers)}
     off |= _ladder(questions, switches) if ladder else {}
+    settings = {name: _settings(questions, o, size, switches) for name, o in off.items()}
+    settings |= {f"{OURS}, {one}": _with(recipe, settings[OURS], one) for one in also}
     runs = {
-        name: Task(base, subset, out / "work", recipe, _settings(questions, o, size, switches), threads, size.forward)
-        for name, o in off.items()
+        name: Task(base, subset, out / "work", recipe, given, threads, size.forward)
+        for name, given in settings.items()
     }
     journal, identity = Journal(out / "journal.jsonl"), artifact.identity(subset).manifest_sha256
     curves: dict[str, list[tuple[Curve, int]]] = {name: [] for name in runs}
@@ -150,7 +161,7 @@ def compare(
             console.say(f"round {turn + 1}, {name}: {said}, {peak / 1e9:.2f} GB")
     weights = decoder_weights(resolve_base(base).folder)
     sides = tuple(
-        _side(name, found, size.step * steps, weights, ceiling, not off[name].get("shared prefix", False))
+        _side(name, found, size.step * steps, weights, ceiling, not off.get(name, {}).get("shared prefix", False))
         for name, found in curves.items()
     )
     found = Found(device, ceiling, questions, size.step, steps, rounds, threads, load_average, sides)
@@ -228,6 +239,15 @@ def _settings(
     )  # fmt: skip
 
 
+def _with(recipe: str, settings: tuple[str, ...], one: str) -> tuple[str, ...]:
+    """Settings with one more, that changes neither which questions a step has nor what they are learnt by."""
+    held = {setting.partition("=")[0] for setting in settings} | {*_OF_STEPS}
+    if one.partition("=")[0] in held:
+        raise ConfigError(f"--also {one}: all sides train alike, so this is not to be chosen for one of them")
+    load_recipe(recipe, (*settings, one))
+    return (*settings, one)
+
+
 def _ladder(questions: int, switches: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, bool]]:
     """Which switches are off in ours, by what such a run is called."""
     names = [name for name in switches if questions > 1 or name != "shared prefix"]
@@ -276,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=FORWARD_SAMPLES, help="packed rows in one forward of ours, at most")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=VALUE", help="one more side of ours")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     if min(given.questions, given.rounds, given.threads, given.step, given.forward, given.rows) < 1 or given.steps < 2:
@@ -285,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         base = given.base if given.arch is None else str(_drawn(given.out, given.data, given.arch, given.layers))
         found = compare(
             given.data, given.out, base, given.recipe, given.questions, given.rounds, given.steps, peers, given.ladder,
-            given.threads, Size(given.step, given.forward, given.rows),
+            given.threads, Size(given.step, given.forward, given.rows), given.also,
         )
     except LdrtError as error:
         print(error, file=sys.stderr)

@@ -57,6 +57,14 @@ def test_what_does_not_divide_a_step_is_refused(tmp_path: Path) -> None:
         compare(tmp_path, tmp_path / "out", questions=5)
 
 
+@pytest.mark.parametrize("one", ["rows_per_step=2", "bf16=true", "lora.dropout=0.1", "max_steps=1", "compile=often"])
+def test_one_more_side_trains_on_the_same(one: str) -> None:
+    settings = training._settings(6, {}, Size(), SWITCHES)
+    assert load_recipe("starter", training._with("starter", settings, "compile=true")).compile
+    with pytest.raises(ConfigError):
+        training._with("starter", settings, one)
+
+
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.6-vicuna-7b"])
 def test_a_stock_processor_lays_a_drawn_bases_picture_out_as_ours(tmp_path: Path, name: str) -> None:
     write_config(tmp_path, SHAPES[name], ["How many beams?", "three"], 320)

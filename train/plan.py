@@ -8,6 +8,7 @@ and counting what autograd keeps of them; all layers keep as much. Time comes fr
 from __future__ import annotations
 
 import math
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -374,8 +375,11 @@ def _remedies(
 
 
 def _available(device: torch.device) -> int:
-    """Free bytes, on the device that has the fewest."""
-    free = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_bytes()
+    """Free bytes of a process's device, where there are the fewest; those of one machine share its memory."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[1]
+    else:
+        free = available_bytes() // gather_object([socket.gethostname()]).count(socket.gethostname())
     least: int = min(gather_object([int(free)]))
     return least
 
