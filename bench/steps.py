@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -110,14 +110,31 @@ def digest(key: Mapping[str, Json]) -> str:
 def apart(packages: Sequence[str], function: Callable[..., T], *arguments: Any) -> tuple[T, Cost]:
     """Call a function in a fresh process, in which `packages` are loaded before its cost is counted.
 
+    The process ends when this one does, however that ends.
+
     Raises:
         ArtifactError: the process was killed.
     """
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
             return pool.submit(_costed, tuple(packages), function, arguments).result()
     except BrokenProcessPool as error:
         raise ArtifactError("a step was killed, perhaps for lack of memory: a second run goes on") from error
+
+
+def _end_with_parent() -> None:
+    """Once the parent is gone, end this process too, wherever it is: a pool's worker would wait for work for ever.
+
+    It would hold its memory, a GPU's too, beside the steps of the next start.
+    """
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _costed(packages: tuple[str, ...], function: Callable[..., T], arguments: tuple[Any, ...]) -> tuple[T, Cost]:

@@ -17,19 +17,23 @@
     python -m ldrt_edge.bench.sweep train/sweeps/rank.yaml --out rank
 
 Every run is an adapter in OUT, and what it answered is in a journal there; a second call finds both, so a sweep that
-was stopped goes on. Accuracy is that
-of whole answers on the datasets' test split, as greedy decoding would give them: the most likely token at every place
-of the right answer. Differences are paired by question and clustered by what a split must not divide (an article).
+was stopped goes on. Accuracy is that of whole answers on the datasets' test split, as greedy decoding would give them:
+the most likely token at every place of the right answer. All variants answer in one precision on one device, those that
+fit when the sweep starts; where others do at a later start, all are asked again. Differences are paired by question and
+clustered by what a split must not divide (an article).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,17 +44,20 @@ from pydantic.dataclasses import dataclass as checked
 from ldrt_edge import artifact, console
 from ldrt_edge.bench.statistics import Difference, Rate, paired_difference, rate
 from ldrt_edge.bench.steps import Journal, made
+from ldrt_edge.convert.weights import Weights
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ConfigError, DataError, LdrtError, all_problems
 from ldrt_edge.front import conversation
 from ldrt_edge.image import read_image
-from ldrt_edge.runtimes.hf import HfRuntime
+from ldrt_edge.runtimes.hf import HfRuntime, Place, fitting
 from ldrt_edge.train.base import Base, resolve_base
 from ldrt_edge.train.lora import train
 from ldrt_edge.train.recipe import Recipe, load_recipe
-from ldrt_edge.train.watch import read_metrics
 
 RESULTS, JOURNAL = "sweep.json", "journal.jsonl"
+_WHOLE = re.compile(r"\{[^{}]*\}")
+"""A line of `times.jsonl` from its beginning to its end; nothing in one has parts."""
+_ONWARD = ("step", "seconds", "processor_seconds")
 
 
 @checked(frozen=True, config=ConfigDict(extra="forbid"))
@@ -74,6 +81,7 @@ class Variant:
     """One line of the table. difference: to the first variant, None for itself.
 
     seconds: of one run's steps and evaluations, all its starts together, each up to its last log line.
+    place: what all variants' answers were computed in, as "float32 on cuda".
     """
 
     name: str
@@ -82,6 +90,7 @@ class Variant:
     difference: Difference | None
     losses: tuple[float, ...]
     seconds: float
+    place: str
 
 
 def sweep(file: Path, out: Path) -> list[Variant]:
@@ -97,6 +106,7 @@ def sweep(file: Path, out: Path) -> list[Variant]:
     if not any(dataset.rows("test") for dataset in datasets):
         raise DataError("the datasets have no rows in their test split, so there is nothing to compare variants on")
     base = resolve_base(given.base)
+    place = fitting(Weights(base.folder).count)
     made(out)
     journal, asked = Journal(out / JOURNAL), [artifact.identity(folder).manifest_sha256 for folder in given.data]
     right: dict[str, list[float]] = {name: [] for name in given.variants}
@@ -108,9 +118,9 @@ def sweep(file: Path, out: Path) -> list[Variant]:
             console.say(f"{name}, seed {seed}")
             adapter = train(base, given.data, out / f"{_slug(name)}-seed{seed}", recipes[name, seed])
             metrics[name].append(dict(artifact.read(adapter).metrics))
-            seconds[name] += _seconds(read_metrics(adapter / artifact.TIMES))
-            key = {"adapter": artifact.identity(adapter).manifest_sha256, "data": asked}
-            gave = journal.once(key, lambda adapter=adapter: _answers(base, adapter, datasets))  # type: ignore[misc]
+            seconds[name] += _seconds(adapter / artifact.TIMES)
+            key = {"adapter": artifact.identity(adapter).manifest_sha256, "data": asked, "place": str(place)}
+            gave = journal.once(key, partial(_answers, base, adapter, datasets, place))
             right[name] += gave["right"]
         clusters += gave["groups"]
     first = next(iter(given.variants))
@@ -120,6 +130,7 @@ def sweep(file: Path, out: Path) -> list[Variant]:
             None if name == first else paired_difference(right[name], right[first], clusters),
             tuple(entry["loss"] for entry in metrics[name]),
             seconds[name] / len(given.seeds),
+            str(place),
         )
         for name, settings in given.variants.items()
     ]  # fmt: skip
@@ -129,7 +140,10 @@ def sweep(file: Path, out: Path) -> list[Variant]:
 
 def table(found: Sequence[Variant]) -> list[str]:
     """Markdown: accuracy with its 95% interval, the paired difference to the first variant, last losses, time."""
-    lines = ["| variant | right | against the first, points | last loss of each seed | seconds |", "|" + "---|" * 5]
+    lines = [
+        f"| variant | right, {found[0].place} | against the first, points | last loss of each seed | seconds |",
+        "|" + "---|" * 5,
+    ]
     for variant in found:
         accuracy, against = variant.accuracy, variant.difference
         points = "" if against is None else (
@@ -176,10 +190,14 @@ def recipes_of(given: Sweep) -> dict[tuple[str, int], Recipe]:
     }  # fmt: skip
 
 
-def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> dict[str, list[Any]]:
+def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset], place: Place) -> dict[str, list[Any]]:
     """1.0 for every question of the test split whose whole answer is the most likely one (`right`); their `groups`."""
+    import torch
+
     rows = [(dataset, row) for dataset in datasets for row in dataset.rows("test")]
-    runtime = HfRuntime(base.folder, adapter=adapter)
+    gc.collect()  # what was trained hangs together in circles, and torch keeps a GPU's memory
+    torch.cuda.empty_cache()
+    runtime = HfRuntime(base.folder, dtype=place.dtype, device=place.device, adapter=adapter)
     right = []
     try:
         for dataset, row in console.track(rows, "test split"):
@@ -193,10 +211,20 @@ def _answers(base: Base, adapter: Path, datasets: Sequence[Dataset]) -> dict[str
     return {"right": right, "groups": [row.group for _, row in rows]}
 
 
-def _seconds(lines: Sequence[dict[str, Any]]) -> float:
-    """Of all starts and stages; each counts from its own beginning."""
-    told = [float(line["seconds"]) for line in lines]
-    return sum(before for before, after in zip(told, [*told[1:], 0.0], strict=False) if after < before)
+def _seconds(times: Path) -> float:
+    """Of all starts and stages in a run's `times.jsonl`; each counts from its own beginning.
+
+    A line with `began` tells a beginning. A file without is older, and there one is seen where the stage is another, or
+    the step or a clock goes back. A line that a full disk cut off is passed over, but not one that follows on it.
+    """
+    spent: list[float] = []
+    before: dict[str, Any] = {}
+    for line in map(json.loads, _WHOLE.findall(times.read_text(encoding="utf-8", errors="replace"))):
+        if "began" not in line:
+            goes_on = before.get("stage") == line["stage"] and all(before[name] <= line[name] for name in _ONWARD)
+            spent = [*(spent[:-1] if goes_on else spent), float(line["seconds"])]
+        before = line
+    return sum(spent)
 
 
 def _slug(name: str) -> str:

@@ -19,7 +19,8 @@ On a GPU the peers load the base in its own bf16, the clock decides and memory i
 real shape with random weights: speed and memory do not ask what weights are worth. MFU is told there (`bench.mfu`).
 
 `--ladder` also runs ours with no switch on, with each alone, and with each left out; `--also` with a setting of the
-recipe that is no switch there. A run that was killed goes on.
+recipe that is no switch there and leaves each step its questions: compilation, or another optimizer or rank, with which
+losses go another way. A run that was killed goes on.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 
@@ -57,8 +59,8 @@ SWITCHES: Mapping[str, tuple[str, str]] = {
 CUDA_SWITCHES: Mapping[str, tuple[str, str]] = {"Liger": ("kernels=liger", "kernels=torch")}
 SAMPLES_PER_STEP, FORWARD_SAMPLES = 12, 3
 """3 questions with a picture each are 870 tokens of the starter, 2 pictures with 6 questions each are 800."""
-_OF_STEPS = ("max_steps", "seed", "instruct.epochs", "align.epochs")
-"""Settings that change what a step trains on, beside those that `compare` makes itself."""
+_OF_STEPS = ("seed", "max_steps", "max_tokens", "devices", "early_stop", "instruct.epochs", "align.epochs")
+"""Settings that decide how many steps there are and which questions each has, beside those that `_settings` makes."""
 _VOCABULARY = 1000
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -123,8 +125,8 @@ def compare(
     also: settings of the recipe, each of which makes one more side of ours.
 
     Raises:
-        ConfigError: an unknown peer, `questions` that do not divide a step, or a setting in `also` that is none or
-            that would train on something else.
+        ConfigError: an unknown peer, `questions` that do not divide a step, or a setting in `also` that is none, that
+            changes nothing, or that all sides have alike.
         DataError: the dataset has too few pictures with that many questions.
     """
     size = size or Size()
@@ -240,12 +242,29 @@ def _settings(
 
 
 def _with(recipe: str, settings: tuple[str, ...], one: str) -> tuple[str, ...]:
-    """Settings with one more, that changes neither which questions a step has nor what they are learnt by."""
-    held = {setting.partition("=")[0] for setting in settings} | {*_OF_STEPS}
-    if one.partition("=")[0] in held:
-        raise ConfigError(f"--also {one}: all sides train alike, so this is not to be chosen for one of them")
-    load_recipe(recipe, (*settings, one))
+    """Settings with one more, which changes neither what `_settings` makes nor which questions a step has.
+
+    It may change what they are learnt by, as the optimizer and LoRA's rank, which take their own time and memory.
+    """
+    before, after = (_flat(asdict(load_recipe(recipe, given))) for given in (settings, (*settings, one)))
+    changed = [name for name in after if after[name] != before[name]]
+    held = {*_OF_STEPS, *(setting.partition("=")[0] for setting in settings)}
+    if not changed:
+        raise ConfigError(f"--also {one}: {OURS} has it so already")
+    if refused := [name for name in changed if name in held]:
+        raise ConfigError(
+            f"--also {one}: {refused[0]} cannot be chosen: it is a switch of --ladder, or all sides have it alike so "
+            "that their steps are of the same questions and can be compared"
+        )
     return (*settings, one)
+
+
+def _flat(settings: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """A recipe's settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{group}{name}.") if isinstance(value, dict) else {f"{group}{name}": value}
+    return flat
 
 
 def _ladder(questions: int, switches: Mapping[str, tuple[str, str]]) -> dict[str, dict[str, bool]]:
@@ -296,7 +315,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=FORWARD_SAMPLES, help="packed rows in one forward of ours, at most")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--ladder", action="store_true")
-    parser.add_argument("--also", action="append", default=[], metavar="NAME=VALUE", help="one more side of ours")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME=VALUE",
+        help="one more side of ours, by a setting that leaves each step its questions; may be given several times",
+    )
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
     if min(given.questions, given.rounds, given.threads, given.step, given.forward, given.rows) < 1 or given.steps < 2:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
 from ldrt_edge.convert.gguf import check_room
 from ldrt_edge.convert.gradients import Asked, gradients, linears, prompts
 from ldrt_edge.convert.source import EMBEDDINGS, HEAD, Source, is_tied
 from ldrt_edge.dataset import Row
+from ldrt_edge.machine import available_bytes
 from ldrt_edge.runtimes.base import FloatArray
 from ldrt_edge.runtimes.hf import HfRuntime
 
@@ -131,4 +131,4 @@ def _free_bytes(runtime: HfRuntime) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return available_bytes()

@@ -119,6 +119,7 @@ def train(
         if value is not None and not only_plan:
             raise ConfigError(f"{option} is for --plan, which trains nothing: add --plan, or leave {option} out")
     require("torch", "train")
+    from ldrt_edge.train import devices
     from ldrt_edge.train.base import resolve_base
     from ldrt_edge.train.lora import train as run
     from ldrt_edge.train.recipe import load_recipe
@@ -129,12 +130,14 @@ def train(
         from ldrt_edge.train.plan import plan, render
 
         found = plan(resolve_base(base), datasets, settings, memory_gb=memory_gb, price_per_hour=price)
+        devices.leave()
         if tells:
             click.echo(json.dumps(asdict(found)) if as_json else render(found))
         return
     if out is None:
         raise ConfigError("--out FOLDER is missing (or --plan, to see what the run needs)")
     trained = run(resolve_base(base), datasets, out, settings, resume)
+    devices.leave()
     if tells:
         show_artifact(trained, as_json)
 

@@ -16,7 +16,13 @@ import psutil
 from ldrt_edge.runtimes.processor import has_amx, physical_cores
 
 _FEATURES = ("AVX2", "AVX512F", "AVX512VNNI", "AVX512BF16", "NEON", "ASIMDDP", "SVE")
-_MEMORY_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_CGROUPS = Path("/sys/fs/cgroup")
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+"""Of control groups 2 and 1: limit, usage, statistics, and what those call a cache that is dropped where memory lacks.
+Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst."""
 _READ_BYTES = 256 << 20  # several times what a laptop processor's caches hold
 
 
@@ -56,13 +62,13 @@ def processor() -> Processor:
 
 def memory() -> Memory:
     """Read sizes and measure the speed, which takes about a second."""
-    total = min([psutil.virtual_memory().total, *_container_limits()])
+    total = min([psutil.virtual_memory().total, *(limit for limit, _ in _containers())])
     return Memory(total, available_bytes(), read_gb_per_s(physical_cores()), psutil.getloadavg()[0])
 
 
 def available_bytes() -> int:
     """Memory that a program could still take, of the machine or of the container."""
-    return min([psutil.virtual_memory().available, *_container_limits()])
+    return min([psutil.virtual_memory().available, *(free for _, free in _containers())])
 
 
 def read_gb_per_s(threads: int, repeats: int = 15) -> float:
@@ -95,11 +101,22 @@ def processor_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def _container_limits() -> list[int]:
-    limits = []
-    for path in _MEMORY_LIMITS:
+def _containers() -> list[tuple[int, int]]:
+    """(limit, what of it is not in use) in bytes of each control group that has one; a cache of files is not in use."""
+    found = []
+    for limit, usage, statistics, cache in _MEMORY_FILES:
         try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # no control group, or "max"
+            most = int(_text(limit))
+        except ValueError:  # no control group, or "max"
             continue
-    return limits
+        counts = dict(line.split() for line in _text(statistics).splitlines())
+        used = int(_text(usage) or 0) - int(counts.get(cache, 0))
+        found.append((most, min(most, max(0, most - used))))
+    return found
+
+
+def _text(name: str) -> str:
+    try:
+        return (_CGROUPS / name).read_text().strip()
+    except OSError:
+        return ""

@@ -22,7 +22,7 @@ from gguf import GGUFReader
 from tiny import edit_tensors
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from ldrt_edge import artifact, console
+from ldrt_edge import artifact, console, machine
 from ldrt_edge.convert import plan
 from ldrt_edge.convert.gguf import convert, write, write_mmproj, write_text
 from ldrt_edge.convert.plan import text_plan
@@ -52,6 +52,7 @@ def test_an_export_holds_what_a_laptop_needs_and_how_close_it_is(tiny: builders.
     assert fidelity["tokens"] >= 300
 
 
+@pytest.mark.parametrize("contained", [False, True])
 @pytest.mark.parametrize(
     ("gpu_gb", "cpu_gb", "wanted", "precise"),
     [
@@ -65,13 +66,20 @@ def test_an_export_holds_what_a_laptop_needs_and_how_close_it_is(tiny: builders.
     ],
 )
 def test_a_7b_runs_where_the_memory_at_hand_lets_it(
-    monkeypatch: pytest.MonkeyPatch, gpu_gb: int | None, cpu_gb: int, wanted: hf.Place, precise: hf.Place
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_gb: int | None, cpu_gb: int, wanted: hf.Place,
+    precise: hf.Place, contained: bool,
+) -> None:  # fmt: skip
+    """The machine's, or of a large machine what a container has."""
     said: list[str] = []
     monkeypatch.setattr(console, "say", said.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu_gb is not None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ((gpu_gb or 0) * 10**9, 0))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=cpu_gb * 10**9))
+    memory = SimpleNamespace(available=(1000 if contained else cpu_gb) * 10**9)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    if contained:
+        (tmp_path / "memory.max").write_text(f"{(cpu_gb + 1) * 10**9}")
+        (tmp_path / "memory.current").write_text(f"{10**9}")
     found = [hf.fitting(7_060_000_000), hf.fitting(7_060_000_000, precise=True)]
     assert found == [wanted, precise]
     assert len(said) == sum(place.dtype == "bfloat16" for place in found)

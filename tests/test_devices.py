@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -133,7 +134,8 @@ def clusters() -> dict[str, tuple[list[str], int]]:
     pod = job["spec"]["template"]["spec"]
     script = (folder / "slurm.sbatch").read_text()
     settings = dict(re.findall(r"^#SBATCH --(\w+)=(.*)", script, re.MULTILINE))
-    command = script.partition("srun torchrun ")[2].replace("\\\n", "").replace("$SLURM_NNODES", settings["nodes"])
+    command = script.partition("srun torchrun ")[2].partition(" &\n")[0].replace("\\\n", "")
+    command = command.replace("$SLURM_NNODES", settings["nodes"])
     return {
         "kubernetes": (pod["containers"][0]["command"][1:], pod["terminationGracePeriodSeconds"]),
         "slurm": (shlex.split(command), int(settings["signal"].partition("@")[2])),
@@ -156,6 +158,31 @@ def test_a_cluster_takes_the_same_step_on_as_many_nodes_as_its_file_allows(
         gpus = number * int(launch.nproc_per_node)
         alone_among(monkeypatch, 8, processes=gpus)
         assert recipe.rows_per_step * accumulation(recipe.accumulate, recipe.devices) * gpus == rows
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(("status", "requeued"), [(143, True), (0, False)])
+def test_slurm_waits_for_the_checkpoint_and_puts_the_job_back_into_the_queue(
+    tmp_path: Path, status: int, requeued: bool
+) -> None:
+    """Or lets it end, where training was done by then."""
+    programs = {
+        "srun": f"trap 'echo stopped; exit {status}' TERM; echo started; for _ in {{1..400}}; do sleep 0.05; done",
+        "scontrol": "echo scontrol $1 $2",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = resources.files("ldrt_edge.train") / "launch" / "slurm.sbatch"
+    job = {
+        "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "nodes",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    run = subprocess.Popen(["bash", str(script)], env={**os.environ, **job}, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline() == "started\n"
+    run.terminate()
+    told, _ = run.communicate(timeout=20)
+    assert told.splitlines() == ["stopped", *["scontrol requeue 7"] * requeued]
 
 
 @pytest.mark.parametrize(("gpus", "processes", "told"), [(4, 1, True), (2, 1, True), (1, 1, False), (4, 4, False)])
@@ -272,25 +299,29 @@ def test_zero3_trains_what_one_process_trains(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "processes"),
-    [("ddp", 2), ("ddp", 1), ("fsdp2", 2), ("fsdp2", 1), pytest.param("zero3", 2, marks=deepspeed)],
-)
+    ("kind", "processes", "told"),
+    [
+        ("ddp", 2, ["devices=2"]), ("ddp", 1, ["devices=2"]), ("ddp", 1, []),
+        ("fsdp2", 2, ["devices=2"]), ("fsdp2", 1, []), pytest.param("zero3", 2, ["devices=2"], marks=deepspeed),
+    ],
+)  # fmt: skip
 def test_a_killed_run_goes_on_with_as_many_processes_or_fewer(
-    tiny: Tiny, data: Path, tmp_path: Path, kind: str, processes: int
+    tiny: Tiny, data: Path, tmp_path: Path, kind: str, processes: int, told: list[str]
 ) -> None:
-    base, settings = tiny("llava15", "smollm2"), ["devices=2", "save_steps=10", "instruct.epochs=12"]
+    """It takes the steps that it began with, whether it was told for how many devices they are or not."""
+    base, settings = tiny("llava15", "smollm2"), ["save_steps=10", "instruct.epochs=12"]
 
     def started(number: int) -> subprocess.Popen[str]:
         torchrun = [*TORCHRUN, "--nproc-per-node", str(number)]
         program = {"ddp": [*torchrun, *CLI], "fsdp2": [*torchrun, *FSDP_ON_CPU], "zero3": zero3(tmp_path, number)}[kind]
         environment = launch_environment(kind, number) if kind == "fsdp2" else {"DS_ACCELERATOR": "cpu"}
         return subprocess.Popen(
-            [*program, *command(base, data, tmp_path / "out", settings)],
+            [*program, *command(base, data, tmp_path / "out", [*settings, *told])],
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", settings)])
+    run([sys.executable, *CLI, *command(base, data, tmp_path / "one", [*settings, "devices=2"])])
     killed, written = started(2), tmp_path / ".out.partial" / "instruct"
     deadline = time.monotonic() + 240
     states = "checkpoint-*/trainer_state.json"  # written last; its end is there when all is
@@ -302,10 +333,10 @@ def test_a_killed_run_goes_on_with_as_many_processes_or_fewer(
         process.kill()
     killed.communicate()
     if kind == "zero3":  # its shards are for as many
-        told, _ = started(1).communicate(timeout=300)
-        assert "was written by 2 processes under ZeRO-3" in told and not (tmp_path / "out").exists()
-    told, _ = started(processes).communicate(timeout=300)
-    assert "going on from step" in told
+        said, _ = started(1).communicate(timeout=300)
+        assert "was written by 2 processes under ZeRO-3" in said and not (tmp_path / "out").exists()
+    said, _ = started(processes).communicate(timeout=300)
+    assert "going on from step" in said
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     same_adapter(tmp_path / "one", tmp_path / "out")
 

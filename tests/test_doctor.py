@@ -9,11 +9,12 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from ldrt_edge import doctor
+from ldrt_edge import doctor, machine
 from ldrt_edge.doctor import Diagnosis, ModelFit, diagnose, models_on, render
 from ldrt_edge.machine import Memory
 
@@ -92,6 +93,38 @@ def test_this_machine_is_described_truly(here: Diagnosis) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file() and "avx2" in cpuinfo.read_text().split():
         assert "AVX2" in here.processor.features
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("limit", "used", "cache", "total", "available"),
+    [
+        (16 * GB, 15 * GB, 2 * GB, 16 * GB, 3 * GB),
+        (16 * GB, 17 * GB, 0, 16 * GB, 0),
+        (16 * GB, GB, 2 * GB, 16 * GB, 16 * GB),
+        (4 * GB, None, None, 4 * GB, 4 * GB),
+        (1 << 60, 70 * GB, 0, 64 * GB, 50 * GB),
+        (None, 70 * GB, 0, 64 * GB, 50 * GB),
+    ],
+)
+def test_a_container_has_what_its_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, limit: int | None, used: int | None,
+    cache: int | None, total: int, available: int,
+) -> None:  # fmt: skip
+    """Of what it uses, files that can be read again do not count; and never more than the machine has."""
+    names = {1: ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), 2: ("max", "current", "inactive_file")}
+    most, now, dropped = names[version]
+    folder = tmp_path / "memory" if version == 1 else tmp_path
+    folder.mkdir(exist_ok=True)
+    (folder / f"memory.{most}").write_text(f"{limit or 'max'}\n")
+    if used is not None:
+        (folder / f"memory.{now}").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon {GB}\n{dropped} {cache}\nactive_file {GB}\n")
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "read_gb_per_s", lambda threads: 1.0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GB, available=50 * GB))
+    found = machine.memory()
+    assert (found.total_bytes, found.available_bytes) == (total, available)
 
 
 def test_installed_runtimes_are_loaded_and_their_flaws_named(here: Diagnosis) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -14,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 import pytest
 import tiny as builders
 from gguf import GGUFReader, dequantize
@@ -319,6 +324,29 @@ def test_mlx_side_by_side(tiny: builders.Tiny, data: Path, tmp_path: Path, capsy
 def test_a_step_that_is_killed_is_one_line() -> None:
     with pytest.raises(ArtifactError, match="a step was killed"):
         apart((), os.abort)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("step", ["time.sleep(1)", "time.sleep(600)", "while True: pass"])
+def test_a_step_ends_with_the_run_that_wanted_it(tmp_path: Path, number: int, step: str) -> None:
+    """However it was killed, whatever the step does: none computes or holds memory beside the next start's."""
+    told = tmp_path / "pid"
+    work = f"import os, pathlib, time\npathlib.Path({str(told)!r}).write_text(f'{{os.getpid()}}\\n')\n{step}"
+    command = f"from ldrt_edge.bench.steps import apart; apart((), exec, {work!r})"
+    run = subprocess.Popen([sys.executable, "-c", command])
+    deadline = time.monotonic() + 120
+    while not (told.is_file() and told.read_text().endswith("\n")):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    worker = psutil.Process(int(told.read_text()))
+    run.send_signal(number)
+    assert run.wait() == -number
+    with suppress(psutil.NoSuchProcess):
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > deadline:
+                worker.kill()
+                pytest.fail("it outlives its run")
+            time.sleep(0.01)
 
 
 def test_a_journal_that_is_none_is_refused(tmp_path: Path) -> None:

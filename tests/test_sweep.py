@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +18,8 @@ from ldrt_edge import artifact
 from ldrt_edge.bench.sweep import _seconds, main, read_sweep, recipes_of, sweep, table
 from ldrt_edge.dataset import Dataset, DatasetWriter
 from ldrt_edge.errors import ConfigError, DataError
+from ldrt_edge.runtimes.hf import HfRuntime, Place
+from ldrt_edge.train.model import PackedLlava
 
 Tiny = Callable[..., Path]
 SHIPPED = sorted(Path(str(resources.files("ldrt_edge.train") / "sweeps")).glob("*.yaml"))
@@ -114,9 +119,75 @@ def test_a_sweep_takes_a_recipe_of_ones_own(tmp_path: Path) -> None:
     assert (recipe.lora.rank, recipe.seed) == (3, 4)
 
 
-def test_the_seconds_of_a_run_are_those_of_all_its_starts() -> None:
-    assert _seconds([{"seconds": told} for told in (0.5, 3.0, 4.0, 0.25, 2.0, 1.0)]) == 4.0 + 2.0 + 1.0
-    assert _seconds([]) == 0.0
+@pytest.mark.parametrize("begun", [1.7e9, None])
+@pytest.mark.parametrize("torn", ["", '{"stage": "instr', '{"stage": "instruct", "step": 9, "seconds": 11.0'])
+def test_the_seconds_of_a_run_are_those_of_all_its_starts(tmp_path: Path, begun: float | None, torn: str) -> None:
+    """Also where a start's first line comes later on the clock than the last of the one before, or shares its line."""
+    starts = [
+        [("align", 1, 0.5, 2.0), ("align", 2, 3.0, 5.0)],
+        [("instruct", 1, 4.0, 6.0), ("instruct", 2, 10.0, 12.0)],
+        [("instruct", 2, 11.0, 9.0), ("instruct", 3, 20.0, 18.0), ("instruct", 4, 30.0, 28.0)],
+        [("instruct", 3, 31.0, 29.0)],
+        [("instruct", 4, 1.0, 30.0)],
+    ]
+    names, lines = ("stage", "step", "seconds", "processor_seconds"), []
+    for start in starts:
+        lines += [] if begun is None else [json.dumps({"began": begun}) + "\n"]
+        lines += [json.dumps(dict(zip(names, line, strict=True))) + "\n" for line in start]
+        lines.append(torn)
+    path = tmp_path / artifact.TIMES
+    path.write_text("".join(lines))
+    assert _seconds(path) == 3.0 + 10.0 + 30.0 + 31.0 + 1.0
+    path.write_text("")
+    assert _seconds(path) == 0.0
+
+
+def test_a_start_that_only_its_mark_tells(tmp_path: Path) -> None:
+    told = [{"began": 1.0}, 10.0, {"began": 2.0}, {"began": 3.0}, 11.0, 20.0, 30.0]
+    lines = [
+        line if isinstance(line, dict) else {"stage": "instruct", "step": i, "seconds": line, "processor_seconds": line}
+        for i, line in enumerate(told)
+    ]
+    (tmp_path / artifact.TIMES).write_text("\n".join(map(json.dumps, lines)))
+    assert _seconds(tmp_path / artifact.TIMES) == 40.0
+
+
+def test_a_torn_line_of_times_stops_no_finished_sweep(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    base, variants = tiny("llava15", "smollm2"), {"a": ["max_steps=1"]}
+    file = written(tmp_path / "sweep.yaml", base, data, variants=variants, seeds=[0])
+    (first,) = sweep(file, tmp_path / "out")
+    (times,) = (tmp_path / "out").glob(f"*/{artifact.TIMES}")
+    with times.open("a") as stream:
+        stream.write('{"stage": "instruct", "st')
+    assert sweep(file, tmp_path / "out") == [first]
+
+
+def test_all_variants_answer_in_one_place_and_another_place_asks_all_again(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Noting(HfRuntime):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            held = sum(type(thing) is PackedLlava for thing in gc.get_objects())
+            super().__init__(*arguments, **options)
+            asked.append((str(self.place), held))
+
+    monkeypatch.setattr("ldrt_edge.bench.sweep.HfRuntime", Noting)
+    base, out = tiny("llava15", "smollm2"), tmp_path / "out"
+    variants = {"a": ["max_steps=1"], "b": ["max_steps=2"]}
+    request.addfinalizer(gc.enable)
+    gc.disable()  # which would free by chance, or not
+    for dtype, names in [("bfloat16", ["a"]), ("bfloat16", ["a", "b"]), ("float32", ["a", "b"]), ("bfloat16", ["b"])]:
+        monkeypatch.setattr("ldrt_edge.bench.sweep.fitting", lambda _, dtype=dtype: Place(dtype, "cpu"))
+        given = {name: variants[name] for name in names}
+        file = written(tmp_path / "sweep.yaml", base, data, variants=given, seeds=[0])
+        assert main([str(file), "--out", str(out)]) == 0
+        assert f"right, {dtype} on cpu" in capsys.readouterr().out.splitlines()[0]
+        assert {line["place"] for line in json.loads((out / "sweep.json").read_text())} == {f"{dtype} on cpu"}
+    assert [place for place, _ in asked] == ["bfloat16 on cpu"] * 2 + ["float32 on cpu"] * 2
+    assert [held for _, held in asked] == [0] * 4, "what was trained is gone before its answers are asked for"
 
 
 def test_variants_of_like_names_do_not_share_a_folder(tiny: Tiny, data: Path, tmp_path: Path) -> None:

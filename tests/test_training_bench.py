@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_train import FAST, colour_dataset
 from transformers import AutoProcessor
 
 from ldrt_edge.bench import training
 from ldrt_edge.bench.mfu import Ceiling
 from ldrt_edge.bench.shapes import SHAPES, write_config
 from ldrt_edge.bench.training import CUDA_SWITCHES, SWITCHES, Found, Side, Size, compare, table
+from ldrt_edge.bench.training_peers import Task, run_ours
 from ldrt_edge.errors import ConfigError
 from ldrt_edge.front import Front
+from ldrt_edge.train import lora
+from ldrt_edge.train.features import FeatureStore
 from ldrt_edge.train.recipe import load_recipe
 
+Tiny = Callable[..., Path]
 SIDE = Side("trainer", 2.0, 1.0, 1.0, 1.0, 1.0, 4_000_000_000, 0.0, (2.0, 1.0), 7200)
 
 
@@ -57,12 +66,59 @@ def test_what_does_not_divide_a_step_is_refused(tmp_path: Path) -> None:
         compare(tmp_path, tmp_path / "out", questions=5)
 
 
-@pytest.mark.parametrize("one", ["rows_per_step=2", "bf16=true", "lora.dropout=0.1", "max_steps=1", "compile=often"])
-def test_one_more_side_trains_on_the_same(one: str) -> None:
+@pytest.mark.parametrize(
+    ("one", "told"),
+    [
+        ("seed=1", "seed cannot be chosen"),
+        (" max_steps=1", "max_steps cannot be chosen"),
+        ("max_tokens=64", "max_tokens cannot be chosen"),
+        ("devices=2", "devices cannot be chosen"),
+        ("early_stop=1", "early_stop cannot be chosen"),
+        ("instruct={epochs: 2}", r"instruct\.epochs cannot be chosen"),
+        ("rows_per_step=1", "rows_per_step cannot be chosen"),
+        ("lora.dropout=0.1", r"lora\.dropout cannot be chosen"),
+        ("lora={rank: 4}", r"lora\.dropout cannot be chosen"),
+        ("precision=fp32", "precision cannot be chosen: it is a switch of --ladder"),
+        ("compile=false", "has it so already"),
+        ("bf16=true", "bf16"),
+        ("compile=often", "compile"),
+    ],
+)
+def test_one_more_side_that_would_not_train_on_the_same_is_refused(one: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        training._with("starter", training._settings(6, {}, Size(), SWITCHES), one)
+
+
+@pytest.mark.parametrize("one", ["compile=true", "optimizer=adafactor", "lora.rank=4", "gradient_checkpointing=true"])
+def test_one_more_side_may_compute_or_learn_otherwise(one: str) -> None:
     settings = training._settings(6, {}, Size(), SWITCHES)
-    assert load_recipe("starter", training._with("starter", settings, "compile=true")).compile
-    with pytest.raises(ConfigError):
-        training._with("starter", settings, one)
+    ours, other = (load_recipe("starter", given) for given in (settings, training._with("starter", settings, one)))
+    assert other != ours and other == load_recipe("starter", [*settings, one])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_ours_computes_with_as_many_threads_as_the_peers_on_a_busy_machine(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    data = colour_dataset(tmp_path / "colours", images=8)
+    settings = (*FAST, "max_steps=2", "log_steps=1", "validation_images=0")
+    task = Task(str(tiny("llava15", "smollm2")), data, tmp_path / "work", "starter", settings, threads, 1)
+    before, used, prepare = torch.get_num_threads(), [], lora.prepare
+
+    def noting(*arguments: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return prepare(*arguments)
+
+    monkeypatch.setattr(lora, "prepare", noting)
+    monkeypatch.setattr("psutil.cpu_percent", lambda **_: [100.0] * (os.cpu_count() or 1))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # this and two functions are changed by a run, in a process of its own
+    monkeypatch.setattr(lora, "free_cores", lora.free_cores)
+    monkeypatch.setattr(FeatureStore, "fill", FeatureStore.fill)
+    try:
+        run_ours(task)
+    finally:
+        torch.set_num_threads(before)
+    assert used == [threads]
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.6-vicuna-7b"])

@@ -46,8 +46,12 @@ def test_a_base_in_four_bits_trains_and_starts_out_near_the_whole_one(tiny: Tiny
     assert packed[-1] < 0.9 * packed[0]
 
 
-def test_other_optimizers_train(tiny: Tiny, data: Path, tmp_path: Path) -> None:
-    found = losses(tiny("llava15", "smollm2"), data, tmp_path / "adafactor", "optimizer=adafactor")
+@pytest.mark.parametrize("optimizer", ["adafactor", "adamw_8bit"])
+def test_other_optimizers_train(tiny: Tiny, data: Path, tmp_path: Path, optimizer: str) -> None:
+    """On a CPU too."""
+    if "bit" in optimizer:
+        pytest.importorskip("bitsandbytes")
+    found = losses(tiny("llava15", "smollm2"), data, tmp_path / optimizer, f"optimizer={optimizer}")
     assert found[-1] < found[0]
 
 

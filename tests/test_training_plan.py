@@ -30,6 +30,7 @@ from ldrt_edge.cli import cli
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import ConfigError, DataError
 from ldrt_edge.front import Front
+from ldrt_edge.train import devices
 from ldrt_edge.train import probe as probing
 from ldrt_edge.train.base import Base, resolve_base
 from ldrt_edge.train.features import PackedDataset
@@ -262,6 +263,30 @@ def test_a_step_is_foretold_with_all_its_forwards_and_an_epochs_last_with_those_
     assert found.seconds == pytest.approx(found.probe.start_s + forwards * forward_s + steps * 0.25 + evaluation)
 
 
+@pytest.mark.parametrize(
+    ("settings", "evaluations"),
+    [
+        (["max_steps=6", "eval_steps=3"], 2),  # the last step's is one of them
+        (["max_steps=6", "eval_steps=6", "keep_best=false"], 1),
+        (["max_steps=7", "eval_steps=3", "keep_best=false"], 3),  # the last step's is one more
+        (["max_steps=2", "eval_steps=1", "align.epochs=1"], 4),
+        (["max_steps=2", "eval_steps=1", "validation_images=0"], 0),
+    ],
+)
+def test_as_many_evaluations_are_foretold_as_there_will_be(
+    tiny: Tiny, data: Path, tmp_path: Path, clock: list[float], settings: list[str], evaluations: int
+) -> None:
+    off = ["cache_features=false", "standardise_features=false"]
+    base, recipe = resolve_base(str(tiny("llava15", "llama"))), load_recipe("starter", [*QUICK, *off, *settings])
+    found = plan(base, [data], recipe, probe_s=0.1)
+    assert found.probe is not None and found.seconds is not None
+    step_s = 1 + 0.125 * recipe.rows_per_step + 0.25
+    evaluated_s = found.seconds - found.probe.start_s - found.steps * step_s
+    assert evaluated_s == pytest.approx(evaluations * step_s / 3)  # of one forward each
+    logged = read_metrics(train(base, [data], tmp_path / "adapter", recipe) / METRICS)
+    assert sum("eval_loss" in entry for entry in logged) == evaluations
+
+
 @pytest.mark.parametrize(("settings", "answers"), [([], 2), (["validation_images=0", "instruct.epochs=1"], 6)])
 def test_sample_answers_are_foretold(
     tiny: Tiny, data: Path, clock: list[float], settings: list[str], answers: int
@@ -299,7 +324,7 @@ def test_a_plan_refuses_what_does_not_fit_into_the_cache_and_leaves_it_alone(
         plan(base, [data], too_little)
     assert plan(base, [data], too_little, memory_gb=24).fits, "of the cache elsewhere nothing is known"
     assert plan(base, [data], enough, probe_s=0.1).fits
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [other]
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == [other]
     with pytest.raises(DataError, match=re.escape(str(raised.value).partition("the disk")[0])):
         train(base, [data], tmp_path / "out", too_little)
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=19e9 * size_gb))
@@ -377,6 +402,21 @@ def test_features_are_foretold_as_long_as_the_cache_lacks_them(
     kept[0].unlink()
     assert 0 < foretold() < max(first, second) / len(kept) * 5
     assert sorted(tmp_path.glob("cache/**/*.safetensors")) == kept[1:]
+
+
+@pytest.mark.parametrize(("free_gb", "held_gb"), [(0.5, 0), (0, 0.5), (30, 1), (1, 30)])
+def test_a_gpu_has_what_other_programs_leave_of_it(
+    tiny: Tiny, data: Path, monkeypatch: pytest.MonkeyPatch, free_gb: float, held_gb: float
+) -> None:
+    """Of 80 GB; what this process's allocator holds is its own."""
+    monkeypatch.setattr(devices, "state", lambda: SimpleNamespace(device=torch.device("cuda"), num_processes=1))
+    monkeypatch.setattr(devices, "name", lambda device: "a GPU of 80 GB")
+    monkeypatch.setattr(devices, "say_idle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (round(free_gb * 1e9), 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: round(held_gb * 1e9))
+    found = plan(resolve_base(str(tiny("llava15", "llama"))), [data], load_recipe("starter", QUICK), probe_s=0)
+    assert found.available_bytes == (free_gb + held_gb) * 1e9
+    assert found.fits == (free_gb + held_gb > 1)
 
 
 def test_what_does_not_fit_is_told_with_the_switches_that_make_it_fit(tiny: Tiny, data: Path) -> None:

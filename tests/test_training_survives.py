@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,19 @@ from test_train import FAST, colour_dataset
 
 from ldrt_edge import artifact
 from ldrt_edge.dataset import Dataset
-from ldrt_edge.errors import ConfigError, DataError
+from ldrt_edge.errors import ArtifactError, ConfigError, DataError
 from ldrt_edge.front import Front, Message, conversation
 from ldrt_edge.image import read_image
 from ldrt_edge.runtimes.hf import HfRuntime
+from ldrt_edge.train import devices
 from ldrt_edge.train.base import Base, resolve_base
-from ldrt_edge.train.lora import gather_material, train
+from ldrt_edge.train.lora import _last_checkpoint, gather_material, train
 from ldrt_edge.train.losses import Losses
 from ldrt_edge.train.model import PackedLlava
 from ldrt_edge.train.plan import plan
 from ldrt_edge.train.recipe import Recipe, load_recipe
 from ldrt_edge.train.survive import BestKept
-from ldrt_edge.train.trainer import PackedTrainer
+from ldrt_edge.train.trainer import PackedTrainer, arguments
 from ldrt_edge.train.watch import METRICS, read_metrics
 
 Tiny = Callable[..., Path]
@@ -55,6 +57,10 @@ def command(base: Path, data: Path, out: Path, settings: list[str]) -> list[str]
     for setting in settings:
         given += ["--set", setting]
     return given
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def ended(given: list[str], out: Path, step: int, number: int) -> tuple[int, str]:
@@ -117,27 +123,71 @@ def test_sigterm_in_the_last_step_of_a_stage_ends_the_run_before_the_next(
 def test_a_run_goes_on_with_the_threads_that_it_began_with(
     tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, later: int
 ) -> None:
-    """However many cores are free now: another number of threads sums to other last digits."""
+    """However many cores are free now: another number of threads sums to other last digits. It gives them back."""
     base = resolve_base(str(tiny("llava15", "smollm2")))
     recipe = load_recipe("starter", [*QUICK, "validation_images=0", "max_steps=1"])
-    before = torch.get_num_threads()
+    before, used = torch.get_num_threads(), []
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    def watched(*given: Any, **options: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return arguments(*given, **options)
 
+    monkeypatch.setattr("ldrt_edge.train.lora.arguments", watched)
     try:
         torch.set_num_threads(4)
         monkeypatch.setattr("ldrt_edge.train.lora.free_cores", lambda: first)
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr("ldrt_edge.train.lora.build", killed)
             train(base, [data], tmp_path / "x", recipe)
-        torch.set_num_threads(4)
+        assert torch.get_num_threads() == 4
         monkeypatch.setattr("ldrt_edge.train.lora.free_cores", lambda: later)
         out = train(base, [data], tmp_path / "x", recipe)
-        assert torch.get_num_threads() == first
+        assert set(used) == {first} and torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
     assert not list(out.rglob(".*")) and "threads" not in (out / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "began", "forwards"), [([], 3, 3), (["accumulate=2"], 4, 8), (["devices=2"], 3, 2)]
+)
+def test_a_run_goes_on_with_the_steps_that_it_began_with(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: list[str], began: int,
+    forwards: int,
+) -> None:
+    """On one device where there were several, with or without having been told for how many."""
+    base = resolve_base(str(tiny("llava15", "smollm2")))
+    recipe = load_recipe("starter", [*QUICK, "validation_images=0", "max_steps=1", "accumulate=1", *settings])
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("ldrt_edge.train.lora.build", killed)
+        patched.setattr(devices.state(), "num_processes", began)
+        train(base, [data], tmp_path / "x", recipe)
+    made = []
+
+    def watched(*given: Any, **options: Any) -> Any:
+        made.append(arguments(*given, **options))
+        return made[-1]
+
+    monkeypatch.setattr("ldrt_edge.train.lora.arguments", watched)
+    train(base, [data], tmp_path / "x", recipe)
+    assert {one.gradient_accumulation_steps for one in made} == {forwards}
+
+
+@pytest.mark.parametrize(("error", "goes"), [(errno.ENOENT, True), (errno.EIO, False), (errno.ESTALE, False)])
+def test_only_a_checkpoint_that_is_not_whole_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, goes: bool
+) -> None:
+    """One that a disk elsewhere does not give just now may be the only one."""
+    checkpoint = tmp_path / "checkpoint-7"
+    checkpoint.mkdir()
+
+    def read(_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr("ldrt_edge.train.lora.TrainerState.load_from_json", read)
+    with nullcontext() if goes else pytest.raises(ArtifactError, match=f"checkpoint-7: .*{os.strerror(error)}"):
+        assert _last_checkpoint(tmp_path) is None
+    assert checkpoint.exists() != goes
 
 
 @pytest.mark.parametrize(

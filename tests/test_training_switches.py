@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +24,7 @@ from transformers import AutoProcessor
 from ldrt_edge.dataset import Dataset
 from ldrt_edge.errors import DataError
 from ldrt_edge.front import Front
+from ldrt_edge.train import probe as probing
 from ldrt_edge.train.collate import ROW_IDS, PackedRow
 from ldrt_edge.train.features import FeatureStore, collator
 from ldrt_edge.train.lora import gather_material, prepare
@@ -243,6 +249,116 @@ def test_no_run_drops_what_another_reads(
         first.get(row.image_sha256)
 
 
+@pytest.mark.parametrize(("mine", "others", "shared"), [(3, 4, 0), (5, 2, 0), (4, 4, 2)])
+def test_what_another_run_has_yet_to_compute_has_its_room(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    mine: int, others: int, shared: int,
+) -> None:  # fmt: skip
+    """In the cache and on the disk, at the size of its own precision; what both want is there once."""
+    model, rows, _ = kept
+    rows = of_pictures(rows)
+    store_of(model).fill(model.llava, rows[:1])
+    size = next(iter(files(tmp_path))).stat().st_size
+    next(iter(files(tmp_path))).unlink()
+    first, wanted = store_of(model), rows[mine - shared : mine - shared + others]
+    with monkeypatch.context() as begun:  # and not come far
+        begun.setattr(FeatureStore, "_compute", lambda *_: None)
+        first.fill(model.llava, rows[:mine])
+    both = mine + others - shared
+    refused(model, wanted, (both - 1) * size, "runs under way read 0.0 others")
+    exact, half = store_of(model, limit_bytes=both * size), store_of(model, False, mine * size + others * size // 2)
+    for fits in [exact, *([] if shared else [half])]:
+        assert not fits.to_drop({row.image_sha256 for row in wanted})
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=(both - 1) * size))
+    refused(model, wanted, 10**9, "the disk has 0.0 left")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=both * size))
+    store_of(model).fill(model.llava, wanted)
+    del first
+    store_of(model, limit_bytes=others * size).fill(model.llava, wanted)
+
+
+def test_a_plan_that_looks_at_a_list_just_then_leaves_it_locked(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, rows, store = kept
+    rows, opened, looking = of_pictures(rows), os.open, []
+
+    def seen(path: Any, *given: Any) -> int:
+        """Opens a file that a plan has locked, for half a second from now on, to see whether anybody has."""
+        file = opened(path, *given)
+        if Path(path).name.startswith(".read-by-") and not looking:
+            looking.append(opened(path, os.O_RDONLY))
+            fcntl.flock(looking[0], fcntl.LOCK_SH)
+            Timer(0.5, os.close, looking).start()
+        return file
+
+    monkeypatch.setattr(os, "open", seen)
+    store.fill(model.llava, rows[:2])
+    size = next(iter(files(tmp_path))).stat().st_size
+    refused(model, rows[2:4], 2 * size, "runs under way read")
+
+
+@contextmanager
+def in_another_process(work: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """While another process, which is killed then, has come to where `work` calls what it is given."""
+    reader, writer = os.pipe()
+
+    def wait() -> None:
+        os.write(writer, b"!")
+        time.sleep(600)
+
+    child = os.fork()
+    if not child:
+        try:
+            work(wait)
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reader, 1) == b"!"
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("where", ["a plan", "a picture"])
+def test_what_a_killed_process_has_begun_to_write_goes_and_what_another_writes_stays(
+    kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    model, rows, _ = kept
+    rows = of_pictures(rows)
+
+    def planned(wait: Callable[[], None]) -> None:
+        with probing._scratch() as folder:
+            FeatureStore(model.llava, model.front, True, 10**9, folder).fill(model.llava, rows[:2])
+            wait()
+
+    def stopped(wait: Callable[[], None]) -> None:
+        monkeypatch.setattr(Path, "rename", lambda *_: wait())  # written, but under no final name
+        store_of(model).fill(model.llava, rows[:2])
+
+    def begun() -> set[Path]:
+        names = tmp_path.glob("ldrt-edge/**/*")
+        return {p for p in names if p.is_file() and p.stat().st_size > 1000 and p not in files(tmp_path)}
+
+    work = planned if where == "a plan" else stopped
+    with in_another_process(work):
+        left = begun()
+        assert left
+        with in_another_process(work):
+            living = begun() - left
+            assert living
+        store_of(model).fill(model.llava, rows[2:3])
+        assert begun() == left, "one lives, the other was killed"
+        with probing._scratch():
+            assert begun() == left
+    with probing._scratch() as folder:
+        assert begun() == set() and folder.is_dir()
+    assert not folder.exists()
+    store_of(model).fill(model.llava, rows)
+    assert len(files(tmp_path)) == len(rows)
+
+
 def test_a_killed_run_keeps_nothing_from_being_dropped(
     kept: tuple[PackedLlava, list[PackedRow], FeatureStore], tmp_path: Path
 ) -> None:
@@ -250,20 +366,15 @@ def test_a_killed_run_keeps_nothing_from_being_dropped(
     rows = of_pictures(rows)
     store_of(model).fill(model.llava, rows[:3])
     size = next(iter(files(tmp_path))).stat().st_size
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:  # another run, which finds all that it wants
+
+    def other(wait: Callable[[], None]) -> None:
+        """Finds all that it wants."""
         store = store_of(model)
         store.fill(model.llava, rows[:3])
-        os.write(writer, b"!")
-        time.sleep(600)
-        os._exit(store is None)
-    assert os.read(reader, 1) == b"!"
-    try:
+        wait()
+
+    with in_another_process(other):
         refused(model, rows[3:5], 2 * size, "runs under way read")
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
     store_of(model, limit_bytes=2 * size).fill(model.llava, rows[3:5])
     assert {path.stem for path in files(tmp_path)} == {row.image_sha256 for row in rows[3:5]}
     assert len(list(tmp_path.rglob(".read-by-*"))) == 1, "lists of runs that ended go"

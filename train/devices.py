@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -18,6 +18,8 @@ from torch import nn
 
 from ldrt_edge import artifact, console
 from ldrt_edge.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def state() -> PartialState:
@@ -47,9 +49,10 @@ def accumulation(accumulate: int, meant_for: int | None) -> int:
     number: int = state().num_processes
     total = accumulate * (meant_for or number)
     if total % number:
+        fitting = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
         raise ConfigError(
             f"a step of {total} forwards (accumulate {accumulate} on {meant_for} devices) cannot be shared among "
-            f"{number} devices: set devices or accumulate so that it can"
+            f"{number} devices: start {fitting}, or set devices or accumulate so that it can"
         )
     return total // number
 
@@ -81,6 +84,12 @@ def shared_draft(
     place.wait_for_everyone()  # the artefact has its name
 
 
+def leave() -> None:
+    """End what this process shares with the others, when all are done: its threads could abort one that just exits."""
+    if state().num_processes > 1:
+        state().destroy_process_group()
+
+
 def any_of_them(flag: bool) -> bool:
     """Whether the flag is set in any process; all must ask."""
     place = state()
@@ -89,6 +98,12 @@ def any_of_them(flag: bool) -> bool:
     told = torch.tensor([int(flag)], device=place.device)
     torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
     return bool(told.item())
+
+
+def by_the_first(value: T) -> T:
+    """What the first process says; all must ask."""
+    told: list[T] = broadcast_object_list([value])
+    return told[0]
 
 
 def mean(number: float) -> float:

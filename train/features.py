@@ -3,7 +3,7 @@
 The tower does not change in training, so its output is a function of picture, tower and picture preparation: the key
 of the cache. One memory-mapped file a picture, shared between runs, under `~/.cache/ldrt-edge/features`, bounded: what
 was not used for longest goes first, and nothing that a run under way reads. What it reads is listed in a file that it
-holds locked, so that the list ends with the run, however that ends.
+holds locked, so that the list ends with the run, however that ends; so does what it has not finished writing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ from ldrt_edge.train import devices
 from ldrt_edge.train.collate import Collator, Example, PackedRow, sequences
 
 _READS = ".read-by-"
-"""How the files begin that say what a run reads: a path a line, from the cache's folder on."""
+"""How the files begin that say what a run reads: a path a line, from the cache's folder on, and its bytes at most."""
+_DRAFTS, _HELD = ".draft-", ".held"
+"""How the folders begin that a process writes in, and the file there that it holds locked."""
 
 
 class PackedDataset(torch.utils.data.Dataset[Example]):
@@ -114,15 +116,17 @@ class FeatureStore:
         devices.state().wait_for_everyone()
 
     def _compute(self, model: Any, items: Sequence[tuple[str, Path]], batch: int) -> None:
-        with console.bar("vision tower", len(items)) as shown:
+        with console.bar("vision tower", len(items)) as shown, draft_folder(self._root) as drafts:
             for start in range(0, len(items), batch):
                 chunk = items[start : start + batch]
                 images = [self._front.image(read_image(path).rgb) for _, path in chunk]
                 tiles = torch.from_numpy(np.concatenate([image.tiles for image in images]))
-                features = compute_features(model, self._front, tiles).cpu()
-                parts = features.split([len(image.tiles) for image in images])
+                parts = compute_features(model, self._front, tiles).cpu().split([len(image.tiles) for image in images])
                 for (digest, _), image, part in zip(chunk, images, parts, strict=True):
-                    self._write(digest, part.flatten(0, 1).to(self._dtype).contiguous(), image.size)
+                    features = part.flatten(0, 1).to(self._dtype).contiguous()
+                    size = f"{image.size[0]} {image.size[1]}"
+                    save_file({"features": features}, drafts / digest, metadata={"size": size})
+                    (drafts / digest).rename(self._path(digest))
                 shown.advance(len(chunk))
 
     def has(self, digest: str) -> bool:
@@ -154,14 +158,10 @@ class FeatureStore:
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.safetensors"
 
-    def _write(self, digest: str, features: torch.Tensor, size: tuple[int, int]) -> None:
-        partial = self._folder / f".{digest}.{os.getpid()}"
-        save_file({"features": features}, partial, metadata={"size": f"{size[0]} {size[1]}"})
-        partial.rename(self._path(digest))
-
     def _make_room(self, wanted: Collection[str]) -> None:
         """Drop what must go for what is missing to fit, and keep others from dropping what this run wants."""
         with _one_at_a_time(self._root):
+            _drop_drafts(self._root)
             for path in self.to_drop(wanted):
                 path.unlink(missing_ok=True)
             kept = [self._path(digest) for digest in wanted]
@@ -176,8 +176,9 @@ class FeatureStore:
                 self._list = self._root / f"{_READS}{uuid4().hex}"
                 file = os.open(self._list, os.O_RDWR | os.O_CREAT, 0o666)
                 weakref.finalize(self, os.close, file)
-                _lock(file)
-            self._list.write_text("".join(f"{path.relative_to(self._root)}\n" for path in kept))
+                _lock(file, wait=True)  # a plan may be looking whether it is locked
+            most = self._most_bytes()
+            self._list.write_text("".join(f"{path.relative_to(self._root)} {most}\n" for path in kept))
 
     def to_drop(self, wanted: Collection[str]) -> list[Path]:
         """The least recently used features that no run wants, as far as they must go for what is missing to fit.
@@ -185,16 +186,16 @@ class FeatureStore:
         wanted: SHA-256 of pictures. Nothing is touched.
 
         Raises:
-            DataError: what is missing does not fit all the same, into the cache's limit or on the disk.
+            DataError: what is missing, here and to other runs, does not fit all the same, into the cache's limit or on
+                the disk.
         """
-        kept = {self._path(digest) for digest in wanted}
-        missing = sum(not path.exists() for path in kept)
-        config = self._front.config
-        tiles = 1 + max((h * w // config.image_size**2 for h, w in config.grid_pinpoints or ()), default=0)
-        of_one = tiles * (config.image_size // config.patch_size) ** 2 * self._width * self._dtype.itemsize
-        elsewhere = {path for _, reads in self._other_lists() for path in reads or ()}
+        kept, of_one = {self._path(digest) for digest in wanted}, self._most_bytes()
+        elsewhere = {path: most for _, reads in self._other_lists() for path, most in (reads or {}).items()}
         held = sorted(_sizes(self._root))
-        used = sum(size for _, size, _ in held) + missing * of_one
+        there = {path for _, _, path in held}
+        coming = sum(elsewhere[path] for path in elsewhere.keys() - there - kept)  # which others compute
+        missing = len(kept - there) * of_one + coming
+        used = sum(size for _, size, _ in held) + missing
         dropped, freed = [], 0
         for _, size, path in held:
             if used - freed <= self._limit_bytes:
@@ -203,28 +204,38 @@ class FeatureStore:
                 dropped.append(path)
                 freed += size
         free = freed + shutil.disk_usage(self._root).free
-        if used - freed > self._limit_bytes or missing * of_one > free:
-            others = sum(size for _, size, path in held if path in elsewhere and path not in kept)
+        if used - freed > self._limit_bytes or missing > free:
+            others = coming + sum(size for _, size, path in held if path in elsewhere and path not in kept)
             raise DataError(
                 f"the tower's features of {len(wanted)} pictures take up to {len(wanted) * of_one / 1e9:.1f} GB; "
                 f"cache_gb allows {self._limit_bytes / 1e9:g}"
                 + (f", of which runs under way read {others / 1e9:.1f} others" if others else "")
-                + f", the disk has {free / 1e9:.1f} left for {self._root}: raise cache_gb, set XDG_CACHE_HOME to a "
-                "larger disk, or cache_features=false standardise_features=false"
+                + f", the disk has {max(0, free - coming) / 1e9:.1f} left for {self._root}: raise cache_gb, set "
+                "XDG_CACHE_HOME to a larger disk, or cache_features=false standardise_features=false"
             )
         return dropped
 
-    def _other_lists(self) -> Iterator[tuple[Path, list[Path] | None]]:
-        """The lists of other runs, and what those read; None of a run that has ended, which holds no lock any more."""
+    def _most_bytes(self) -> int:
+        """Of one picture's features, in as many tiles as there may be."""
+        config = self._front.config
+        tiles = 1 + max((h * w // config.image_size**2 for h, w in config.grid_pinpoints or ()), default=0)
+        return tiles * (config.image_size // config.patch_size) ** 2 * self._width * self._dtype.itemsize
+
+    def _other_lists(self) -> Iterator[tuple[Path, dict[Path, int] | None]]:
+        """The lists of other runs, and what those read, with the most bytes that each may take.
+
+        None of a run that has ended, which holds no lock any more.
+        """
         for listed in self._root.glob(f"{_READS}*"):
             if listed != self._list:
                 with suppress(OSError):  # removed meanwhile, or not this user's to read
                     file = os.open(listed, os.O_RDONLY)
                     try:
-                        ended = _lock(file, shared=True)
+                        ended = _lock(file, shared=True) is not False
                     finally:
                         os.close(file)
-                    yield listed, None if ended else [self._root / line for line in listed.read_text().splitlines()]
+                    lines = (line.partition(" ") for line in listed.read_text().splitlines())
+                    yield listed, None if ended else {self._root / path: int(most or 0) for path, _, most in lines}
 
 
 def compute_features(model: Any, front: Front, tiles: torch.Tensor) -> torch.Tensor:
@@ -265,6 +276,36 @@ def _sizes(root: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 @contextmanager
+def draft_folder(root: Path) -> Iterator[Path]:
+    """A folder for a while beside what a cache keeps; of a process that is killed, the next one removes it."""
+    root.mkdir(parents=True, exist_ok=True)
+    folder = root / f"{_DRAFTS}{uuid4().hex}"
+    with _one_at_a_time(root):  # so that nobody finds it before it is locked
+        _drop_drafts(root)
+        folder.mkdir()
+        file = os.open(folder / _HELD, os.O_RDWR | os.O_CREAT, 0o666)
+        _lock(file, wait=True)
+    try:
+        yield folder
+    finally:
+        os.close(file)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop_drafts(root: Path) -> None:
+    """Remove the folders of processes that were killed; whoever calls it is alone with the cache."""
+    for folder in root.glob(f"{_DRAFTS}*"):
+        with suppress(OSError):  # removed meanwhile, or not this user's
+            file = os.open(folder / _HELD, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                ended = _lock(file, shared=True)
+            finally:
+                os.close(file)
+            if ended:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def _one_at_a_time(root: Path) -> Iterator[None]:
     """Nobody else is within, of all processes that use this cache."""
     file = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -275,10 +316,10 @@ def _one_at_a_time(root: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _lock(file: int, shared: bool = False, wait: bool = False) -> bool:
+def _lock(file: int, shared: bool = False, wait: bool = False) -> bool | None:
     """Lock an open file until it is closed or its process ends; False where another has it.
 
-    Where there are no locks (Windows, some network disks) nobody ever has it.
+    None where there are no locks (Windows, some network disks), so that nobody knows whether another lives.
     """
     try:
         import fcntl
@@ -287,5 +328,5 @@ def _lock(file: int, shared: bool = False, wait: bool = False) -> bool:
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        pass
+        return None
     return True

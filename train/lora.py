@@ -11,9 +11,9 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from ldrt_edge import artifact, console
 from ldrt_edge.dataset import Dataset, Row
-from ldrt_edge.errors import ConfigError, DataError
+from ldrt_edge.errors import ArtifactError, ConfigError, DataError
 from ldrt_edge.front import Front
 from ldrt_edge.options import beside
 from ldrt_edge.runtimes.processor import free_cores
@@ -43,7 +43,7 @@ from ldrt_edge.train.watch import METRICS, SAMPLES, Progress, SampleAnswers, plo
 
 STAGES = ("align", "instruct")
 SAMPLED_ROWS = 6
-_THREADS = ".threads"
+_THREADS, _DEVICES = ".threads", ".devices"
 _PREEMPTED = 128 + 15
 """Exit status of a process that SIGTERM ended, which is what batch systems look for."""
 
@@ -64,9 +64,13 @@ def train(base: Base, data: Sequence[Path], out: Path, recipe: Recipe, resume: b
     """
     datasets = [Dataset(folder) for folder in data]
     inputs: list[artifact.Input | Path] = [base.identity, *data]
-    with devices.shared_draft(out, {"recipe": asdict(recipe)}, inputs, recipe.seed, resume) as draft:
-        if not draft.complete:
-            _run(base, datasets, recipe, draft, beside(out, "logs"))
+    threads = torch.get_num_threads()
+    try:
+        with devices.shared_draft(out, {"recipe": asdict(recipe)}, inputs, recipe.seed, resume) as draft:
+            if not draft.complete:
+                _run(base, datasets, recipe, draft, beside(out, "logs"))
+    finally:
+        torch.set_num_threads(threads)
     return out
 
 
@@ -74,8 +78,10 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
     set_seed(recipe.seed)
     device = devices.state().device
     check(recipe, device)
-    if device.type == "cpu":
-        torch.set_num_threads(_threads(draft.path))
+    if device.type == "cpu":  # a thread that shares its core with another program holds up all
+        torch.set_num_threads(_as_begun(draft.path / _THREADS, lambda: min(torch.get_num_threads(), free_cores())))
+    if recipe.devices is None:
+        recipe = replace(recipe, devices=_as_begun(draft.path / _DEVICES, lambda: devices.state().num_processes))
     devices.say_idle()
     bf16 = uses_bf16(recipe)
     front = Front.load(base.folder).with_vision_tokens(recipe.vision_tokens)
@@ -111,12 +117,11 @@ def _run(base: Base, datasets: Sequence[Dataset], recipe: Recipe, draft: artifac
             shutil.rmtree(draft.path / stage, ignore_errors=True)
 
 
-def _threads(folder: Path) -> int:
-    """How many a run computes with: as many as at its first start, since another number sums to other last digits."""
-    kept = folder / _THREADS
+def _as_begun(kept: Path, now: Callable[[], int]) -> int:
+    """A number of threads or devices as it was at a run's first start: by another, the run would be another."""
     with devices.state().main_process_first():
-        if not kept.is_file():  # a thread that shares its core with another program holds up all
-            artifact.replace_text(kept, str(min(torch.get_num_threads(), free_cores())))
+        if not kept.is_file():
+            artifact.replace_text(kept, str(now()))
     return int(kept.read_text())
 
 
@@ -266,18 +271,25 @@ def _stage(
 
 
 def _last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is whole; what a kill or a full disk cut off is removed.
+    """The last checkpoint that is whole, as the first process sees it; what a kill or a full disk cut off is removed.
 
     transformers writes the trainer's state last, and counts any folder of that name as a checkpoint.
+
+    Raises:
+        ArtifactError: one cannot be read just now; it stays.
     """
-    with devices.state().main_process_first():
+    last = None
+    if devices.state().is_main_process and folder.is_dir():
         for path in folder.glob("checkpoint-*"):
             try:
                 TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
                 Losses(None).load(path)
-            except (OSError, ValueError, TypeError, KeyError):
+            except (FileNotFoundError, ValueError, TypeError, KeyError):
                 shutil.rmtree(path)
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+            except OSError as error:
+                raise ArtifactError(f"{path}: a checkpoint that cannot be read: {error.strerror}") from error
+        last = get_last_checkpoint(str(folder))
+    return devices.by_the_first(last)
 
 
 def _save_adapter(model: PackedLlava, folder: Path, base_name: str) -> None:

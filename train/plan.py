@@ -157,7 +157,7 @@ def plan(
             forwards = whole_epochs * of_epoch + rest * of_step  # an epoch's last step has fewer
             step_s, forward_s = tried.step_s[stage], tried.forward_s[stage]
             seconds += number * (step_s - of_step * forward_s) + forwards * forward_s
-            seconds += evaluation * (number // recipe.eval_steps + 1) * forward_s / 3
+            seconds += evaluation * math.ceil(number / recipe.eval_steps) * forward_s / 3  # one at the end
             if recipe.sample_steps is not None:
                 seconds += math.ceil(number / recipe.sample_steps) * tried.sample_s
         cost = None if price_per_hour is None else price_per_hour * devices.state().num_processes * seconds / 3600
@@ -375,9 +375,12 @@ def _remedies(
 
 
 def _available(device: torch.device) -> int:
-    """Free bytes of a process's device, where there are the fewest; those of one machine share its memory."""
+    """Bytes that a run could take of a process's device, where there are the fewest.
+
+    On a GPU what is free and what this process's allocator holds; processes of one machine share its memory.
+    """
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[1]
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     else:
         free = available_bytes() // gather_object([socket.gethostname()]).count(socket.gethostname())
     least: int = min(gather_object([int(free)]))

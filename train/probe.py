@@ -6,7 +6,6 @@ features stays as the run, or the next plan, will find it.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from ldrt_edge.front import Front
 from ldrt_edge.runtimes.processor import free_cores
 from ldrt_edge.train import devices
 from ldrt_edge.train.base import Base
-from ldrt_edge.train.features import FeatureStore, PackedDataset, cache_folder, collator
+from ldrt_edge.train.features import FeatureStore, PackedDataset, cache_folder, collator, draft_folder
 from ldrt_edge.train.lora import SAMPLED_ROWS, Material, prepare
 from ldrt_edge.train.model import PackedLlava, build
 from ldrt_edge.train.order import RowOrder
@@ -107,13 +106,12 @@ def probe(
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """An empty folder for a while, the same for all processes, on the disk that has room for features."""
+    """A folder for a while, the same for all processes, on the disk that has room for features."""
     place = devices.state()
     if place.is_main_process:
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            broadcast_object_list([folder])
-            yield Path(folder)
+        with draft_folder(cache_folder()) as folder:
+            broadcast_object_list([str(folder)])
+            yield folder
             place.wait_for_everyone()
     else:
         yield Path(broadcast_object_list([""])[0])

@@ -89,7 +89,7 @@ class Recipe:
     loss_chunk: answer tokens whose logits are held at once; more are computed in turn, and again for the gradient.
     fused_lora: one product a linear and its LoRA, where dropout is 0.
     max_steps: optimizer steps of each stage, instead of its epochs.
-    optimizer: 8-bit and paged ones are bitsandbytes', for CUDA.
+    optimizer: 8-bit and paged ones are bitsandbytes'; paged ones are for CUDA.
     base_precision: of the language model's frozen linears; nf4 packs them in four bits (QLoRA), auto is `precision`.
     kernels: liger swaps Triton's RMSNorm, SwiGLU and RoPE in, on CUDA.
     compile: the model through torch.compile.

@@ -1,7 +1,8 @@
 """transformers' Trainer for packed rows: two learning rates, checkpoints of what is trained, a guard on the loss.
 
 Data order, random numbers, optimizer, schedule and losses come back with a checkpoint, so a run that was killed ends in
-the same weights and logs, bit by bit on a CPU. How devices work together (DDP, FSDP2, DeepSpeed) is Accelerate's.
+the same weights and logs, bit by bit where one process trains on a CPU. How devices work together (DDP, FSDP2,
+DeepSpeed) is Accelerate's.
 """
 
 from __future__ import annotations

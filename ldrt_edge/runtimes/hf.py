@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import psutil
 
 from ldrt_edge import console
 from ldrt_edge.errors import RuntimeLoadError, require
 from ldrt_edge.front import Front
+from ldrt_edge.machine import available_bytes
 from ldrt_edge.runtimes.base import FloatArray, FrontImage, pack
 from ldrt_edge.runtimes.cached import CachedRuntime, Part, State
 from ldrt_edge.tensor_file import read_header
@@ -49,7 +49,7 @@ def fitting(weights: int, dtypes: Sequence[str] = ("float32", "bfloat16"), preci
     """
     torch = require("torch", "train")
     free = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
-    free["cpu"] = psutil.virtual_memory().available
+    free["cpu"] = available_bytes()
     places = [Place(dtype, device) for device in free for dtype in dtypes]
     if precise:
         places.sort(key=lambda place: dtypes.index(place.dtype))
