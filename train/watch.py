@@ -41,7 +41,7 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             _rewind(self._folder / METRICS, self._stage, state.global_step)
             with (self._folder / artifact.TIMES).open("a") as stream:
-                stream.write(json.dumps({"stage": self._stage, "began": round(time.time(), 3)}) + "\n")
+                stream.write(json.dumps({"began": round(time.time(), 3)}) + "\n")
         self._context = console.bar(self._stage, state.max_steps - state.global_step)
         self._bar = self._context.__enter__()
         self._started = time.monotonic()
