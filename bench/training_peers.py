@@ -196,8 +196,9 @@ class _Collator:
         batch = self._processor(images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt")
         labels = batch["input_ids"].clone()
         labels[batch["attention_mask"] == 0] = -100
-        for label, mask, answer in zip(labels, batch["attention_mask"], answers, strict=True):
-            label[: int(mask.sum()) - len(tokenizer(answer).input_ids)] = -100
+        for label, mask, prompt, text in zip(labels, batch["attention_mask"], prompts, texts, strict=True):
+            behind = len(tokenizer(text).input_ids) - len(tokenizer(prompt).input_ids)  # alone it may be other tokens
+            label[: int(mask.sum()) - behind] = -100
         return {**batch, "labels": labels}
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from test_train import FAST, colour_dataset
 from transformers import AutoProcessor
 
-from ldrt_edge.bench import training
+from ldrt_edge.bench import training, training_peers
 from ldrt_edge.bench.mfu import Ceiling
 from ldrt_edge.bench.shapes import SHAPES, write_config
 from ldrt_edge.bench.training import CUDA_SWITCHES, SWITCHES, Found, Side, Size, compare, table
@@ -128,3 +129,16 @@ def test_a_stock_processor_lays_a_drawn_bases_picture_out_as_ours(tmp_path: Path
     processor, front = AutoProcessor.from_pretrained(tmp_path), Front.load(tmp_path)
     ids = processor(images=picture, text="USER: <image>\nHow many beams? ASSISTANT:")["input_ids"][0]
     assert list(ids).count(front.config.image_token_id) == front.image(np.asarray(picture)).token_count
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.6-vicuna-7b"])
+def test_a_peer_learns_the_answers_and_nothing_else(tmp_path: Path, name: str) -> None:
+    """Though the tokenizer begins a text in its own way."""
+    answers = ["three", "three beams of five", "left", "5", "否"]
+    write_config(tmp_path, SHAPES[name], ["How many beams? On the left: 5 of three 否", *answers], 340)
+    processor, picture = AutoProcessor.from_pretrained(tmp_path), tmp_path / "picture.png"
+    Image.new("RGB", (50, 30), "grey").save(picture)
+    rows = [SimpleNamespace(question="How many beams?", answer=answer) for answer in answers]
+    batch = training_peers._Collator(processor)([{"row": row, "image": picture} for row in rows])
+    learnt = [processor.tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert learnt == [answer + processor.tokenizer.eos_token for answer in answers]
